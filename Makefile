@@ -1,0 +1,45 @@
+# make demo   train a small WaveNet on speech, generate a second of it, print the table of speeds (DATA=folder_or_file)
+# make test   the whole test suite
+# make check  lint, format and types
+# make bench  the benchmarks, and the README's table from them
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/built
+	$(BIN)/python -P -m fastgen demo $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: $(VENV)/built
+	FASTGEN_REQUIRE=cpu $(BIN)/pytest $(ARGS)
+
+check: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+bench: $(VENV)/built
+	$(BIN)/pip install --quiet $$($(BIN)/python -P -m fastgen bench --peers)
+	$(BIN)/python -P -m fastgen bench $(ARGS)
+
+# torch first, then the rest without build isolation: the extension is compiled against the torch that runs it
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[demo,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info fastgen/*.so

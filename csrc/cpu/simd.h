@@ -1,0 +1,120 @@
+// Vectors of the width this translation unit is compiled for, with GCC's and Clang's vector extensions: one source for
+// SSE2, AVX2, AVX-512 and NEON. Everything is in an anonymous namespace, so that no two instruction sets mix.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../fastgen.h"
+
+namespace fastgen {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kVectorRegisters = kVectorBytes == 64 ? 32 : 16;
+
+template <class T, int Bytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T, kVectorBytes>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+using VecF = Vec<float>;
+using VecI = Vec<int32_t>;
+using VecU = Vec<uint32_t>;
+constexpr int kF = kLanes<float>;
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline Vec<T> splat(T s) {
+  return s - Vec<T>{};
+}
+
+inline float to_float(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float f;
+  std::memcpy(&f, &word, 4);
+  return f;
+}
+// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bf16(float f) {
+  uint32_t word;
+  std::memcpy(&word, &f, 4);
+  if ((word & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((word >> 16) | 0x40);
+  return static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+// min/max that let NaN in x through.
+inline VecF at_least(VecF x, float low) { return x < low ? splat(low) : x; }
+inline VecF at_most(VecF x, float high) { return x > high ? splat(high) : x; }
+
+// e^x within 2 ulp for x in [-87, 88]: 2^n times a polynomial on [-ln2/2, ln2/2] (coefficients of Cephes).
+inline VecF exp_bounded(VecF x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const VecF shifted = x * 1.44269504088896341f + kShift;
+  const VecF n = shifted - kShift;
+  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  return (VecF)((VecU)p + ((VecU)shifted << 23));
+}
+
+// tanh(a) * sigmoid(b) with one division.
+inline VecF gate(VecF a, VecF b) {
+  const VecF e = exp_bounded(-2.0f * at_most(at_least(a, -9.02f), 9.02f));
+  const VecF f = exp_bounded(-at_most(at_least(b, -60.0f), 80.0f));
+  return (1.0f - e) / ((1.0f + e) * (1.0f + f));
+}
+// tanh(a) and sigmoid(b) apart, for the backward pass.
+inline void gate_parts(VecF a, VecF b, VecF& t, VecF& s) {
+  const VecF e = exp_bounded(-2.0f * at_most(at_least(a, -9.02f), 9.02f));
+  const VecF f = exp_bounded(-at_most(at_least(b, -80.0f), 80.0f));
+  t = (1.0f - e) / (1.0f + e);
+  s = 1.0f / (1.0f + f);
+}
+inline void gate_parts(Vec<double> a, Vec<double> b, Vec<double>& t, Vec<double>& s) {
+  for (int i = 0; i < kLanes<double>; ++i) {
+    t[i] = std::tanh(a[i]);
+    s[i] = 1.0 / (1.0 + std::exp(-b[i]));
+  }
+}
+inline Vec<double> gate(Vec<double> a, Vec<double> b) {
+  Vec<double> t, s;
+  gate_parts(a, b, t, s);
+  return t * s;
+}
+
+inline float horizontal_sum(VecF v) {
+  float lanes[kF], sum = 0;
+  store(lanes, v);
+  for (int width = kF / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  sum = lanes[0];
+  return sum;
+}
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,69 @@
+// The few lines every operator shares: checks, dtype dispatch, threads, large buffers.
+#pragma once
+
+#include <sys/mman.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastgen {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define FASTGEN_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastgen: ", __VA_ARGS__)
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Calls f with a value of the tensor's element type.
+template <class F>
+void dispatch_float(ScalarType dtype, const char* op, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      FASTGEN_CHECK(false, op, ": dtype must be float32, bfloat16 or float64");
+  }
+}
+
+// Fresh large buffers cost more in page faults than the kernels that fill them: ask for huge pages.
+inline void prefer_huge_pages(const Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1), last = end & ~(kHuge - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size) {
+  Tensor tensor = torch::stable::new_empty(like, size);
+  prefer_huge_pages(tensor);
+  return tensor;
+}
+
+// f(i) for i in [0, n), each on a thread of PyTorch's pool.
+template <class F>
+void for_each_worker(int64_t n, F&& f) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,34 @@
+// What is not a tensor operation: which instruction sets this CPU has, and how the kernels were compiled.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+namespace {
+
+std::map<std::string, bool> cpu_features() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return {
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
+  };
+#else
+  return {};
+#endif
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"compiler", __VERSION__}, {"isas", FASTGEN_ISAS}, {"standard", std::to_string(__cplusplus)}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, module) {
+  module.doc() = "CPU features and build information";
+  module.def("cpu_features", &cpu_features, "Instruction sets of this CPU that fastgen has kernels for.");
+  module.def("build_info", &build_info, "Compiler, language standard and compiled instruction sets.");
+}

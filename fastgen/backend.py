@@ -1,0 +1,135 @@
+"""Which backend runs an op, why another does not, and how to force one.
+
+Order of precedence: the op's `backend=` argument, `fastgen.use_backend(...)`, the environment variable FASTGEN_BACKEND,
+then `auto`: the fastest backend that can run the call. An explicit choice never falls back: it raises. `auto` falls back
+to the reference with one warning that says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")  # slowest first
+
+lib = torch.library.Library("fastgen", "FRAGMENT")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run this call."""
+
+
+_forced: ContextVar[str | None] = ContextVar("fastgen_backend", default=None)
+_warned: set[str] = set()
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)} or auto, got {name!r}")
+    return name
+
+
+_environment = _check_name(os.environ.get("FASTGEN_BACKEND") or "auto", "FASTGEN_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every fastgen op in this context on `name`: cpu, triton, cuda, reference or auto."""
+    token = _forced.set(_check_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def cpu_features() -> dict[str, bool]:
+    """Instruction sets of this machine that fastgen has kernels for; empty without the compiled part."""
+    try:
+        from fastgen import _host
+    except ImportError:
+        return {}
+    return dict(_host.cpu_features())
+
+
+def _load_cpu() -> tuple[str | None, str | None]:
+    """Load the kernels for the best instruction set of this CPU -> (instruction set, reason why none)."""
+    wanted = os.environ.get("FASTGEN_CPU_ISA", "")
+    if wanted and wanted not in ISAS:
+        raise ValueError(f"FASTGEN_CPU_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
+    folder = Path(__file__).parent
+    built = [isa for isa in ISAS if (folder / f"_cpu_{isa}.so").exists()]
+    if not built:
+        return None, "the C++ kernels were not built (no compiler at installation, or FASTGEN_BUILD=none)"
+    features = {"generic": True, **cpu_features()}
+    runnable = [isa for isa in built if features.get(isa, False)]
+    if wanted == "avx512":  # bf16 dot products come with it where the CPU has them
+        runnable = [isa for isa in runnable if isa.startswith("avx512")]
+    elif wanted:
+        runnable = [isa for isa in runnable if isa == wanted]
+    if not runnable:
+        return None, f"FASTGEN_CPU_ISA={wanted}, but this {platform.machine()} CPU or this build does not have it"
+    try:
+        torch.ops.load_library(str(folder / f"_cpu_{runnable[-1]}.so"))
+    except OSError as error:
+        return None, f"the C++ kernels could not be loaded: {error}"
+    return runnable[-1], None
+
+
+cpu_isa, _cpu_reason = _load_cpu()
+
+
+def why_not(op: str, backend: str) -> str | None:
+    """The reason why `backend` cannot run `op` on this machine, or None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if _cpu_reason:
+            return _cpu_reason
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{op}", "CPU"):
+            return "this op has no C++ kernel"
+        return None
+    return "this version has no GPU kernel for it"
+
+
+def resolve(op: str, backend: str | None, device: torch.device) -> str:
+    """The backend that runs `op` for tensors on `device`.
+
+    Raises
+    ------
+    BackendError
+        If an explicitly chosen backend cannot run; names the op, the reason and what to do.
+    """
+    name = _check_name(backend, f"{op}: backend") if backend else (_forced.get() or _environment)
+    if name != "auto":
+        reason = why_not(op, name)
+        if reason is None and name == "cpu" and device.type not in ("cpu", "meta"):
+            reason = f"the tensors are on {device}"
+        if reason is not None:
+            raise BackendError(
+                f"fastgen.{op}: backend {name!r} was requested but cannot run: {reason}. "
+                "Use backend='reference' or 'auto', or rebuild: pip install --no-build-isolation -e . "
+                "(`python -m fastgen info` lists what is live)"
+            )
+        return name
+    preferred = "cpu" if device.type in ("cpu", "meta") else "triton"
+    reason = why_not(op, preferred)
+    if reason is None:
+        return preferred
+    if not torch.compiler.is_compiling():
+        _warn_once(f"fastgen: {op} runs on the PyTorch reference on {device.type}: {reason}")
+    return "reference"
+
+
+def _warn_once(message: str) -> None:
+    reason = message.split(": ", 2)[-1]
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -1,0 +1,79 @@
+"""The distributions of a real-valued or quantised sample: log-probabilities, and samples by inversion.
+
+    categorical  parameters (..., classes): logits
+    logistic     parameters (..., 3M): [logits | means | log scales] of M logistics, discretised to `levels` values
+    gaussian     parameters (..., 3M) likewise, or (..., 2) for one component: [mean | log scale], a density
+
+Values of the mixtures lie in [-1, 1]. Source of the discretised logistic: Salimans et al., "PixelCNN++" (2017).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KINDS = ("categorical", "logistic", "gaussian")
+
+
+def output_channels(kind: str, classes: int, mixtures: int) -> int:
+    """How many parameters one sample's distribution has."""
+    if kind == "categorical":
+        return classes
+    return 2 if kind == "gaussian" and mixtures == 1 else 3 * mixtures
+
+
+def _split(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., 3M) or (..., 2) -> log weights, means, log scales, each (..., M)."""
+    if parameters.shape[-1] == 2:
+        mean, log_scale = parameters.split(1, -1)
+        return torch.zeros_like(mean), mean, log_scale
+    logits, means, log_scales = parameters.chunk(3, -1)
+    return F.log_softmax(logits, -1), means, log_scales
+
+
+def log_prob(kind: str, parameters: Tensor, x: Tensor, *, levels: int = 256, log_scale_min: float = -7.0) -> Tensor:
+    """Log-probability of x (...) in nats under parameters (..., O); a log-density for "gaussian"."""
+    if kind == "categorical":
+        return -F.cross_entropy(parameters.movedim(-1, 1), x, reduction="none")
+    log_weights, means, log_scales = _split(parameters.float())
+    log_scales = log_scales.clamp(min=log_scale_min)
+    x = x.float()[..., None]
+    if kind == "gaussian":
+        normed = (x - means) * torch.exp(-log_scales)
+        log_p = -0.5 * normed**2 - log_scales - 0.5 * math.log(2 * math.pi)
+        return torch.logsumexp(log_weights + log_p, -1)
+    inverse = torch.exp(-log_scales)
+    half = 1.0 / (levels - 1)
+    upper = inverse * (x - means + half)
+    lower = inverse * (x - means - half)
+    # log(sigmoid(upper) - sigmoid(lower)), stable in both tails; the outermost bins reach to infinity
+    log_inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
+    log_p = torch.where(x < -1 + half, F.logsigmoid(upper), torch.where(x > 1 - half, F.logsigmoid(-lower), log_inside))
+    return torch.logsumexp(log_weights + log_p, -1)
+
+
+def categorical_from_uniform(logits: Tensor, u: Tensor) -> Tensor:
+    """The number of classes whose cumulative probability is <= u: logits (..., classes), u (...) -> int64 (...)."""
+    cumulative = torch.softmax(logits, -1).cumsum(-1)
+    return (cumulative <= u[..., None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def sample(
+    kind: str, parameters: Tensor, uniforms: Tensor, temperature: float = 1.0, log_scale_min: float = -7.0
+) -> Tensor:
+    """Samples by inversion: parameters (..., O), uniforms (...) or, for mixtures, (..., 2).
+
+    A mixture's value is not rounded to the levels of the discretised logistic; it is clamped to [-1, 1].
+    """
+    if kind == "categorical":
+        return categorical_from_uniform(parameters / temperature, uniforms)
+    logits, means, log_scales = _split(parameters)
+    index = categorical_from_uniform(logits / temperature, uniforms[..., 0])[..., None]
+    mean = means.gather(-1, index)[..., 0].double()
+    scale = temperature * log_scales.gather(-1, index)[..., 0].double().clamp(min=log_scale_min).exp()
+    p = uniforms[..., 1].double().clamp(1e-7, 1 - 1e-7)
+    unit = torch.special.ndtri(p) if kind == "gaussian" else torch.log(p) - torch.log1p(-p)
+    return (mean + scale * unit).clamp(-1.0, 1.0).to(parameters.dtype)

@@ -1,0 +1,234 @@
+"""WaveNet sampling with queues: O(layers) work for each sample, the whole time loop inside one op.
+
+    x_0     = input[sample_{t-1}]                      (R)      a row of a table, or weight * value, plus a bias
+    a_l     = sum_j W_{l,j} x_l(t - j d_l) + b_l + c_l(t)       (2H)     j = 0 .. K-1; past inputs come from a queue
+    z_l     = tanh(a_l[:H]) * sigmoid(a_l[H:])         (H)
+    x_{l+1} = x_l + V_l z_l + v_l                      (R)
+    s       = sum_l (U_l z_l) + u                      (S)
+    out     = P relu(Q relu(s) + q) + p                (O)      parameters of p(sample_t | samples before t)
+
+Sources: van den Oord et al., "WaveNet" (2016); Le Paine et al., "Fast Wavenet Generation Algorithm" (2016).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.backend import lib, resolve
+from fastgen.ops import distributions
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class WaveNetWeights(NamedTuple):
+    """All weights of a WaveNet, float32 on the CPU or a GPU. L layers, R residual, H gate, S skip, O output channels."""
+
+    input: Tensor  # (classes, R): one row for each class; (1, R): factor of a real-valued sample
+    input_bias: Tensor  # (R,)
+    conv: Tensor  # (L, 2H, R, K): tanh half first; the last tap is the current sample
+    residual: Tensor  # (L, R, H)
+    residual_bias: Tensor  # (L, R)
+    skip: Tensor  # (L, S, H)
+    skip_bias: Tensor  # (S,): the sum over layers
+    hidden: Tensor  # (S, S)
+    hidden_bias: Tensor  # (S,)
+    output: Tensor  # (O, S)
+    output_bias: Tensor  # (O,)
+
+    def rounded(self, dtype: torch.dtype) -> WaveNetWeights:
+        """The products' weights rounded to `dtype`, as the loop uses them; biases and the input table stay."""
+        products = ("conv", "residual", "skip", "hidden", "output")
+        return self._replace(**{name: getattr(self, name).to(dtype).float() for name in products})
+
+
+@dataclass
+class GenerationState:
+    """Everything that generation carries from step to step: save it, copy it, continue from it.
+
+    history: (B, sum over layers of (K-1) * dilation, R rounded up to 16) float32, the queues, each a ring buffer;
+    last: (B,) the last sample, int64 class or float32 value; position: the number of samples generated.
+    """
+
+    history: Tensor
+    last: Tensor
+    position: int = 0
+
+    def clone(self) -> GenerationState:
+        return GenerationState(self.history.clone(), self.last.clone(), self.position)
+
+
+def initial_state(weights: WaveNetWeights, dilations: list[int], start: Tensor) -> GenerationState:
+    """Empty queues for the streams whose first input is `start` (B,)."""
+    _, _, residual, kernel_size = weights.conv.shape
+    rows = (kernel_size - 1) * sum(dilations)
+    history = weights.conv.new_zeros(start.shape[0], rows, -(-residual // 16) * 16)
+    return GenerationState(history, start.clone())
+
+
+lib.define("wavenet_pack(Tensor[] weights, bool bf16) -> Tensor")
+lib.define(
+    "wavenet_generate(Tensor packed, int[] shape, int[] dilations, bool bf16, int distribution, float log_scale_min, "
+    "float temperature, Tensor gate_bias, Tensor? cond, Tensor uniforms, Tensor? given, int position, "
+    "Tensor(a!) history, Tensor(b!) last, Tensor(c!) samples, Tensor(d!)? parameters) -> ()"
+)
+
+
+@torch.library.register_fake("fastgen::wavenet_generate", lib=lib)
+def _(*args: object) -> None:
+    return None
+
+
+class Generator:
+    """A WaveNet's weights, laid out once for a backend; `run` advances a state by some steps.
+
+    Parameters
+    ----------
+    weights, dilations
+        The network; one dilation for each layer.
+    distribution
+        "categorical", "logistic" or "gaussian": what the outputs parametrise.
+    log_scale_min
+        Lower limit of a mixture's log scales.
+    dtype
+        Of the weights inside the loop: float32, or bfloat16 (activations and sums stay float32).
+    backend
+        See `fastgen.backend`; "reference" is a queue in plain PyTorch.
+    """
+
+    def __init__(
+        self,
+        weights: WaveNetWeights,
+        dilations: list[int],
+        *,
+        distribution: str = "categorical",
+        log_scale_min: float = -7.0,
+        dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"wavenet_generate: dtype must be float32 or bfloat16, got {dtype}")
+        for name, tensor in weights._asdict().items():
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"wavenet_generate: weights.{name} must be float32, got {tensor.dtype}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"wavenet_generate: weights.{name} holds NaN or infinity")
+        self.backend = resolve("wavenet_generate", backend, weights.conv.device)
+        self.weights = WaveNetWeights(*(t.contiguous() for t in weights))
+        self.dilations = list(dilations)
+        self.distribution = distribution
+        self.log_scale_min = log_scale_min
+        self.dtype = dtype
+        if self.backend == "reference":
+            self._rounded = self.weights.rounded(dtype)
+        else:
+            self._packed = torch.ops.fastgen.wavenet_pack(list(self.weights), dtype == torch.bfloat16)
+
+    def run(
+        self,
+        state: GenerationState,
+        uniforms: Tensor,
+        gate_bias: Tensor,
+        cond: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        given: Tensor | None = None,
+        parameters: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Generate as many samples as there are uniforms, and advance `state` in place.
+
+        Parameters
+        ----------
+        state
+            See `initial_state`.
+        uniforms
+            (B, T) float32 in [0, 1); (B, T, 2) for mixtures: component, then value within it.
+        gate_bias
+            (B or 1, L, 2H) float32: the convolutions' biases plus whatever conditioning is constant in time.
+        cond
+            (B, T, L, 2H) float32: conditioning of every layer at every step.
+        given
+            (B, n <= T): samples that are known; the network reads them in place of its own.
+        parameters
+            Also return the distributions' parameters.
+
+        Returns
+        -------
+        samples (B, T), int64 classes or float32 values; parameters (B, T, O) float32 or None.
+        """
+        batch, steps = uniforms.shape[:2]
+        w = self.weights
+        outputs = w.output.shape[0]
+        if self.backend == "reference":
+            return wavenet_generate_reference(
+                self._rounded, self.dilations, state, uniforms, gate_bias, cond, distribution=self.distribution,
+                log_scale_min=self.log_scale_min, temperature=temperature, given=given, parameters=parameters,
+            )  # fmt: skip
+        layers, gates, residual, kernel_size = w.conv.shape
+        shape = [w.input.shape[0], residual, gates // 2, w.hidden.shape[0], outputs, layers, kernel_size]
+        samples = state.last.new_empty(batch, steps)
+        kept = uniforms.new_empty(batch, steps, outputs) if parameters else None
+        torch.ops.fastgen.wavenet_generate(
+            self._packed, shape, self.dilations, self.dtype == torch.bfloat16,
+            distributions.KINDS.index(self.distribution), self.log_scale_min, temperature, gate_bias.contiguous(),
+            None if cond is None else cond.contiguous(), uniforms.contiguous(),
+            None if given is None else given.contiguous(), state.position, state.history, state.last, samples, kept,
+        )  # fmt: skip
+        state.position += steps
+        return samples, kept
+
+
+@torch.no_grad()
+def wavenet_generate_reference(
+    weights: WaveNetWeights,
+    dilations: list[int],
+    state: GenerationState,
+    uniforms: Tensor,
+    gate_bias: Tensor,
+    cond: Tensor | None = None,
+    *,
+    distribution: str = "categorical",
+    log_scale_min: float = -7.0,
+    temperature: float = 1.0,
+    given: Tensor | None = None,
+    parameters: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The queue in plain PyTorch; see `Generator.run`."""
+    layers, gates, residual, kernel_size = weights.conv.shape
+    lengths = [(kernel_size - 1) * d for d in dilations]
+    queues = state.history[..., :residual].split(lengths, dim=1) if layers else []
+    taps = [weights.conv[l].permute(0, 2, 1).reshape(gates, -1) for l in range(layers)]  # (2H, K * R), oldest first
+    samples, kept = [], []
+    for t in range(uniforms.shape[1]):
+        if distribution == "categorical":
+            x = weights.input[state.last] + weights.input_bias  # (B, R)
+        else:
+            x = state.last[:, None] * weights.input + weights.input_bias
+        skips = weights.skip_bias
+        for l in range(layers):
+            now = state.position
+            past = [queues[l][:, (now - j * dilations[l]) % lengths[l]] for j in range(kernel_size - 1, 0, -1)]
+            a = F.linear(torch.cat([*past, x], 1), taps[l]) + gate_bias[:, l]  # (B, 2H)
+            if cond is not None:
+                a = a + cond[:, t, l]
+            z = torch.tanh(a[:, : gates // 2]) * torch.sigmoid(a[:, gates // 2 :])  # (B, H)
+            if lengths[l]:
+                queues[l][:, now % lengths[l]] = x
+            skips = skips + F.linear(z, weights.skip[l])  # (B, S)
+            x = x + F.linear(z, weights.residual[l], weights.residual_bias[l])
+        hidden = F.linear(F.relu(skips), weights.hidden, weights.hidden_bias)
+        out = F.linear(F.relu(hidden), weights.output, weights.output_bias)  # (B, O)
+        if given is not None and t < given.shape[1]:
+            sample = given[:, t]
+        else:
+            sample = distributions.sample(distribution, out, uniforms[:, t], temperature, log_scale_min)
+        state.last.copy_(sample)
+        state.position += 1
+        samples.append(sample)
+        if parameters:
+            kept.append(out)
+    return torch.stack(samples, 1), torch.stack(kept, 1) if parameters else None

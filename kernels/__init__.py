@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `fastgen.kernels`. Import them through that name only."""
