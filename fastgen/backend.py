@@ -70,10 +70,10 @@ def _load_cpu() -> tuple[str | None, str | None]:
         return None, "the C++ kernels were not built (no compiler at installation, or FASTGEN_BUILD=none)"
     features = {"generic": True, **cpu_features()}
     runnable = [isa for isa in built if features.get(isa, False)]
-    if wanted == "avx512":  # bf16 dot products come with it where the CPU has them
-        runnable = [isa for isa in runnable if isa.startswith("avx512")]
-    elif wanted:
+    if wanted:
         runnable = [isa for isa in runnable if isa == wanted]
+    elif not features.get("fast_bf16_dot", False):
+        runnable = [isa for isa in runnable if isa != "avx512_bf16"]
     if not runnable:
         return None, f"FASTGEN_CPU_ISA={wanted}, but this {platform.machine()} CPU or this build does not have it"
     try:

@@ -468,8 +468,10 @@ Tensor wavenet_pack(std::vector<Tensor> weights, bool bf16) {
   const Shape s = shape_of(weights);
   const int64_t bytes = bf16 ? Packed<uint16_t>(s, nullptr).bytes : Packed<float>(s, nullptr).bytes;
   constexpr int64_t kHuge = int64_t{2} << 20;
-  Tensor buffer = torch::stable::new_zeros(weights[0], std::vector<int64_t>{bytes + kHuge}, ScalarType::Byte);
+  Tensor buffer =
+      torch::stable::new_empty(weights[0], std::vector<int64_t>{round_up(bytes, kHuge) + kHuge}, ScalarType::Byte);
   prefer_huge_pages(buffer);
+  std::memset(buffer.data_ptr(), 0, buffer.numel());
   const auto address = reinterpret_cast<uintptr_t>(buffer.data_ptr());
   Tensor packed = torch::stable::narrow(buffer, 0, round_up(address, kHuge) - address, bytes);
   if (bf16)
