@@ -253,17 +253,20 @@ class Streams {
 
   const float* past(int l, int64_t t, int stream, int64_t back) const {
     const Layer& layer = layers_[l];
-    const int64_t row = layer.history + (job_.position + t - back + layer.length) % layer.length;
+    const int64_t at = (job_.position + t - back) % layer.length;
+    const int64_t row = layer.history + (at < 0 ? at + layer.length : at);
     return job_.history + ((first_ + stream) * rows_ + row) * r_;
   }
 
-  // bias + old taps for the steps from t to the end of its block.
+  // bias + old taps for the whole block that holds step t, so that the same steps are always computed together and the
+  // same bits come out of one thread and of two.
   void prepare(int l, int64_t t, bool by_helper) {
     const Layer& layer = layers_[l];
     auto& x = by_helper ? helper_x_ : old_x_;
     auto& in = by_helper ? helper_in_ : old_in_;
     auto& out = by_helper ? helper_out_ : old_out_;
-    const int64_t steps = layer.ahead - (t - layer.offset + kAhead) % layer.ahead;
+    const int64_t steps = layer.ahead;
+    t -= (t - layer.offset + kAhead) % layer.ahead;
     int columns = 0;
     for (int64_t i = 0; i < steps; ++i)
       for (int s = 0; s < n_; ++s, ++columns) {

@@ -1,0 +1,181 @@
+"""Checkpoints of the `wavenet_vocoder` project: the PyPI release 0.1.1 and the layout of its later master.
+
+Both scale by sqrt(1/2): the residual is (x + out) * sqrt(1/2), and the skips are either scaled one by one
+(s <- (s + skip) * sqrt(1/2), the release) or together (sum * sqrt(1/layers), master). Here the scales are folded into
+the weights: with x'_l = 2^(l/2) x_l the residual is a plain sum, the convolutions of layer l are divided by 2^(l/2) and
+its residual 1x1 multiplied by it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.models.wavenet import WaveNet
+from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
+
+
+def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
+    """A `fastgen.models.WaveNet` with the weights of a wavenet_vocoder model: same logits, same samples.
+
+    Parameters
+    ----------
+    source
+        The module, or its state_dict (weight-normalised or not).
+    **hparams
+        What its constructor was called with; what can be read off the weights need not be given. `stacks` is needed
+        (default 2), `scalar_input` and `output_distribution` are read off the input layer where absent, `legacy`
+        (how skips are scaled) off the layout: True for the release, False for master. `upsample_scales` or
+        `upsample_params` for models with upsampling.
+
+    Notes
+    -----
+    Samples of categorical models are drawn by the same inversion of the same uniforms. The mixtures of that project draw
+    a uniform for each component, fastgen draws two in all: the distribution is the same, the draws are not.
+
+    Raises
+    ------
+    ValueError
+        For missing or surplus keys, or shapes that do not fit; the message lists them.
+    """
+    state = _folded(dict(source.state_dict()) if isinstance(source, nn.Module) else dict(source))
+    if isinstance(source, nn.Module):
+        legacy = getattr(source, "legacy", None)
+        if legacy is not None:
+            hparams.setdefault("legacy", bool(legacy))
+    used: set[str] = set()
+
+    def take(key: str) -> Tensor:
+        if key not in state:
+            raise ValueError(f"from_wavenet_vocoder: the checkpoint has no key {key!r}")
+        used.add(key)
+        return state[key].float()
+
+    layers = 1 + max((int(m[1]) for k in state if (m := re.match(r"conv_layers\.(\d+)\.", k))), default=-1)
+    if layers == 0:
+        raise ValueError("from_wavenet_vocoder: the checkpoint has no keys 'conv_layers.*'")
+    stacks = int(hparams.get("stacks", 2))
+    if layers % stacks:
+        raise ValueError(f"from_wavenet_vocoder: stacks must divide {layers} layers, got {stacks}")
+    first = take("first_conv.weight")  # (R, classes or 1, 1)
+    conv = take("conv_layers.0.conv.weight")  # (2H, R, K)
+    skip = take("conv_layers.0.conv1x1_skip.weight")  # (S, H, 1)
+    outputs = take("last_conv_layers.3.weight").shape[0]
+    scalar = bool(hparams.get("scalar_input", first.shape[1] == 1))
+    master = not any(k.startswith("upsample_conv.") for k in state) and "conv_layers.0.conv1x1c.bias" not in state
+    legacy = bool(hparams.get("legacy", not master if "conv_layers.0.conv1x1c.weight" in state else True))
+    distribution = "categorical"
+    if scalar:
+        kind = str(hparams.get("output_distribution", "Normal" if outputs == 2 else "Logistic"))
+        distribution = {"Logistic": "logistic", "Normal": "gaussian"}.get(kind, "")
+        if not distribution:
+            raise ValueError(f"from_wavenet_vocoder: output_distribution must be Logistic or Normal, got {kind!r}")
+    local = state["conv_layers.0.conv1x1c.weight"].shape[1] if "conv_layers.0.conv1x1c.weight" in state else 0
+    has_speaker = "conv_layers.0.conv1x1g.weight" in state
+    speakers = state["embed_speakers.weight"].shape[0] if "embed_speakers.weight" in state else 0
+    if has_speaker and not speakers:
+        raise ValueError("from_wavenet_vocoder: global conditioning without a speaker embedding is not supported")
+
+    model = WaveNet(
+        layers=layers,
+        cycles=stacks,
+        residual_channels=conv.shape[1],
+        gate_channels=conv.shape[0] // 2,
+        skip_channels=skip.shape[0],
+        kernel_size=conv.shape[2],
+        distribution=distribution,
+        classes=outputs if not scalar else int(hparams.get("quantize_channels", 65536)),
+        mixtures=1 if scalar and outputs == 2 else max(1, outputs // 3),
+        local_channels=local,
+        speakers=speakers,
+        speaker_channels=state["embed_speakers.weight"].shape[1] if speakers else 1,
+        start=0.0 if scalar else 127,
+        log_scale_min=float(hparams.get("log_scale_min", -7.0)),
+    )
+    target: dict[str, Tensor] = {"input.weight": first, "input.bias": take("first_conv.bias")}
+    for i in range(layers):
+        p, q = f"conv_layers.{i}", f"layers.{i}"
+        down, up = 2.0 ** (-i / 2), 2.0 ** (i / 2)
+        skips = 0.5 ** ((layers - max(i, 1)) / 2) if legacy else math.sqrt(1 / layers)
+        target[f"{q}.conv.weight"] = take(f"{p}.conv.weight") * down
+        bias = take(f"{p}.conv.bias")
+        for name, key in (("local", "conv1x1c"), ("speaker", "conv1x1g")):
+            if f"{p}.{key}.weight" in state:
+                weight = take(f"{p}.{key}.weight")
+                target[f"{q}.{name}.weight"] = weight if name == "local" else weight[:, :, 0]
+                if f"{p}.{key}.bias" in state:
+                    bias = bias + take(f"{p}.{key}.bias")
+        target[f"{q}.conv.bias"] = bias
+        for part in ("weight", "bias"):
+            residual, skip = take(f"{p}.conv1x1_out.{part}"), take(f"{p}.conv1x1_skip.{part}")
+            target[f"{q}.out.{part}"] = torch.cat([residual * up, skip * skips])
+    for name, index in (("hidden", 1), ("output", 3)):
+        for part in ("weight", "bias"):
+            target[f"{name}.{part}"] = take(f"last_conv_layers.{index}.{part}")
+    if speakers:
+        target["embedding.weight"] = take("embed_speakers.weight")
+    upsample = _upsample(state, hparams, local)
+    if upsample is not None:
+        model.upsample = upsample
+        for key, renamed in _upsample_keys(state):
+            target[f"upsample.{renamed}"] = take(key)
+    surplus = sorted(set(state) - used)
+    if surplus:
+        raise ValueError(f"from_wavenet_vocoder: the checkpoint has keys that are not understood: {surplus}")
+    try:
+        model.load_state_dict(target, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"from_wavenet_vocoder: {error}") from error
+    return model.eval()
+
+
+def _folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weight normalisation (g, v) multiplied out."""
+    folded = {k: v for k, v in state.items() if not k.endswith(("_g", "_v"))}
+    for key, v in state.items():
+        if key.endswith("_v"):
+            g = state.get(key[:-2] + "_g")
+            if g is None:
+                raise ValueError(f"from_wavenet_vocoder: the checkpoint has {key!r} without {key[:-2] + '_g'!r}")
+            folded[key[:-2]] = torch._weight_norm(v, g, 0)
+    return folded
+
+
+def _upsample(state: dict[str, Tensor], hparams: dict[str, Any], channels: int) -> nn.Module | None:
+    if any(k.startswith("upsample_conv.") for k in state):
+        weights = [v for k, v in sorted(state.items()) if re.fullmatch(r"upsample_conv\.\d+\.weight", k)]
+        weights = [state[f"upsample_conv.{2 * i}.weight"] for i in range(len(weights))]
+        return TransposedUpsample([w.shape[3] for w in weights], weights[0].shape[2], relu=True)
+    if any(k.startswith("upsample_net.") for k in state):
+        params = dict(hparams.get("upsample_params", {}))
+        if params.get("upsample_activation", "none") != "none" or params.get("mode", "nearest") != "nearest":
+            raise ValueError("from_wavenet_vocoder: only nearest upsampling without activations is supported")
+        prefix = "upsample_net.upsample." if "upsample_net.conv_in.weight" in state else "upsample_net."
+        weights = [v for _, v in sorted(_layers(state, prefix).items())]
+        conv_in = state.get("upsample_net.conv_in.weight")
+        pad = 0 if conv_in is None else (conv_in.shape[2] - 1) // 2
+        scales = [(w.shape[3] - 1) // 2 for w in weights]
+        return StretchUpsample(scales, weights[0].shape[2], channels=0 if conv_in is None else channels, pad=pad)
+    return None
+
+
+def _layers(state: dict[str, Tensor], prefix: str) -> dict[int, Tensor]:
+    pattern = re.escape(prefix) + r"up_layers\.(\d+)\.weight"
+    return {int(m[1]): v for k, v in state.items() if (m := re.fullmatch(pattern, k))}
+
+
+def _upsample_keys(state: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """(key in the checkpoint, key in fastgen's upsampling module)."""
+    keys = []
+    for key in state:
+        if m := re.fullmatch(r"upsample_conv\.(\d+)\.(weight|bias)", key):
+            keys.append((key, f"convs.{int(m[1]) // 2}.{m[2]}"))
+        elif m := re.fullmatch(r"upsample_net\.(?:upsample\.)?up_layers\.(\d+)\.weight", key):
+            keys.append((key, f"convs.{int(m[1]) // 2}.weight"))
+        elif key == "upsample_net.conv_in.weight":
+            keys.append((key, "conv_in.weight"))
+    return keys

@@ -1,0 +1,167 @@
+"""Dilated causal convolution with a gate: the heart of a WaveNet layer.
+
+    a_t = sum_k W_k x_{t - (K-1-k) d} + b + c_t        (2H)     x is zero before its first sample
+    z_t = tanh(a_t[:H]) * sigmoid(a_t[H:])             (H)
+
+Source: van den Oord et al., "WaveNet: A Generative Model for Raw Audio" (2016), equations 2 and 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.backend import lib, resolve
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def gated_causal_conv1d_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, cond: Tensor | None = None, *, dilation: int = 1
+) -> Tensor:
+    """The specification, in plain PyTorch: any device and dtype, differentiable."""
+    a = F.conv1d(F.pad(x, ((weight.shape[2] - 1) * dilation, 0)), weight, bias, dilation=dilation)  # (B, 2H, T)
+    if cond is not None:
+        a = a + cond
+    tanh, sigmoid = a.chunk(2, 1)
+    return torch.tanh(tanh) * torch.sigmoid(sigmoid)
+
+
+lib.define("gated_causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? cond, int dilation) -> Tensor")
+lib.define(
+    "gated_causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? cond, int dilation) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("fastgen::gated_causal_conv1d", lib=lib)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, dilation: int) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // 2, x.shape[2])
+
+
+@torch.library.register_fake("fastgen::gated_causal_conv1d_backward", lib=lib)
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, dilation: int
+) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), x.new_empty(weight.shape), x.new_empty(weight.shape[0]), empty_cond_grad(x, cond)
+
+
+def empty_cond_grad(x: Tensor, cond: Tensor | None) -> Tensor:
+    """What a backward kernel returns for `cond`: its gradient, or nothing (0 elements)."""
+    return x.new_empty(0 if cond is None else cond.shape)
+
+
+class _GatedCausalConv1d(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, dilation: int) -> Tensor:
+        return torch.ops.fastgen.gated_causal_conv1d(x, weight, bias, cond, dilation)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.dilation = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, cond = ctx.saved_tensors
+        grads = torch.ops.fastgen.gated_causal_conv1d_backward(
+            grad.contiguous(), x, weight, bias, cond, ctx.dilation
+        )  # fmt: skip
+        return grads[0], grads[1], None if bias is None else grads[2], None if cond is None else grads[3], None
+
+
+def check_gate(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, dilation: int) -> None:
+    """Raise on arguments that do not fit together, naming the argument, what was expected and what came."""
+    check(op, "x", x, x, (None, None, None))
+    check(op, "weight", weight, x, (None, x.shape[1], None))
+    rows = weight.shape[0]
+    if rows % 2 or rows == 0:
+        raise ValueError(f"{op}: weight needs an even number of rows (tanh half, sigmoid half), got {rows}")
+    if weight.shape[2] < 1:
+        raise ValueError(f"{op}: weight needs a kernel size >= 1, got 0")
+    if bias is not None:
+        check(op, "bias", bias, x, (rows,))
+    if cond is not None:
+        steps = cond.shape[2] if cond.dim() == 3 and cond.shape[2] == 1 else x.shape[2]
+        check(op, "cond", cond, x, (x.shape[0], rows, steps))
+    if not isinstance(dilation, int | torch.SymInt) or dilation < 1:
+        raise ValueError(f"{op}: dilation must be an integer >= 1, got {dilation!r}")
+
+
+def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> None:
+    """Rank, sizes (None: any), dtype and device of one argument, against those of x."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    wanted = tuple("any" if n is None else n for n in shape)
+    if tensor.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, tensor.shape, strict=True)):
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float64, got {tensor.dtype}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, x is {like.dtype}; all tensors must share one dtype")
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {like.device}")
+
+
+def autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, the tensors in its dtype."""
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def gated_causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    cond: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Dilated causal convolution, tanh times sigmoid.
+
+    Parameters
+    ----------
+    x
+        (B, C, T) float32, bfloat16 or float64; any strides.
+    weight
+        (2H, C, K), same dtype: the first H rows feed tanh, the last H the sigmoid; the last tap is the current sample.
+    bias
+        (2H,).
+    cond
+        (B, 2H, T), or (B, 2H, 1) for conditioning that is constant in time; added inside the gate.
+    dilation
+        Distance between taps, >= 1.
+    backend
+        See `fastgen.backend`.
+
+    Returns
+    -------
+    (B, H, T), dtype of x. Sums are float32 (float64 for float64).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Shapes, dtypes or devices that do not fit: the message names the argument, what was expected and what came.
+    BackendError
+        An explicit backend that cannot run here.
+
+    Notes
+    -----
+    Source: van den Oord et al., "WaveNet" (2016).
+    """
+    x, weight, bias, cond = autocast(x.device, x, weight, bias, cond)  # type: ignore[assignment]
+    check_gate("gated_causal_conv1d", x, weight, bias, cond, dilation)
+    if resolve("gated_causal_conv1d", backend, x.device) == "reference":
+        return gated_causal_conv1d_reference(x, weight, bias, cond, dilation=dilation)
+    args = (x.contiguous(), weight.contiguous(), *(None if t is None else t.contiguous() for t in (bias, cond)))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        return _GatedCausalConv1d.apply(*args, dilation)  # type: ignore[no-any-return,no-untyped-call]
+    return torch.ops.fastgen.gated_causal_conv1d(*args, dilation)  # type: ignore[no-any-return]
