@@ -51,7 +51,7 @@ inline void prefer_huge_pages(const Tensor& tensor) {
 #endif
 }
 
-inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size) {
+inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& size) {
   Tensor tensor = torch::stable::new_empty(like, size);
   prefer_huge_pages(tensor);
   return tensor;
