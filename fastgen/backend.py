@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import threading
 import warnings
 from collections.abc import Iterator
-from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -27,7 +27,11 @@ class BackendError(RuntimeError):
     """A backend was asked for that cannot run this call."""
 
 
-_forced: ContextVar[str | None] = ContextVar("fastgen_backend", default=None)
+class _Forced(threading.local):  # dynamo traces a thread-local attribute, but no ContextVar
+    name: str | None = None
+
+
+_forced = _Forced()
 _warned: set[str] = set()
 
 
@@ -42,12 +46,12 @@ _environment = _check_name(os.environ.get("FASTGEN_BACKEND") or "auto", "FASTGEN
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every fastgen op in this context on `name`: cpu, triton, cuda, reference or auto."""
-    token = _forced.set(_check_name(name, "use_backend"))
+    """Run every fastgen op of this thread on `name` within the context: cpu, triton, cuda, reference or auto."""
+    before, _forced.name = _forced.name, _check_name(name, "use_backend")
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.name = before
 
 
 def cpu_features() -> dict[str, bool]:
@@ -86,6 +90,7 @@ def _load_cpu() -> tuple[str | None, str | None]:
 cpu_isa, _cpu_reason = _load_cpu()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(op: str, backend: str) -> str | None:
     """The reason why `backend` cannot run `op` on this machine, or None where it can."""
     if backend == "reference":
@@ -107,7 +112,7 @@ def resolve(op: str, backend: str | None, device: torch.device) -> str:
     BackendError
         If an explicitly chosen backend cannot run; names the op, the reason and what to do.
     """
-    name = _check_name(backend, f"{op}: backend") if backend else (_forced.get() or _environment)
+    name = (_forced.name or _environment) if backend is None else _check_name(backend, f"{op}: backend")
     if name != "auto":
         reason = why_not(op, name)
         if reason is None and name == "cpu" and device.type not in ("cpu", "meta"):

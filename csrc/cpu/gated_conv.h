@@ -241,16 +241,15 @@ void transpose(const T* from, int64_t rows, T* to, int64_t ld) {  // (rows, kTil
 template <class T, int Wide>
 void accumulate_block(const T* a, const T* b, T* c, int64_t rows, int64_t ld) {
   for (int64_t r = 0; r < rows; r += kRows) {
-    Vec<T> sum[kRows][Wide];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < Wide; ++v) sum[i][v] = load(c + (r + i) * ld + v * kLanes<T>);
+    Vec<T> sum[kRows][Wide] = {};  // a tile's own sum first: c may be far larger, and would round every product away
     multiply_add<T>(sum, a + r * kTile<T>, kTile<T>, 1, b, ld, kTile<T>);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < Wide; ++v) store(c + (r + i) * ld + v * kLanes<T>, sum[i][v]);
+      for (int v = 0; v < Wide; ++v) {
+        T* to = c + (r + i) * ld + v * kLanes<T>;
+        store(to, load(to) + sum[i][v]);
+      }
   }
 }
 template <class T>
@@ -300,7 +299,7 @@ void layer_backward(const LayerShape& s, const LayerTensors<E>& in, const E* gra
 
   const int64_t threads = torch::stable::get_num_threads();
   int64_t segments = s.batch % threads == 0 ? 1 : std::clamp<int64_t>(s.steps / (2 * s.reach() + tile), 1, threads);
-  const int64_t length = round_up((s.steps + segments - 1) / segments, tile);
+  const int64_t length = std::max(tile, round_up((s.steps + segments - 1) / segments, tile));
   segments = (s.steps + length - 1) / length;
   const int64_t items = s.batch * segments, workers = std::min(items, threads);
   const int64_t weight_size = 2 * hp * ld, out_size = op * zld;

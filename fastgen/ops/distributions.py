@@ -50,7 +50,7 @@ def log_prob(kind: str, parameters: Tensor, x: Tensor, *, levels: int = 256, log
     upper = inverse * (x - means + half)
     lower = inverse * (x - means - half)
     # log(sigmoid(upper) - sigmoid(lower)), stable in both tails; the outermost bins reach to infinity
-    log_inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
+    log_inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-2 * half * inverse))
     log_p = torch.where(x < -1 + half, F.logsigmoid(upper), torch.where(x > 1 - half, F.logsigmoid(-lower), log_inside))
     return torch.logsumexp(log_weights + log_p, -1)
 

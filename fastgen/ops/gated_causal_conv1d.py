@@ -110,7 +110,7 @@ def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | N
 
 def autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, the tensors in its dtype."""
-    if not torch.is_autocast_enabled(device.type):
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

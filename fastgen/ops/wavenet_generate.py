@@ -120,6 +120,7 @@ class Generator:
         self.backend = resolve("wavenet_generate", backend, weights.conv.device)
         self.weights = WaveNetWeights(*(t.contiguous() for t in weights))
         self.dilations = list(dilations)
+        _check_network(self.weights, self.dilations, distribution)
         self.distribution = distribution
         self.log_scale_min = log_scale_min
         self.dtype = dtype
@@ -159,7 +160,13 @@ class Generator:
         Returns
         -------
         samples (B, T), int64 classes or float32 values; parameters (B, T, O) float32 or None.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Shapes, dtypes or values that do not fit: the message names the argument, what was expected and what came.
         """
+        self._check_call(state, uniforms, gate_bias, cond, given)
         batch, steps = uniforms.shape[:2]
         w = self.weights
         outputs = w.output.shape[0]
@@ -180,6 +187,69 @@ class Generator:
         )  # fmt: skip
         state.position += steps
         return samples, kept
+
+    def _check_call(
+        self, state: GenerationState, uniforms: Tensor, gate_bias: Tensor, cond: Tensor | None, given: Tensor | None
+    ) -> None:
+        """The kernels read these tensors as they lie in memory: nothing that does not fit may reach them."""
+        layers, gates, residual, kernel_size = self.weights.conv.shape
+        categorical = self.distribution == "categorical"
+        kind = torch.int64 if categorical else torch.float32
+        if uniforms.dim() != (2 if categorical else 3) or (not categorical and uniforms.shape[2] != 2):
+            wanted = "(B, T)" if categorical else "(B, T, 2)"
+            raise ValueError(f"wavenet_generate: uniforms must be {wanted}, got {tuple(uniforms.shape)}")
+        batch, steps = uniforms.shape[:2]
+        rows = (kernel_size - 1) * sum(self.dilations)
+        streams = gate_bias.shape[0] if gate_bias.dim() else 0
+        known = given.shape[1] if given is not None and given.dim() == 2 else 0
+        for name, tensor, dtype, shape in (
+            ("uniforms", uniforms, torch.float32, uniforms.shape),
+            ("gate_bias", gate_bias, torch.float32, (batch if streams != 1 else 1, layers, gates)),
+            ("cond", cond, torch.float32, (batch, steps, layers, gates)),
+            ("given", given, kind, (batch, min(known, steps))),
+            ("state.history", state.history, torch.float32, (batch, rows, -(-residual // 16) * 16)),
+            ("state.last", state.last, kind, (batch,)),
+        ):
+            if tensor is None:
+                continue
+            if tensor.dtype != dtype:
+                raise TypeError(f"wavenet_generate: {name} must be {dtype}, got {tensor.dtype}")
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"wavenet_generate: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+            if tensor.device != self.weights.conv.device:
+                raise ValueError(
+                    f"wavenet_generate: {name} is on {tensor.device}, weights on {self.weights.conv.device}"
+                )
+            if name.startswith("state.") and not tensor.is_contiguous():
+                raise ValueError(f"wavenet_generate: {name} must be contiguous, got strides {tensor.stride()}")
+            if name in ("given", "state.last") and categorical and tensor.numel():
+                low, high, classes = int(tensor.min()), int(tensor.max()), self.weights.input.shape[0]
+                if low < 0 or high >= classes:
+                    raise ValueError(f"wavenet_generate: {name} must lie in [0, {classes}), got {low} to {high}")
+        if not bool(torch.isfinite(gate_bias).all()):
+            raise ValueError("wavenet_generate: gate_bias holds NaN or infinity")
+
+
+def _check_network(w: WaveNetWeights, dilations: list[int], distribution: str) -> None:
+    if distribution not in distributions.KINDS:
+        raise ValueError(f"wavenet_generate: distribution must be one of {distributions.KINDS}, got {distribution!r}")
+    if w.conv.dim() != 4 or w.conv.shape[1] % 2:
+        raise ValueError(f"wavenet_generate: weights.conv must be (L, 2H, R, K), got {tuple(w.conv.shape)}")
+    layers, gates, residual, _ = w.conv.shape
+    skip, outputs = w.hidden.shape[0], w.output.shape[0]
+    shapes = {
+        "input": (outputs if distribution == "categorical" else 1, residual), "input_bias": (residual,),
+        "residual": (layers, residual, gates // 2), "residual_bias": (layers, residual),
+        "skip": (layers, skip, gates // 2), "skip_bias": (skip,), "hidden": (skip, skip), "hidden_bias": (skip,),
+        "output": (outputs, skip), "output_bias": (outputs,),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        if tuple(getattr(w, name).shape) != shape:
+            raise ValueError(f"wavenet_generate: weights.{name} must be {shape}, got {tuple(getattr(w, name).shape)}")
+    if distribution != "categorical" and outputs % 3 and not (distribution == "gaussian" and outputs == 2):
+        raise ValueError(f"wavenet_generate: weights.output must have 3 rows for each component, got {outputs}")
+    if len(dilations) != layers or any(not isinstance(d, int) or d < 1 for d in dilations):
+        raise ValueError(f"wavenet_generate: dilations must be {layers} integers >= 1, got {dilations}")
 
 
 @torch.no_grad()
@@ -231,4 +301,8 @@ def wavenet_generate_reference(
         samples.append(sample)
         if parameters:
             kept.append(out)
+    if not samples:
+        batch = state.last.shape[0]
+        nothing = weights.output.new_empty(batch, 0, weights.output.shape[0])
+        return state.last.new_empty(batch, 0), nothing if parameters else None
     return torch.stack(samples, 1), torch.stack(kept, 1) if parameters else None

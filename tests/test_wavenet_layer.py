@@ -1,0 +1,363 @@
+"""gated_causal_conv1d and wavenet_layer: values and gradients against the float64 reference, on every instruction set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastgen
+from fastgen import backend
+from fastgen.ops import gated_causal_conv1d, wavenet_layer
+from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d_reference
+from fastgen.ops.wavenet_layer import wavenet_layer_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# what may come on top of a multiple of the reference's own error, which in a small sum can be near zero by chance
+FLOOR = {torch.float64: 3e-15, torch.float32: 1.5e-6, torch.bfloat16: 4e-3}
+HERE = Path(__file__)
+
+
+def arguments(batch, channels, steps, gate, kernel, skip, cond="none", seed=0):
+    """float64 arguments of wavenet_layer; the first four with `cond` are those of gated_causal_conv1d."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    return {
+        "x": normal(batch, channels, steps),
+        "weight": normal(2 * gate, channels, kernel, scale=(channels * kernel) ** -0.5),
+        "bias": normal(2 * gate),
+        "out_weight": normal(channels + skip, gate, scale=gate**-0.5),
+        "out_bias": normal(channels + skip),
+        "cond": None if cond == "none" else normal(batch, 2 * gate, steps if cond == "local" else 1),
+    }
+
+
+def run(op, args, dtype, dilation, which, rounded=torch.float64):
+    """Outputs and gradients of every argument, for random cotangents rounded to `rounded`."""
+    args = {k: v if v is None else v.to(dtype).detach().requires_grad_() for k, v in args.items()}
+    out = op(**args, dilation=dilation, backend=which)
+    out = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator).to(rounded).to(dtype) for o in out]
+    leaves = {k: v for k, v in args.items() if v is not None}
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangents)
+    names = [f"out[{i}]" for i in range(len(out))] + [f"grad {k}" for k in leaves]
+    return dict(zip(names, [*out, *grads], strict=True))
+
+
+def error(result, exact):
+    return float((result.double() - exact).detach().norm() / (exact.detach().norm() + 1e-300))
+
+
+def compare(op, args, dtype, dilation):
+    """The kernel's error is at most a small multiple of the reference's own error in the same dtype."""
+    args = {k: v if v is None else v.to(dtype).double() for k, v in args.items()}
+    exact = run(op, args, torch.float64, dilation, "reference", dtype)
+    rough = run(op, args, dtype, dilation, "reference", dtype)
+    result = run(op, args, dtype, dilation, "cpu", dtype)
+    for name, value in result.items():
+        assert value.dtype == dtype
+        assert torch.isfinite(value).all(), f"{name} holds NaN or infinity"
+        got, own = error(value, exact[name]), error(rough[name], exact[name])
+        assert got <= 3 * own + FLOOR[dtype], f"{name}: error {got:.2e}, the reference's own is {own:.2e}"
+
+
+def gate_arguments(args):
+    return {k: args[k] for k in ("x", "weight", "bias", "cond")}
+
+
+@pytest.fixture(autouse=True)
+def _needs_cpu_kernels():
+    reason = backend.why_not("wavenet_layer", "cpu")
+    if reason and "cpu" not in os.environ.get("FASTGEN_REQUIRE", ""):
+        pytest.skip(reason)
+    assert reason is None, reason
+
+
+SHAPES = [
+    # batch, channels, steps, gate, kernel, skip, dilation
+    (1, 1, 1, 1, 1, 0, 1),
+    (2, 64, 200, 64, 2, 128, 4),
+    (1, 7, 33, 5, 3, 13, 2),
+    (3, 5, 101, 9, 1, 1, 1),
+    (2, 33, 503, 17, 2, 31, 64),
+    (1, 4, 7, 4, 2, 3, 8),  # every old tap lies before the start
+    (5, 3, 49, 2, 5, 1, 100),
+    (3, 8, 1500, 8, 3, 8, 7),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cond", ["none", "local", "constant"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, cond, dtype):
+    *sizes, dilation = shape
+    args = arguments(*sizes, cond)
+    compare(wavenet_layer, args, dtype, dilation)
+    compare(gated_causal_conv1d, gate_arguments(args), dtype, dilation)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    batch=st.integers(1, 4), channels=st.integers(1, 40), steps=st.integers(1, 300), gate=st.integers(1, 40),
+    kernel=st.integers(1, 4), skip=st.integers(0, 40), dilation=st.integers(1, 130),
+    cond=st.sampled_from(["none", "local", "constant"]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_matches_reference_anywhere(batch, channels, steps, gate, kernel, skip, dilation, cond, dtype, seed):
+    args = arguments(batch, channels, steps, gate, kernel, skip, cond, seed)
+    compare(wavenet_layer, args, dtype, dilation)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch in (1, 2, 3):
+            compare(wavenet_layer, arguments(batch, 6, 700, 6, 2, 5), torch.float32, 16)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_biases():
+    args = arguments(2, 6, 50, 5, 2, 4) | {"bias": None, "out_bias": None}
+    compare(wavenet_layer, args, torch.float32, 3)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(isa):
+    """The same tests under each instruction set that this CPU has."""
+    if os.environ.get("FASTGEN_TEST_NESTED"):
+        pytest.skip("already within one instruction set")
+    if isa != "generic" and not backend.cpu_features().get(isa, False):
+        pytest.skip(f"this CPU has no {isa}")
+    code = f"import fastgen.backend as b; assert b.cpu_isa == {isa!r}, (b.cpu_isa, b.why_not('wavenet_layer', 'cpu'))"
+    env = os.environ | {"FASTGEN_CPU_ISA": isa, "FASTGEN_TEST_NESTED": "1", "FASTGEN_REQUIRE": "cpu"}
+    subprocess.run([sys.executable, "-P", "-c", code], env=env, check=True)
+    command = [sys.executable, "-P", "-m", "pytest", "-q", str(HERE), "-k", "(matches_reference and local) or poison"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent.parent)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_strided_and_expanded_inputs():
+    args = arguments(3, 6, 40, 5, 2, 4, "local")
+    plain = wavenet_layer(**args, dilation=2, backend="cpu")
+    strided = args | {
+        "x": args["x"].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "weight": args["weight"].permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "out_weight": args["out_weight"].T.contiguous().T,
+        "cond": torch.stack([args["cond"]] * 2, -1)[..., 0],
+    }
+    assert not any(strided[k].is_contiguous() for k in ("x", "weight", "out_weight", "cond"))
+    for a, b in zip(plain, wavenet_layer(**strided, dilation=2, backend="cpu"), strict=True):
+        assert torch.equal(a, b)
+    one = args["x"][:1].expand(3, -1, -1)
+    got = wavenet_layer(**(args | {"x": one}), backend="cpu")[0]
+    torch.testing.assert_close(got, wavenet_layer_reference(**(args | {"x": one}))[0])
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0)])
+def test_empty(batch, steps):
+    args = {k: v if v is None else v.float() for k, v in arguments(batch, 4, steps, 3, 2, 5).items()}
+    args["x"].requires_grad_()
+    args["weight"].requires_grad_()
+    residual, skip = wavenet_layer(**args, backend="cpu")
+    assert residual.shape == (batch, 4, steps)
+    assert skip.shape == (batch, 5, steps)
+    (residual.sum() + skip.sum()).backward()
+    assert args["x"].grad.shape == (batch, 4, steps)
+    assert torch.equal(args["weight"].grad, torch.zeros_like(args["weight"]))
+
+
+def test_two_runs_give_the_same_bits():
+    args = arguments(3, 20, 900, 20, 2, 30, "local")
+    runs = [run(wavenet_layer, args, torch.float32, 8, "cpu") for _ in range(3)]
+    for other in runs[1:]:
+        for name, value in other.items():
+            assert torch.equal(value, runs[0][name]), name
+
+
+def test_every_element_is_written_poison():
+    """Outputs that start as NaN end without."""
+    for dtype in DTYPES:
+        args = {k: v if v is None else v.to(dtype) for k, v in arguments(2, 5, 61, 4, 2, 6).items()}
+        out = tuple(torch.full((2, n, 61), float("nan"), dtype=dtype) for n in (5, 6))
+        same = wavenet_layer(**args, dilation=3, out=out, backend="cpu")
+        assert same[0] is out[0]
+        for a, b in zip(out, wavenet_layer(**args, dilation=3, backend="cpu"), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_inputs_are_left_alone():
+    args = {k: v.float() for k, v in arguments(2, 5, 61, 4, 2, 6, "local").items()}
+    before = {k: v.clone() for k, v in args.items()}
+    run(wavenet_layer, args, torch.float32, 2, "cpu")
+    assert all(torch.equal(args[k], before[k]) for k in args)
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_causal(kernel):
+    """A changed x_t changes nothing before t, and something at t and at each of the taps' distances."""
+    args = {k: v if v is None else v.float() for k, v in arguments(1, 4, 64, 4, kernel, 4).items()}
+    a = wavenet_layer(**args, dilation=5, backend="cpu")[1]
+    changed = args["x"].clone()
+    changed[..., 30] += 1
+    b = wavenet_layer(**(args | {"x": changed}), dilation=5, backend="cpu")[1]
+    where = (a != b).any(1)[0].nonzero()[:, 0].tolist()
+    assert where == [30 + 5 * k for k in range(kernel)]
+
+
+def test_nan_stays_in_its_column():
+    args = {k: v if v is None else v.float() for k, v in arguments(1, 4, 100, 4, 2, 4).items()}
+    args["x"][0, 2, 50] = float("nan")
+    residual, skip = wavenet_layer(**args, dilation=5, backend="cpu")
+    assert skip.isnan().any(1)[0].nonzero()[:, 0].tolist() == [50, 55]
+    exact = wavenet_layer_reference(**args, dilation=5)
+    assert torch.equal(residual.isnan(), exact[0].isnan())
+
+
+def test_saturated_gates():
+    """Far in the tails tanh and sigmoid are their limits, and the gradients finite."""
+    args = arguments(1, 3, 40, 4, 2, 3)
+    args["bias"] = torch.tensor([50.0, -50, 1e4, -1e4, 90, -90, 1e4, -1e4], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        result = run(wavenet_layer, args, dtype, 1, "cpu")
+        exact = run(wavenet_layer, args, torch.float64, 1, "reference")
+        for name, value in result.items():
+            assert torch.isfinite(value).all(), name
+            torch.testing.assert_close(value.double(), exact[name], atol=2e-5, rtol=1e-4)
+
+
+def test_gradcheck():
+    args = {k: v.requires_grad_() for k, v in arguments(2, 3, 9, 2, 2, 2, "local").items()}
+    names = list(args)
+
+    def call(*values):
+        return wavenet_layer(**dict(zip(names, values, strict=True)), dilation=2, backend="cpu")
+
+    assert torch.autograd.gradcheck(call, tuple(args.values()))
+    gate = {k: args[k] for k in ("x", "weight", "bias", "cond")}
+    assert torch.autograd.gradcheck(lambda *v: gated_causal_conv1d(*v, dilation=2, backend="cpu"), tuple(gate.values()))
+
+
+def test_opcheck():
+    args = {k: v.float() for k, v in arguments(2, 3, 17, 4, 2, 5, "local").items()}
+    values = (*args.values(), 2)
+    torch.library.opcheck(torch.ops.fastgen.wavenet_layer.default, values)
+    residual, skip = torch.ops.fastgen.wavenet_layer(*values)
+    torch.library.opcheck(torch.ops.fastgen.wavenet_layer_backward.default, (residual, skip, *values))
+    torch.library.opcheck(torch.ops.fastgen.wavenet_layer_out.default, (*values, residual, skip))
+    gate = (*gate_arguments(args).values(), 2)
+    torch.library.opcheck(torch.ops.fastgen.gated_causal_conv1d.default, gate)
+    z = torch.ops.fastgen.gated_causal_conv1d(*gate)
+    torch.library.opcheck(torch.ops.fastgen.gated_causal_conv1d_backward.default, (z, *gate))
+
+
+def test_compile_fullgraph_forward_backward_and_dynamic():
+    args = {k: v.float() for k, v in arguments(2, 3, 50, 4, 2, 5).items() if v is not None}
+    args["weight"].requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **a: wavenet_layer(**a, dilation=2), fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for steps in (50, 37, 91):
+            a = args | {"x": torch.randn(2, 3, steps)}
+            (grad,) = torch.autograd.grad(sum(o.sum() for o in compiled(**a)), args["weight"])
+            (exact,) = torch.autograd.grad(
+                sum(o.sum() for o in wavenet_layer_reference(**a, dilation=2)), args["weight"]
+            )
+            torch.testing.assert_close(grad, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_export_and_meta():
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight, out_weight):
+            return wavenet_layer(x, weight, None, out_weight, None, dilation=2)
+
+    args = {k: v.float() for k, v in arguments(2, 3, 50, 4, 2, 5).items() if v is not None}
+    inputs = (args["x"], args["weight"], args["out_weight"])
+    program = torch.export.export(Layer(), inputs)
+    for a, b in zip(program.module()(*inputs), Layer()(*inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    residual, skip = Layer()(*(t.to("meta") for t in inputs))
+    assert residual.shape == (2, 3, 50)
+    assert skip.shape == (2, 5, 50)
+
+
+def test_functional_grad_and_vmap():
+    args = {k: v for k, v in arguments(2, 3, 20, 4, 2, 5).items() if v is not None}
+
+    def loss(weight, op):
+        return op(args["x"], weight, args["bias"], dilation=2).square().sum()
+
+    exact = torch.func.grad(lambda w: loss(w, gated_causal_conv1d_reference))(args["weight"])
+    torch.testing.assert_close(torch.func.grad(lambda w: loss(w, gated_causal_conv1d))(args["weight"]), exact)
+
+
+def test_autocast():
+    args = {k: v.float() for k, v in arguments(2, 3, 20, 4, 2, 5).items() if v is not None}
+    with torch.autocast("cpu", torch.bfloat16):
+        residual, _ = wavenet_layer(**args, backend="cpu")
+    assert residual.dtype == torch.bfloat16
+    exact = wavenet_layer_reference(**args)[0]
+    assert float((residual - exact).norm() / exact.norm()) < 0.02
+
+
+def test_backend_that_runs(monkeypatch):
+    """auto and "cpu" call the kernel, "reference" does not."""
+    calls = []
+    real = torch.ops.fastgen.gated_causal_conv1d
+    monkeypatch.setattr(torch.ops.fastgen, "gated_causal_conv1d", lambda *a: calls.append(1) or real(*a))
+    args = {k: v if v is None else v.float() for k, v in gate_arguments(arguments(1, 2, 5, 2, 2, 1)).items()}
+    for which, expected in ((None, 1), ("cpu", 2), ("reference", 2)):
+        gated_causal_conv1d(**args, backend=which)
+        assert len(calls) == expected
+    with fastgen.use_backend("reference"):
+        gated_causal_conv1d(**args)
+    assert len(calls) == 2
+
+
+BAD = {
+    "x rank": ({"x": torch.zeros(3, 4)}, ValueError, r"x must have shape .* got \(3, 4\)"),
+    "x dtype": ({"x": torch.zeros(2, 3, 9, dtype=torch.int64)}, TypeError, "x must be float32.*got torch.int64"),
+    "mixed": ({"x": torch.zeros(2, 3, 9)}, TypeError, "weight is torch.float64, x is torch.float32"),
+    "channels": ({"weight": torch.zeros(8, 4, 2).double()}, ValueError, r"weight must have shape .*got \(8, 4, 2\)"),
+    "odd rows": ({"weight": torch.zeros(7, 3, 2).double()}, ValueError, "even number of rows.*got 7"),
+    "no taps": ({"weight": torch.zeros(8, 3, 0).double()}, ValueError, "kernel size >= 1, got 0"),
+    "bias": ({"bias": torch.zeros(7).double()}, ValueError, r"bias must have shape \(8,\), got \(7,\)"),
+    "cond": ({"cond": torch.zeros(2, 8, 5).double()}, ValueError, r"cond must have shape \(2, 8, 9\)"),
+    "out_weight": ({"out_weight": torch.zeros(5, 3).double()}, ValueError, "out_weight must have shape"),
+    "few rows": ({"out_weight": torch.zeros(2, 4).double()}, ValueError, "at least C = 3 rows, got 2"),
+    "out_bias": ({"out_bias": torch.zeros(4).double()}, ValueError, "out_bias must have shape"),
+    "dilation": ({"dilation": 0}, ValueError, "dilation must be an integer >= 1, got 0"),
+    "device": ({"weight": torch.zeros(8, 3, 2, device="meta").double()}, ValueError, "weight is on meta, x is on cpu"),
+    "not a tensor": ({"bias": [0.0] * 8}, TypeError, "bias must be a tensor, got list"),
+    "backend": ({"backend": "gpu"}, ValueError, "expected one of cpu, triton"),
+    "no triton": ({"backend": "triton"}, fastgen.BackendError, "'triton' was requested but cannot run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    change, kind, message = BAD[case]
+    args = arguments(2, 3, 9, 4, 2, 2) | {"dilation": 1} | change
+    with pytest.raises(kind, match=message):
+        wavenet_layer(**args)
+
+
+def test_bad_out():
+    args = arguments(2, 3, 9, 4, 2, 2)
+    good = (torch.empty(2, 3, 9).double(), torch.empty(2, 2, 9).double())
+    with pytest.raises(ValueError, match=r"out\[1\] must have shape \(2, 2, 9\)"):
+        wavenet_layer(**args, out=(good[0], good[0]))
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        wavenet_layer(**args, out=(good[0].mT.contiguous().mT, good[1]))
+    args["x"].requires_grad_()
+    with pytest.raises(ValueError, match="gradients are needed"):
+        wavenet_layer(**args, out=good)
