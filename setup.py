@@ -27,7 +27,7 @@ def skip(why: str) -> None:
     """An explicit request fails; the automatic one says what is left out."""
     if WANT not in ("auto", "none"):
         sys.exit(f"fastgen: FASTGEN_BUILD={WANT}, but {why}")
-    print(f"\n*** fastgen: NOT building the C++ kernels: {why}. The pure PyTorch reference will run.\n", file=sys.stderr)
+    print(f"\n*** fastgen: NOT building the C++ kernels: {why}. The PyTorch reference will run.\n", file=sys.stderr)
 
 
 def extensions() -> tuple[list[Extension], dict[str, type]]:

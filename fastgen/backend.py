@@ -1,8 +1,8 @@
 """Which backend runs an op, why another does not, and how to force one.
 
 Order of precedence: the op's `backend=` argument, `fastgen.use_backend(...)`, the environment variable FASTGEN_BACKEND,
-then `auto`: the fastest backend that can run the call. An explicit choice never falls back: it raises. `auto` falls back
-to the reference with one warning that says why.
+then `auto`: the fastest backend that can run the call. An explicit choice never falls back: it raises. `auto` falls
+back to the reference with one warning that says why.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ BACKENDS = ("cpu", "triton", "cuda", "reference")
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")  # slowest first
 
 lib = torch.library.Library("fastgen", "FRAGMENT")
+lib.define("fma_peak() -> float")
 
 
 class BackendError(RuntimeError):
@@ -57,7 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
 def cpu_features() -> dict[str, bool]:
     """Instruction sets of this machine that fastgen has kernels for; empty without the compiled part."""
     try:
-        from fastgen import _host
+        from fastgen import _host  # type: ignore[attr-defined]
     except ImportError:
         return {}
     return dict(_host.cpu_features())

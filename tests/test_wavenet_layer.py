@@ -1,4 +1,4 @@
-"""gated_causal_conv1d and wavenet_layer: values and gradients against the float64 reference, on every instruction set."""
+"""gated_causal_conv1d and wavenet_layer: values and gradients against the float64 reference, for every ISA."""
 
 import os
 import subprocess

@@ -16,8 +16,8 @@ Tensor gated_causal_conv1d(Tensor x, Tensor weight, std::optional<Tensor> bias, 
   dispatch_float(x.scalar_type(), "gated_causal_conv1d", [&](auto zero) {
     using E = decltype(zero);
     const bool constant = cond && cond->size(2) != s.steps;
-    const LayerTensors<E> in{data_of<E>(x), data_of<E>(weight), data_of<E>(bias), nullptr, nullptr, data_of<E>(cond),
-                             constant};
+    const LayerTensors<E> in{data_of<E>(x), data_of<E>(weight), data_of<E>(bias), nullptr,
+                             nullptr,       data_of<E>(cond),   constant};
     layer_forward<ComputeType<E>, E>(s, in, static_cast<E*>(z.data_ptr()), nullptr, nullptr);
   });
   return z;
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_causal_conv1d_backward(Tensor g
   dispatch_float(x.scalar_type(), "gated_causal_conv1d", [&](auto zero) {
     using E = decltype(zero);
     const bool constant = cond && cond->size(2) != s.steps;
-    const LayerTensors<E> in{data_of<E>(x), data_of<E>(weight), data_of<E>(bias), nullptr, nullptr, data_of<E>(cond),
-                             constant};
+    const LayerTensors<E> in{data_of<E>(x), data_of<E>(weight), data_of<E>(bias), nullptr,
+                             nullptr,       data_of<E>(cond),   constant};
     Result<E> gx(grad_x), gw(grad_weight), gb(grad_bias), gc(grad_cond);
     layer_backward<ComputeType<E>, E>(s, in, data_of<E>(grad), nullptr, nullptr,
                                       {gx.data(), gw.data(), gb.data(), nullptr, nullptr, cond ? gc.data() : nullptr});

@@ -274,8 +274,8 @@ void add_row_sums(const T* tile, int64_t rows, T* sums) {
 }
 
 // One pass over time, ascending. The gate is recomputed; its gradient da lives only in the tile at hand, and what it
-// gives to x at t - shift is added there at once. A thread owns segments of time: it alone writes x's gradient in them, and
-// runs on past the end of each, without counting weights, as far as the convolution reaches back.
+// gives to x at t - shift is added there at once. A thread owns segments of time: it alone writes x's gradient in them,
+// and runs on past the end of each, without counting weights, as far as the convolution reaches back.
 template <class T, class E>
 void layer_backward(const LayerShape& s, const LayerTensors<E>& in, const E* grad_z, const E* grad_residual,
                     const E* grad_skip, const LayerGradients<T>& out) {
@@ -311,12 +311,12 @@ void layer_backward(const LayerShape& s, const LayerTensors<E>& in, const E* gra
     T* out_sum = out_sums.data() + worker * out_size;
     std::vector<T> memory;
     T* inputs = tile_aligned(memory, (s.taps() + 2 * hp + 2 * hp + op) * tile + tile * (ld + zld) + tile);
-    T* da = inputs + s.taps() * tile;       // (2hp, tile)
-    T* grad_gate = da + 2 * hp * tile;      // (hp, tile)
-    T* z = grad_gate + hp * tile;           // (hp, tile)
-    T* grad_out = z + hp * tile;            // (op, tile)
-    T* inputs_t = grad_out + op * tile;     // (tile, ld)
-    T* z_t = inputs_t + tile * ld;          // (tile, zld)
+    T* da = inputs + s.taps() * tile;    // (2hp, tile)
+    T* grad_gate = da + 2 * hp * tile;   // (hp, tile)
+    T* z = grad_gate + hp * tile;        // (hp, tile)
+    T* grad_out = z + hp * tile;         // (op, tile)
+    T* inputs_t = grad_out + op * tile;  // (tile, ld)
+    T* z_t = inputs_t + tile * ld;       // (tile, zld)
     for (int64_t item = worker * items / workers; item < (worker + 1) * items / workers; ++item) {
       const int64_t b = item / segments, first = item % segments * length;
       const int64_t last = std::min(first + length, s.steps);
@@ -387,8 +387,8 @@ void layer_backward(const LayerShape& s, const LayerTensors<E>& in, const E* gra
         }
         if (out.cond && !in.cond_constant)
           for (int64_t r = 0; r < 2 * s.gate; ++r)
-            std::memcpy(out.cond + (b * 2 * s.gate + r) * s.steps + t,
-                        da + (r < s.gate ? r : hp + r - s.gate) * tile, count * sizeof(T));
+            std::memcpy(out.cond + (b * 2 * s.gate + r) * s.steps + t, da + (r < s.gate ? r : hp + r - s.gate) * tile,
+                        count * sizeof(T));
       }
     }
   });
@@ -453,7 +453,8 @@ class Result {
       return buffer_.data();
   }
   void finish() {
-    if constexpr (!std::is_same_v<E, T>) store_row(static_cast<E*>(tensor_.data_ptr()), buffer_.data(), tensor_.numel());
+    if constexpr (!std::is_same_v<E, T>)
+      store_row(static_cast<E*>(tensor_.data_ptr()), buffer_.data(), tensor_.numel());
   }
 
  private:

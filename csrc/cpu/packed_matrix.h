@@ -1,13 +1,14 @@
-// Products of a packed weight matrix with a few vectors, for generation, where each weight is read once for each sample.
+// Products of a packed weight matrix with a few vectors, for generation, where each weight is read once for each
+// sample.
 //
-// Rows (outputs) lie in the lanes. A matrix is cut into panels of a few vectors of rows, and each panel is stored in the
-// order in which it is read: [k][row] for float32 weights, [k / 2][row][2] for bfloat16, so that one load brings both k's
-// of a pair. Activations and sums are float32.
+// Rows (outputs) lie in the lanes. A matrix is cut into panels of a few vectors of rows, and each panel is stored in
+// the order in which it is read: [k][row] for float32 weights, [k / 2][row][2] for bfloat16, so that one load brings
+// both k's of a pair. Activations and sums are float32.
 //
-// A pair of bfloat16 weights is one 32-bit word: shifted left it is the first weight as float32, and read as it stands it
-// is the second, with the first's bits as the tail of its mantissa. Packing rounds the second with that tail in mind, so
-// that it is as near to the true weight as bfloat16 allows, and no instruction is spent on clearing it.
-// With dot products of pairs both are plain bfloat16, and the activations are rounded likewise.
+// A pair of bfloat16 weights is one 32-bit word: shifted left it is the first weight as float32, and read as it stands
+// it is the second, with the first's bits as the tail of its mantissa. Packing rounds the second with that tail in
+// mind, so that it is as near to the true weight as bfloat16 allows, and no instruction is spent on clearing it. With
+// dot products of pairs both are plain bfloat16, and the activations are rounded likewise.
 #pragma once
 
 #if defined(__AVX2__)
@@ -209,7 +210,8 @@ void group_product(const PackedMatrix<W>& m, const X* const* x, const float* con
 }
 
 template <class W, class X>
-void group_product(const PackedMatrix<W>& m, const X* const* x, const float* const* init, float* const* y, int columns) {
+void group_product(const PackedMatrix<W>& m, const X* const* x, const float* const* init, float* const* y,
+                   int columns) {
   switch (columns) {
     case 1:
       return group_product<W, 1>(m, x, init, y);

@@ -49,8 +49,8 @@ inline Vec<T> splat(T s) {
   return s - Vec<T>{};
 }
 
-// sum += a * b, in the register of sum. GCC likes to put the result where b was and to move it back, and a move costs as
-// much as a multiply-add.
+// sum += a * b, in the register of sum. GCC likes to put the result where b was and to move it back, and a move costs
+// as much as a multiply-add.
 inline void add_product(VecF& sum, VecF a, VecF b) {
 #if defined(__FMA__)
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));

@@ -8,7 +8,9 @@
 //     other takes each layer's gate output, adds the skips, runs the output layers, samples, and prepares old taps. All
 //     messages go one way at a time, so neither thread waits except at the turn of a step.
 #include <atomic>
+#include <bit>
 #include <chrono>
+#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -19,8 +21,11 @@
 namespace fastgen {
 namespace {
 
-constexpr int kAhead = 8;          // samples for which old taps are computed together
-constexpr int kFewStreams = 2;     // up to here old taps are computed ahead; above, streams share the weights anyway
+constexpr int kAhead = 8;           // samples for which old taps are computed together
+constexpr int kFewStreams = 2;      // up to here old taps are computed ahead; above, streams share the weights anyway
+constexpr int kPatience = 20000;    // polls before a waiting thread offers its core to others
+constexpr double kLostShare = 0.3;  // of the time spent waiting beyond patience, above which one thread goes on alone
+constexpr double kLostAtLeast = 0.02;  // seconds
 constexpr double kSlowHandOff = 1e-6;  // seconds one way, above which two threads are slower than one
 
 // Channels and layers, from the shapes of the unpacked weights.
@@ -94,13 +99,23 @@ inline float* aligned(float* p) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 127) & ~uintptr_t{127});
 }
 
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+constexpr int64_t kParted = std::numeric_limits<int64_t>::max();  // "go home", in place of a step
+
 // A message box for one layer's gate output: the flag and, next to it, the data.
 struct alignas(128) Flag {
   std::atomic<int64_t> step{-1};
   void publish(int64_t t) { step.store(t, std::memory_order_release); }
-  void wait(int64_t t) const {
-    for (int spins = 0; step.load(std::memory_order_acquire) < t;)
-      if (++spins > 20000) std::this_thread::yield();  // the other thread may have lost its core
+  // Returns the seconds lost once patience had run out: the other thread has probably lost its core.
+  double wait(int64_t t) const {
+    for (int spins = 0; spins < kPatience; ++spins)
+      if (step.load(std::memory_order_acquire) >= t) return 0;
+    const double start = now();
+    while (step.load(std::memory_order_acquire) < t) std::this_thread::yield();
+    return now() - start;
   }
 };
 
@@ -124,12 +139,15 @@ class Streams {
       layer.length = (s.kernel_size - 1) * layer.dilation;
       layer.history = at;
       at += layer.length;
-      layer.ahead = n_ > kFewStreams ? 1 : static_cast<int>(std::min<int64_t>(kAhead, layer.dilation));
+      layer.ahead =
+          n_ > kFewStreams ? 1 : std::bit_floor(static_cast<uint32_t>(std::min<int64_t>(kAhead, layer.dilation)));
       layer.helped = two_threads && s.kernel_size > 1 && layer.dilation >= 2 * kAhead;
       layer.offset = layer.helped ? l % kAhead : 0;
       layer.pending = pending;
-      if (two_threads || layer.ahead > 1) pending += int64_t{2} * layer.ahead * n_ * 2 * h_;
-      else shared_pending_ = true;
+      if (two_threads || layer.ahead > 1)
+        pending += int64_t{2} * layer.ahead * n_ * 2 * h_;
+      else
+        shared_pending_ = true;
     }
     // one block without a use for itself: layers that prepare nothing ahead share it
     const int64_t shared = pending;
@@ -137,8 +155,8 @@ class Streams {
     for (Layer& layer : layers_)
       if (!two_threads && layer.ahead == 1) layer.pending = shared;
     bias_rows_ = job.gate_bias_stride ? n_ : 1;
-    const int64_t floats = pending + int64_t{n_} * (r_ + 4 * h_ + 3 * s_ + o_) + bias_rows_ * s.layers * 2 * h_ +
-                           int64_t{s.layers} * h_;
+    const int64_t floats =
+        pending + int64_t{n_} * (r_ + 4 * h_ + 3 * s_ + o_) + bias_rows_ * s.layers * 2 * h_ + int64_t{s.layers} * h_;
     memory_.reset(new float[floats + 64 * 16]());
     float* p = aligned(memory_.get());
     const auto take = [&](int64_t n) {
@@ -185,10 +203,11 @@ class Streams {
     for (int l = 0; l < job_.shape.layers && two_threads_; ++l) prepare(l, 0, false);
     if (two_threads_) {
       std::thread helper([this] { help(); });
-      lead();
+      const int64_t done = lead();
       helper.join();
+      if (done < job_.steps) alone(done);
     } else {
-      alone();
+      alone(0);
     }
   }
 
@@ -199,11 +218,12 @@ class Streams {
     bool helped;
   };
 
-  void alone() {
-    for (int64_t t = 0; t < job_.steps; ++t) {
+  void alone(int64_t begin) {
+    for (Layer& layer : layers_) layer.offset = 0;
+    for (int64_t t = begin; t < job_.steps; ++t) {
       embed(t);
       for (int l = 0; l < job_.shape.layers; ++l) {
-        if (t % layers_[l].ahead == 0) prepare(l, t, false);
+        if (t == begin || t % layers_[l].ahead == 0) prepare(l, t, false);
         gated(l, t);
         add_skip(l, z_at_.data());
         if (l + 1 < job_.shape.layers) add_residual(l);
@@ -212,10 +232,18 @@ class Streams {
     }
   }
 
-  void lead() {
+  // The walk through the layers; returns how many steps were made before the threads parted.
+  int64_t lead() {
     const int layers = job_.shape.layers;
+    const double start = now();
+    double lost = 0;
     for (int64_t t = 0; t < job_.steps; ++t) {
-      if (t > 0) flags_[layers].wait(t - 1);
+      const double more = t > 0 ? flags_[layers].wait(t - 1) : 0;
+      lost += more;
+      if (more > 0 && lost > kLostAtLeast && lost > kLostShare * (now() - start)) {
+        flags_[0].publish(kParted);
+        return t;
+      }
       embed(t);
       for (int l = 0; l < layers; ++l) {
         gated(l, t);
@@ -226,6 +254,8 @@ class Streams {
       for (int l = 0; l < layers; ++l)
         if (!layers_[l].helped && (t + 1) % layers_[l].ahead == 0) prepare(l, t + 1, false);
     }
+    flags_[layers].wait(job_.steps - 1);
+    return job_.steps;
   }
 
   void help() {
@@ -235,6 +265,7 @@ class Streams {
         if (layers_[l].helped && (t + 1) % kAhead == layers_[l].offset) prepare(l, t + 1, true);
       for (int l = 0; l < layers; ++l) {
         flags_[l].wait(t);
+        if (l == 0 && flags_[0].step.load(std::memory_order_relaxed) == kParted) return;
         float* z = mail_ + int64_t{l} * h_;
         add_skip(l, &z);
       }
@@ -357,9 +388,9 @@ class Streams {
                                 : sample_categorical(out, s.outputs, job_.temperature, u[0]);
         job_.classes[at] = job_.last_class[b] = c;
       } else {
-        const float v = given ? job_.given_value[b * job_.given_steps + t]
-                              : sample_mixture(job_.distribution, out, s.outputs, job_.temperature,
-                                               job_.log_scale_min, u[0], u[1]);
+        const float v =
+            given ? job_.given_value[b * job_.given_steps + t]
+                  : sample_mixture(job_.distribution, out, s.outputs, job_.temperature, job_.log_scale_min, u[0], u[1]);
         job_.values[at] = job_.last_value[b] = v;
       }
     }
@@ -394,10 +425,10 @@ double hand_off_seconds() {
   });
   double took[kRounds];
   for (int i = 0; i < kRounds; ++i) {
-    const auto start = std::chrono::steady_clock::now();
+    const double start = now();
     there.publish(i);
     back.wait(i);
-    took[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 2;
+    took[i] = (now() - start) / 2;
   }
   other.join();
   std::nth_element(took, took + kRounds / 2, took + kRounds);

@@ -12,8 +12,12 @@ template <class E>
 LayerTensors<E> tensors_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const Tensor& out_weight, const std::optional<Tensor>& out_bias,
                            const std::optional<Tensor>& cond) {
-  return {data_of<E>(x),        data_of<E>(weight), data_of<E>(bias),
-          data_of<E>(out_weight), data_of<E>(out_bias), data_of<E>(cond),
+  return {data_of<E>(x),
+          data_of<E>(weight),
+          data_of<E>(bias),
+          data_of<E>(out_weight),
+          data_of<E>(out_bias),
+          data_of<E>(cond),
           cond && cond->size(2) != x.size(2)};
 }
 

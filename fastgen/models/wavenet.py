@@ -105,6 +105,8 @@ class WaveNet(nn.Module):
             raise ValueError(f"WaveNet: start must be a class in [0, {classes}), got {self.start!r}")
 
         self.input = nn.Conv1d(classes if categorical else 1, residual_channels, 1)
+        if categorical:  # only one input channel is ever on: the default scale, made for sums over all, is too faint
+            nn.init.normal_(self.input.weight, std=0.5)
         self.layers = nn.ModuleList(
             WaveNetLayer(
                 residual_channels,
@@ -131,7 +133,7 @@ class WaveNet(nn.Module):
     @property
     def receptive_field(self) -> int:
         """How many past samples a prediction depends on."""
-        return (self.kernel_size - 1) * sum(self.dilations) + 1
+        return int((self.kernel_size - 1) * sum(self.dilations) + 1)
 
     def forward(self, x: Tensor, local: Tensor | None = None, speaker: Tensor | None = None) -> Tensor:
         """Parameters (B, O, T) of p(x_t | x before t) for every t; the shift by one sample is inside.
@@ -203,8 +205,8 @@ class WaveNet(nn.Module):
         state
             From `initial_state`, to continue an earlier call; it is advanced in place.
         dtype
-            Of the weights inside the loop: float32, or bfloat16, about twice as fast. Activations and sums stay float32,
-            save that CPUs with fast bfloat16 dot products round the activations that enter a product.
+            Of the weights inside the loop: float32, or bfloat16, about twice as fast. Activations and sums stay
+            float32, save that CPUs with fast bfloat16 dot products round the activations that enter a product.
         progress
             True for a progress bar, or a function of (steps done, steps in all).
 
@@ -256,10 +258,12 @@ class WaveNet(nn.Module):
             self._check_uniforms(uniforms, batch_size, steps)
         if given is not None:
             given = self._check_samples("given", given)
+            given = given if self.distribution == "categorical" else given.float()
             if given.shape[0] != batch_size or given.shape[1] > steps:
-                raise ValueError(
-                    f"generate: given must be ({batch_size}, at most {steps}), got {tuple(given.shape)}"
-                )
+                raise ValueError(f"generate: given must be ({batch_size}, at most {steps}), got {tuple(given.shape)}")
+        for name, parameter in self.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise ValueError(f"generate: the model's weights must be finite, {name} holds NaN or infinity")
         if isinstance(local, Tensor) or local is None:
             upsampled = self._upsampled(local, batch_size, steps)
             blocks: Iterator[Tensor] = iter(() if upsampled is None else (upsampled,))
@@ -276,7 +280,9 @@ class WaveNet(nn.Module):
         elif state.last.shape[0] != batch_size:
             raise ValueError(f"generate: state is for {state.last.shape[0]} streams, batch_size is {batch_size}")
         gate_bias = self._gate_bias(self._speaker(speaker, batch_size))
-        return self._chunks(loop, state, gate_bias, blocks, steps, chunk, temperature, uniforms, generator, given, progress)
+        return self._chunks(
+            loop, state, gate_bias, blocks, steps, chunk, temperature, uniforms, generator, given, progress
+        )
 
     def _chunks(
         self,
@@ -301,39 +307,40 @@ class WaveNet(nn.Module):
         if local_weight is not None:
             call = max(1, min(call, CHUNK_CONDITIONING // (local_weight.shape[0] * batch)))
         local = gate_bias.new_empty(batch, self.local_channels, 0)
-        with _reporter(progress, steps) as report, torch.no_grad():
+        with _reporter(progress, steps) as report:
             done = 0
             while done < steps:
                 wanted = min(chunk, steps - done)
                 parts = []
-                while wanted:
-                    n = min(call, wanted)
-                    cond = None
-                    if local_weight is not None:
-                        while local.shape[2] < n:
-                            block = next(blocks, None)
-                            if block is None:
-                                raise ValueError(
-                                    f"stream: local ended after {done + local.shape[2]} samples, {steps} are wanted"
-                                )
-                            local = torch.cat([local, block], 2)
-                        cond = F.linear(local[:, :, :n].mT, local_weight)  # (B, n, L * 2H)
-                        cond = cond.view(batch, n, len(self.layers), -1)
-                        local = local[:, :, n:]
-                    if uniforms is None:
-                        # drawn step by step, so that the samples do not depend on the size of the chunks
-                        u = torch.rand(n, batch, *pair, generator=generator).transpose(0, 1)
-                    else:
-                        u = uniforms[:, done : done + n].float()
-                    known = None if given is None else given[:, done : done + n]
-                    parts.append(
-                        loop.run(
-                            state, u, gate_bias, cond, temperature=temperature,
-                            given=known if known is not None and known.shape[1] else None,
-                        )[0]
-                    )  # fmt: skip
-                    done, wanted = done + n, wanted - n
-                    report(done)
+                with torch.no_grad():  # not around the yield: it would hold for the caller too
+                    while wanted:
+                        n = min(call, wanted)
+                        cond = None
+                        if local_weight is not None:
+                            while local.shape[2] < n:
+                                block = next(blocks, None)
+                                if block is None:
+                                    raise ValueError(
+                                        f"stream: local ended after {done + local.shape[2]} samples, {steps} are wanted"
+                                    )
+                                local = torch.cat([local, block.float()], 2)
+                            cond = F.linear(local[:, :, :n].mT, local_weight)  # (B, n, L * 2H)
+                            cond = cond.view(batch, n, len(self.layers), -1)
+                            local = local[:, :, n:]
+                        if uniforms is None:
+                            # drawn step by step, so that the samples do not depend on the size of the chunks
+                            u = torch.rand(n, batch, *pair, generator=generator).transpose(0, 1)
+                        else:
+                            u = uniforms[:, done : done + n].float().clamp(max=1 - 2**-24)
+                        known = None if given is None else given[:, done : done + n]
+                        parts.append(
+                            loop.run(
+                                state, u, gate_bias, cond, temperature=temperature,
+                                given=known if known is not None and known.shape[1] else None,
+                            )[0]
+                        )  # fmt: skip
+                        done, wanted = done + n, wanted - n
+                        report(done)
                 yield torch.cat(parts, 1)
 
     def initial_state(self, batch_size: int = 1) -> GenerationState:
@@ -371,7 +378,7 @@ class WaveNet(nn.Module):
         return convert(source, **hparams)
 
     def _embed(self, previous: Tensor) -> Tensor:
-        """(B, T) samples -> (B, R, T): a column of the input convolution for each class, or a multiple of its only one."""
+        """(B, T) samples -> (B, R, T): a column of the input convolution for each class, or a multiple of the one."""
         weight, bias = folded_weight(self.input)[:, :, 0], _bias(self.input)
         if self.distribution == "categorical":
             return F.embedding(previous, weight.T).mT + bias[:, None]
@@ -400,9 +407,9 @@ class WaveNet(nn.Module):
         if speaker is None:
             raise ValueError(f"WaveNet: speaker is needed: (B,) int64 in [0, {self.speakers})")
         if speaker.shape != (batch,) or speaker.dtype != torch.int64:
-            raise ValueError(
-                f"WaveNet: speaker must be ({batch},) int64, got {tuple(speaker.shape)} {speaker.dtype}"
-            )
+            raise ValueError(f"WaveNet: speaker must be ({batch},) int64, got {tuple(speaker.shape)} {speaker.dtype}")
+        if torch.compiler.is_compiling():
+            return self.embedding(speaker)  # type: ignore[no-any-return]
         if speaker.numel() and not 0 <= int(speaker.min()) <= int(speaker.max()) < self.speakers:
             raise ValueError(f"WaveNet: speaker must lie in [0, {self.speakers}), got {speaker.tolist()}")
         return self.embedding(speaker)  # type: ignore[no-any-return]
@@ -419,6 +426,9 @@ class WaveNet(nn.Module):
             raise ValueError(
                 f"WaveNet: local must be ({batch}, {self.local_channels}, frames), got {tuple(local.shape)}"
             )
+        dtype = self.output.weight.dtype
+        if not local.is_floating_point() or (local.dtype != dtype and not torch.is_autocast_enabled(local.device.type)):
+            raise TypeError(f"WaveNet: local must be {dtype}, as the model is, got {local.dtype}")
         local = local if self.upsample is None else self.upsample(local)
         if steps is None:
             return local
@@ -461,7 +471,7 @@ class _reporter:
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self.progress, self.steps = progress, steps
-        self.bar = None
+        self.stop: Callable[[], None] | None = None
 
     def __enter__(self) -> Callable[[int], object]:
         if callable(self.progress):
@@ -473,12 +483,12 @@ class _reporter:
             from rich.progress import Progress as Bar
         except ImportError as error:
             raise ImportError("generate: progress=True needs rich: pip install fastgen-kernels[demo]") from error
-        self.bar = Bar(*Bar.get_default_columns(), transient=True)
-        self.bar.start()
-        task = self.bar.add_task("samples", total=self.steps)
-        bar = self.bar
+        bar = Bar(*Bar.get_default_columns(), transient=True)
+        bar.start()
+        self.stop = bar.stop
+        task = bar.add_task("samples", total=self.steps)
         return lambda done: bar.update(task, completed=done)
 
     def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self.stop is not None:
+            self.stop()

@@ -27,15 +27,16 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
     source
         The module, or its state_dict (weight-normalised or not).
     **hparams
-        What its constructor was called with; what can be read off the weights need not be given. `stacks` is needed
-        (default 2), `scalar_input` and `output_distribution` are read off the input layer where absent, `legacy`
-        (how skips are scaled) off the layout: True for the release, False for master. `upsample_scales` or
-        `upsample_params` for models with upsampling.
+        What its constructor was called with; what can be read off the module or the weights need not be given. For a
+        state_dict `stacks` is needed (default 2). `scalar_input` and `output_distribution` are read off the input layer
+        where absent. `legacy` says how the release combines skips: scaled one by one (True, the default) or a plain
+        sum. `layout`, "release" or "master", is read off the conditioning layers; without conditioning a state_dict
+        counts as the release's. `upsample_params` and `cin_pad` for models of master with upsampling.
 
     Notes
     -----
-    Samples of categorical models are drawn by the same inversion of the same uniforms. The mixtures of that project draw
-    a uniform for each component, fastgen draws two in all: the distribution is the same, the draws are not.
+    Samples of categorical models are drawn by the same inversion of the same uniforms. The mixtures of that project
+    draw a uniform for each component, fastgen draws two in all: the distribution is the same, the draws are not.
 
     Raises
     ------
@@ -44,15 +45,20 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
     """
     state = _folded(dict(source.state_dict()) if isinstance(source, nn.Module) else dict(source))
     if isinstance(source, nn.Module):
-        legacy = getattr(source, "legacy", None)
-        if legacy is not None:
-            hparams.setdefault("legacy", bool(legacy))
+        hparams.setdefault("layout", "release" if hasattr(source, "legacy") else "master")
+        hparams.setdefault("legacy", getattr(source, "legacy", True))
+        convs = [m for k, m in source.named_modules() if re.fullmatch(r"conv_layers\.\d+\.conv", k)]
+        hparams.setdefault("stacks", sum(m.dilation[0] == 1 for m in convs) or 2)
     used: set[str] = set()
 
-    def take(key: str) -> Tensor:
+    def take(key: str, *shape: int | None) -> Tensor:
         if key not in state:
             raise ValueError(f"from_wavenet_vocoder: the checkpoint has no key {key!r}")
         used.add(key)
+        got = tuple(state[key].shape)
+        if shape and (len(got) != len(shape) or any(n not in (None, m) for n, m in zip(shape, got, strict=True))):
+            wanted = tuple("any" if n is None else n for n in shape)
+            raise ValueError(f"from_wavenet_vocoder: {key!r} must have shape {wanted}, got {got}")
         return state[key].float()
 
     layers = 1 + max((int(m[1]) for k in state if (m := re.match(r"conv_layers\.(\d+)\.", k))), default=-1)
@@ -61,63 +67,80 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
     stacks = int(hparams.get("stacks", 2))
     if layers % stacks:
         raise ValueError(f"from_wavenet_vocoder: stacks must divide {layers} layers, got {stacks}")
-    first = take("first_conv.weight")  # (R, classes or 1, 1)
-    conv = take("conv_layers.0.conv.weight")  # (2H, R, K)
-    skip = take("conv_layers.0.conv1x1_skip.weight")  # (S, H, 1)
-    outputs = take("last_conv_layers.3.weight").shape[0]
+    first = take("first_conv.weight", None, None, 1)  # (R, classes or 1, 1)
+    channels = first.shape[0]
+    gates, _, kernel_size = take("conv_layers.0.conv.weight", None, channels, None).shape
+    gate = gates // 2
+    skip_channels = take("conv_layers.0.conv1x1_skip.weight", None, gate, 1).shape[0]
+    outputs = take("last_conv_layers.3.weight", None, skip_channels, 1).shape[0]
     scalar = bool(hparams.get("scalar_input", first.shape[1] == 1))
-    master = not any(k.startswith("upsample_conv.") for k in state) and "conv_layers.0.conv1x1c.bias" not in state
-    legacy = bool(hparams.get("legacy", not master if "conv_layers.0.conv1x1c.weight" in state else True))
+    layout = str(hparams.get("layout", "release"))
+    for key in ("conv1x1c", "conv1x1g"):
+        if f"conv_layers.0.{key}.weight" in state:
+            layout = "release" if f"conv_layers.0.{key}.bias" in state else "master"
+    if layout not in ("release", "master"):
+        raise ValueError(f"from_wavenet_vocoder: layout must be release or master, got {layout!r}")
+    legacy = bool(hparams.get("legacy", True))
+    together = math.sqrt(1 / layers) if layout == "master" else 1.0  # the scale of skips that are not scaled one by one
+    one_by_one = layout == "release" and legacy
     distribution = "categorical"
     if scalar:
         kind = str(hparams.get("output_distribution", "Normal" if outputs == 2 else "Logistic"))
         distribution = {"Logistic": "logistic", "Normal": "gaussian"}.get(kind, "")
         if not distribution:
             raise ValueError(f"from_wavenet_vocoder: output_distribution must be Logistic or Normal, got {kind!r}")
-    local = state["conv_layers.0.conv1x1c.weight"].shape[1] if "conv_layers.0.conv1x1c.weight" in state else 0
-    has_speaker = "conv_layers.0.conv1x1g.weight" in state
+    conditions = {}  # channels of each conditioning that the layers have
+    for key in ("conv1x1c", "conv1x1g"):
+        if any(re.fullmatch(rf"conv_layers\.\d+\.{key}\.weight", k) for k in state):
+            conditions[key] = take(f"conv_layers.0.{key}.weight", gates, None, 1).shape[1]
+    local, speaker_channels = conditions.get("conv1x1c", 0), conditions.get("conv1x1g", 0)
     speakers = state["embed_speakers.weight"].shape[0] if "embed_speakers.weight" in state else 0
-    if has_speaker and not speakers:
-        raise ValueError("from_wavenet_vocoder: global conditioning without a speaker embedding is not supported")
+    if speaker_channels and not speakers:
+        raise ValueError(
+            "from_wavenet_vocoder: the checkpoint has no key 'embed_speakers.weight'; global conditioning without a "
+            "speaker embedding is not supported"
+        )
 
     model = WaveNet(
         layers=layers,
         cycles=stacks,
-        residual_channels=conv.shape[1],
-        gate_channels=conv.shape[0] // 2,
-        skip_channels=skip.shape[0],
-        kernel_size=conv.shape[2],
+        residual_channels=channels,
+        gate_channels=gate,
+        skip_channels=skip_channels,
+        kernel_size=kernel_size,
         distribution=distribution,
         classes=outputs if not scalar else int(hparams.get("quantize_channels", 65536)),
         mixtures=1 if scalar and outputs == 2 else max(1, outputs // 3),
         local_channels=local,
         speakers=speakers,
-        speaker_channels=state["embed_speakers.weight"].shape[1] if speakers else 1,
-        start=0.0 if scalar else 127,
+        speaker_channels=speaker_channels or 1,
+        start=0.0 if scalar else min(127, outputs - 1),
         log_scale_min=float(hparams.get("log_scale_min", -7.0)),
     )
     target: dict[str, Tensor] = {"input.weight": first, "input.bias": take("first_conv.bias")}
     for i in range(layers):
         p, q = f"conv_layers.{i}", f"layers.{i}"
         down, up = 2.0 ** (-i / 2), 2.0 ** (i / 2)
-        skips = 0.5 ** ((layers - max(i, 1)) / 2) if legacy else math.sqrt(1 / layers)
-        target[f"{q}.conv.weight"] = take(f"{p}.conv.weight") * down
-        bias = take(f"{p}.conv.bias")
+        skips = 0.5 ** ((layers - max(i, 1)) / 2) if one_by_one else together
+        target[f"{q}.conv.weight"] = take(f"{p}.conv.weight", gates, channels, kernel_size) * down
+        bias = take(f"{p}.conv.bias", gates)
         for name, key in (("local", "conv1x1c"), ("speaker", "conv1x1g")):
-            if f"{p}.{key}.weight" in state:
-                weight = take(f"{p}.{key}.weight")
+            if key in conditions:
+                weight = take(f"{p}.{key}.weight", gates, conditions[key], 1)
                 target[f"{q}.{name}.weight"] = weight if name == "local" else weight[:, :, 0]
                 if f"{p}.{key}.bias" in state:
-                    bias = bias + take(f"{p}.{key}.bias")
+                    bias = bias + take(f"{p}.{key}.bias", gates)
         target[f"{q}.conv.bias"] = bias
-        for part in ("weight", "bias"):
-            residual, skip = take(f"{p}.conv1x1_out.{part}"), take(f"{p}.conv1x1_skip.{part}")
+        for part, rest in (("weight", (gate, 1)), ("bias", ())):
+            residual = take(f"{p}.conv1x1_out.{part}", channels, *rest)
+            skip = take(f"{p}.conv1x1_skip.{part}", skip_channels, *rest)
             target[f"{q}.out.{part}"] = torch.cat([residual * up, skip * skips])
     for name, index in (("hidden", 1), ("output", 3)):
-        for part in ("weight", "bias"):
-            target[f"{name}.{part}"] = take(f"last_conv_layers.{index}.{part}")
+        rows = skip_channels if name == "hidden" else outputs
+        target[f"{name}.weight"] = take(f"last_conv_layers.{index}.weight", rows, skip_channels, 1)
+        target[f"{name}.bias"] = take(f"last_conv_layers.{index}.bias", rows)
     if speakers:
-        target["embedding.weight"] = take("embed_speakers.weight")
+        target["embedding.weight"] = take("embed_speakers.weight", None, speaker_channels)
     upsample = _upsample(state, hparams, local)
     if upsample is not None:
         model.upsample = upsample
@@ -141,14 +164,24 @@ def _folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
             g = state.get(key[:-2] + "_g")
             if g is None:
                 raise ValueError(f"from_wavenet_vocoder: the checkpoint has {key!r} without {key[:-2] + '_g'!r}")
+            if g.shape != (v.shape[0], *[1] * (v.dim() - 1)):
+                raise ValueError(
+                    f"from_wavenet_vocoder: {key[:-2] + '_g'!r} must have one element for each row of {key!r} "
+                    f"{tuple(v.shape)}, got {tuple(g.shape)}"
+                )
             folded[key[:-2]] = torch._weight_norm(v, g, 0)
     return folded
 
 
-def _upsample(state: dict[str, Tensor], hparams: dict[str, Any], channels: int) -> nn.Module | None:
+def _upsample(
+    state: dict[str, Tensor], hparams: dict[str, Any], channels: int
+) -> TransposedUpsample | StretchUpsample | None:
     if any(k.startswith("upsample_conv.") for k in state):
-        weights = [v for k, v in sorted(state.items()) if re.fullmatch(r"upsample_conv\.\d+\.weight", k)]
-        weights = [state[f"upsample_conv.{2 * i}.weight"] for i in range(len(weights))]
+        count = sum(1 for k in state if re.fullmatch(r"upsample_conv\.\d+\.weight", k))
+        keys = [f"upsample_conv.{2 * i}.weight" for i in range(count)]
+        if not keys or any(k not in state or state[k].dim() != 4 for k in keys):
+            raise ValueError(f"from_wavenet_vocoder: upsampling needs the keys {keys or ['upsample_conv.0.weight']}")
+        weights = [state[k] for k in keys]
         return TransposedUpsample([w.shape[3] for w in weights], weights[0].shape[2], relu=True)
     if any(k.startswith("upsample_net.") for k in state):
         params = dict(hparams.get("upsample_params", {}))
@@ -157,7 +190,9 @@ def _upsample(state: dict[str, Tensor], hparams: dict[str, Any], channels: int) 
         prefix = "upsample_net.upsample." if "upsample_net.conv_in.weight" in state else "upsample_net."
         weights = [v for _, v in sorted(_layers(state, prefix).items())]
         conv_in = state.get("upsample_net.conv_in.weight")
-        pad = 0 if conv_in is None else (conv_in.shape[2] - 1) // 2
+        pad = int(hparams.get("cin_pad", 0)) if conv_in is None else (conv_in.shape[2] - 1) // 2
+        if not weights or any(w.dim() != 4 for w in weights):
+            raise ValueError(f"from_wavenet_vocoder: upsampling needs the keys '{prefix}up_layers.1.weight' and so on")
         scales = [(w.shape[3] - 1) // 2 for w in weights]
         return StretchUpsample(scales, weights[0].shape[2], channels=0 if conv_in is None else channels, pad=pad)
     return None

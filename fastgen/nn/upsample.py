@@ -35,9 +35,8 @@ class TransposedUpsample(nn.Module):
             nn.ConvTranspose2d(1, 1, (freq_kernel_size, s), stride=(1, s), padding=(freq_kernel_size // 2, 0))
             for s in scales
         )
-        for conv in self.convs:
-            nn.init.constant_(conv.weight, 1.0 / freq_kernel_size)
-            nn.init.zeros_(conv.bias)
+        for name, parameter in self.convs.named_parameters():
+            nn.init.constant_(parameter, 1.0 / freq_kernel_size if name.endswith("weight") else 0.0)
 
     def forward(self, local: Tensor) -> Tensor:
         x = local[:, None]  # (B, 1, channels, frames)
@@ -57,7 +56,8 @@ class StretchUpsample(nn.Module):
     freq_kernel_size
         Odd width of each smoothing kernel over the feature axis.
     channels, pad
-        With pad > 0 a convolution over 2 * pad + 1 frames comes first and consumes `pad` frames at either end.
+        With channels > 0 a convolution over 2 * pad + 1 frames comes first and consumes `pad` frames at either end;
+        without, the samples of `pad` frames at either end are cut off at the end.
     """
 
     def __init__(self, scales: Sequence[int], freq_kernel_size: int = 1, *, channels: int = 0, pad: int = 0) -> None:
@@ -71,8 +71,8 @@ class StretchUpsample(nn.Module):
             nn.Conv2d(1, 1, (freq_kernel_size, 2 * s + 1), padding=((freq_kernel_size - 1) // 2, s), bias=False)
             for s in scales
         )
-        for conv in self.convs:
-            nn.init.constant_(conv.weight, 1.0 / math.prod(conv.kernel_size))
+        for weight in self.convs.parameters():
+            nn.init.constant_(weight, 1.0 / weight.numel())
 
     def forward(self, local: Tensor) -> Tensor:
         if self.conv_in is not None:
@@ -80,4 +80,5 @@ class StretchUpsample(nn.Module):
         x = local[:, None]  # (B, 1, channels, frames)
         for scale, conv in zip(self.scales, self.convs, strict=True):
             x = conv(torch.repeat_interleave(x, scale, dim=-1))
-        return x[:, 0]
+        cut = 0 if self.conv_in is not None else self.pad * self.scale
+        return x[:, 0, :, cut : x.shape[3] - cut]

@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class WaveNetWeights(NamedTuple):
-    """All weights of a WaveNet, float32 on the CPU or a GPU. L layers, R residual, H gate, S skip, O output channels."""
+    """All weights of a WaveNet, float32. L layers, R residual, H gate, S skip, O output channels."""
 
     input: Tensor  # (classes, R): one row for each class; (1, R): factor of a real-valued sample
     input_bias: Tensor  # (R,)
@@ -271,7 +271,7 @@ def wavenet_generate_reference(
     layers, gates, residual, kernel_size = weights.conv.shape
     lengths = [(kernel_size - 1) * d for d in dilations]
     queues = state.history[..., :residual].split(lengths, dim=1) if layers else []
-    taps = [weights.conv[l].permute(0, 2, 1).reshape(gates, -1) for l in range(layers)]  # (2H, K * R), oldest first
+    taps = [weights.conv[i].permute(0, 2, 1).reshape(gates, -1) for i in range(layers)]  # (2H, K * R), oldest first
     samples, kept = [], []
     for t in range(uniforms.shape[1]):
         if distribution == "categorical":
@@ -279,17 +279,17 @@ def wavenet_generate_reference(
         else:
             x = state.last[:, None] * weights.input + weights.input_bias
         skips = weights.skip_bias
-        for l in range(layers):
+        for i in range(layers):
             now = state.position
-            past = [queues[l][:, (now - j * dilations[l]) % lengths[l]] for j in range(kernel_size - 1, 0, -1)]
-            a = F.linear(torch.cat([*past, x], 1), taps[l]) + gate_bias[:, l]  # (B, 2H)
+            past = [queues[i][:, (now - j * dilations[i]) % lengths[i]] for j in range(kernel_size - 1, 0, -1)]
+            a = F.linear(torch.cat([*past, x], 1), taps[i]) + gate_bias[:, i]  # (B, 2H)
             if cond is not None:
-                a = a + cond[:, t, l]
+                a = a + cond[:, t, i]
             z = torch.tanh(a[:, : gates // 2]) * torch.sigmoid(a[:, gates // 2 :])  # (B, H)
-            if lengths[l]:
-                queues[l][:, now % lengths[l]] = x
-            skips = skips + F.linear(z, weights.skip[l])  # (B, S)
-            x = x + F.linear(z, weights.residual[l], weights.residual_bias[l])
+            if lengths[i]:
+                queues[i][:, now % lengths[i]] = x
+            skips = skips + F.linear(z, weights.skip[i])  # (B, S)
+            x = x + F.linear(z, weights.residual[i], weights.residual_bias[i])
         hidden = F.linear(F.relu(skips), weights.hidden, weights.hidden_bias)
         out = F.linear(F.relu(hidden), weights.output, weights.output_bias)  # (B, O)
         if given is not None and t < given.shape[1]:

@@ -126,8 +126,8 @@ def wavenet_layer(
     out_bias
         (C + S,).
     out
-        (residual, skip): contiguous tensors to write into, without gradients; a loop that reuses them is spared the cost
-        of fresh memory, which for large outputs is as long as the computation.
+        (residual, skip): contiguous tensors to write into, without gradients; a loop that reuses them is spared the
+        cost of fresh memory, which for large outputs is as long as the computation.
 
     Returns
     -------

@@ -1,0 +1,82 @@
+"""How benchmarks measure: verify, warm up, then time all contestants in turn, and keep medians.
+
+Timings on a shared machine drift, so the contestants of a case take turns, round by round, and only their ratios are
+to be trusted. pytest-benchmark records fastgen's own times; the rest stands in its `extra_info`.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import backend
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def peak_extra_bytes(call: Callable[[], object]) -> int | None:
+    """How far the process grows while `call` runs, its result included."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    clear.write_text("5")  # forget the peak so far
+
+    def kib(field: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+
+    before = kib("VmRSS")
+    result = call()
+    grown = 1024 * (kib("VmHWM") - before)
+    del result
+    return grown
+
+
+@pytest.fixture
+def contest(benchmark, request):
+    """contest(contestants, rounds, **facts): median seconds of each, fastgen's recorded by pytest-benchmark."""
+
+    def run(contestants: dict[str, Callable[[], object]], rounds: int = 7, **facts: object) -> dict[str, float]:
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for call in contestants.values():
+            call()
+        for _ in range(rounds):
+            for name, call in contestants.items():
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        first = next(iter(contestants))
+        benchmark.pedantic(contestants[first], rounds=3)
+        benchmark.extra_info.update(facts, seconds=medians, threads=torch.get_num_threads())
+        return medians
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def limits() -> dict[str, float]:
+    """Measured: GFLOP/s of float32 multiply-adds, GB/s of copying (read and written bytes)."""
+    a, b = torch.ones(1 << 26), torch.empty(1 << 26)
+    b.copy_(a)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        b.copy_(a)
+        times.append(time.perf_counter() - start)
+    flops = max(torch.ops.fastgen.fma_peak() for _ in range(3)) if backend.cpu_isa else 0.0
+    return {"gflops": flops, "copy_gbs": 2 * a.numel() * 4 / min(times) / 1e9}
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["fastgen"] = {
+        "version": fastgen.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "isa": backend.cpu_isa, "threads": torch.get_num_threads(),
+    }  # fmt: skip

@@ -1,0 +1,155 @@
+"""python -m fastgen info | demo | train | sample | bench"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import fastgen
+from fastgen.backend import BACKENDS, BackendError
+
+USER_ERRORS = (ValueError, TypeError, ImportError, OSError, BackendError, FloatingPointError)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SIZES = {
+    "layers": 20, "cycles": 2, "residual-channels": 64, "skip-channels": 128, "kernel-size": 2,
+    "distribution": "categorical", "classes": 256, "mixtures": 10,
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command -> exit status: 0, 2 for a user's error, 130 after Ctrl-C."""
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and options.command != "bench":
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
+    try:
+        return options.run(options) or 0
+    except USER_ERRORS as error:
+        print(f"fastgen {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _info(options: argparse.Namespace) -> None:
+    from fastgen.info import report
+
+    print(report())
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from fastgen.demo import demo
+
+    demo(options.data, options.out, options.seconds)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from fastgen.audio import load_folder
+    from fastgen.training import load_wavenet, train_wavenet
+
+    chosen = {name: getattr(options, name) for name in (size.replace("-", "_") for size in SIZES)}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if options.resume:
+        model, rate = load_wavenet(options.out)
+        different = [f"--{n.replace('_', '-')} {v}" for n, v in given.items() if model.config[n] != v]
+        if options.rate is not None and options.rate != rate:
+            different.append(f"--rate {options.rate}")
+        if different:
+            raise ValueError(f"{options.out}: is of another model: leave out {', '.join(different)}, or --resume")
+    else:
+        if options.out.exists():  # said before any audio is read
+            raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+        rate = 16000 if options.rate is None else options.rate
+        torch.manual_seed(options.seed)
+        model = fastgen.models.WaveNet(**{n.replace("-", "_"): v for n, v in SIZES.items()} | given)  # type: ignore[arg-type]
+    clips = load_folder(options.data, rate)
+    log = train_wavenet(
+        model, clips, rate, steps=options.steps, batch_size=options.batch_size, segment=options.segment,
+        learning_rate=options.learning_rate, seed=options.seed, checkpoint=options.out,
+        save_every=options.save_every, resume=options.resume,
+    )  # fmt: skip
+    held_out = f", held out {log.validation[-1][1]:.3f}" if log.validation else ""
+    print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.3f} bits per sample{held_out}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from fastgen.audio import mu_law_decode, save_audio
+    from fastgen.training import load_wavenet
+
+    model, rate = load_wavenet(options.checkpoint)
+    samples = model.generate(
+        round(options.seconds * rate), temperature=options.temperature, dtype=DTYPES[options.dtype],
+        generator=torch.Generator().manual_seed(options.seed), backend=options.backend, progress=True,
+    )  # fmt: skip
+    x = mu_law_decode(samples[0], model.classes) if model.distribution == "categorical" else samples[0]
+    save_audio(options.out, x, rate)
+    print(f"{options.out}: {options.seconds:g} s at {rate} Hz")
+
+
+def _bench(options: argparse.Namespace) -> int | None:
+    from fastgen.bench import main as bench
+
+    return bench(options.rest)  # type: ignore[no-any-return]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastgen", description=fastgen.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str, parent: object = commands) -> argparse.ArgumentParser:
+        added = parent.add_parser(name, help=text, description=text)  # type: ignore[attr-defined]
+        added.set_defaults(run=run, parser=added)
+        return added  # type: ignore[no-any-return]
+
+    command("info", _info, "versions, the machine, and the live backends of every op")
+
+    demo = command(
+        "demo", _demo, "train a small WaveNet on speech and generate a second of it, timed against other ways"
+    )
+    demo.add_argument("--data", type=Path, metavar="FOLDER_OR_FILE", help="WAV or FLAC, instead of the speech included")
+    demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="default: %(default)s")
+    demo.add_argument("--seconds", type=float, default=60, help="of training, default: %(default)s")
+
+    train = commands.add_parser("train", help="train a model").add_subparsers(
+        dest="model", required=True, metavar="MODEL"
+    )
+    wavenet = command("wavenet", _train, "train a WaveNet on WAV or FLAC files", train)
+    wavenet.add_argument("--data", type=Path, required=True, metavar="FOLDER_OR_FILE")
+    wavenet.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    wavenet.add_argument("--steps", type=int, required=True, help="step to train up to")
+    wavenet.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
+    wavenet.add_argument("--rate", type=int, help="of the model's audio in Hz, default: 16000")
+    for size, default in SIZES.items():
+        wavenet.add_argument(f"--{size}", type=type(default), help=f"default: {default}")
+    for option, value in {
+        "batch-size": 8,
+        "segment": 4096,
+        "save-every": 500,
+        "seed": 0,
+        "learning-rate": 1e-3,
+    }.items():
+        wavenet.add_argument(f"--{option}", type=type(value), default=value, help="default: %(default)s")
+
+    sample = commands.add_parser("sample", help="sample from a checkpoint").add_subparsers(
+        dest="model", required=True, metavar="MODEL"
+    )
+    wavenet = command("wavenet", _sample, "generate audio with a trained WaveNet", sample)
+    wavenet.add_argument("checkpoint", type=Path)
+    wavenet.add_argument("--seconds", type=float, default=1.0, help="default: %(default)s")
+    wavenet.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
+    wavenet.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    wavenet.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+    wavenet.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights, default: %(default)s")
+    wavenet.add_argument("--backend", choices=(*BACKENDS, "auto"), help="default: the fastest that is live")
+
+    command("bench", _bench, "the benchmarks; options are those of fastgen.bench")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""`python -m fastgen bench`: run the benchmarks of a source checkout, and write the README's table from their JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def main(arguments: list[str]) -> int:
+    """Run bench/ and write bench/results/<machine>.json, then the table in README.md; with --table, the table alone.
+
+    Raises
+    ------
+    ValueError
+        For another argument.
+    FileNotFoundError
+        Outside a source checkout, where there are no benchmarks.
+    """
+    if arguments not in ([], ["--table"]):
+        raise ValueError(f"bench: expected no arguments or --table, got {arguments}")
+    if not (ROOT / "bench").is_dir():
+        raise FileNotFoundError(f"bench: the benchmarks are in a source checkout's bench/; there is none in {ROOT}")
+    results = ROOT / "bench" / "results" / f"{_machine()}.json"
+    if not arguments:
+        results.parent.mkdir(exist_ok=True)
+        runs: list[tuple[dict[str, str], Path]] = [({}, results)]
+        from fastgen import backend
+
+        if backend.cpu_isa is not None and backend.cpu_isa.startswith("avx512"):
+            runs.append(({"FASTGEN_CPU_ISA": "avx2"}, results.with_suffix(".avx2.json")))
+        for env, path in runs:
+            part = path.with_suffix(".part")
+            command = [
+                sys.executable, "-P", "-m", "pytest", "bench", "-q", "--override-ini=python_files=bench_*.py",
+                f"--benchmark-json={part}", *(["-k", "test_batch_1"] if env else []),
+            ]  # fmt: skip
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | env | {"PYTHONPATH": str(ROOT / "bench")})
+            if done.returncode:
+                return done.returncode
+            _slim(part, path)
+    table = render([json.loads(p.read_text()) for p in sorted(results.parent.glob("*.json"))])
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    readme.write_text(re.sub(f"{BEGIN}.*{END}", f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL))
+    print(table)
+    return 0
+
+
+def _machine() -> str:
+    """A file name for this machine's processor."""
+    try:
+        line = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
+        name = line.split(":", 1)[1]
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _slim(part: Path, path: Path) -> None:
+    """Keep what the table needs and what tells where it comes from; the raw rounds stay out of the repository."""
+    raw = json.loads(part.read_text())
+    machine = raw["machine_info"]
+    slim = {
+        "datetime": raw["datetime"],
+        "commit": raw["commit_info"].get("id"),
+        "cpu": machine["cpu"].get("brand_raw"),
+        "fastgen": machine["fastgen"],
+        "benchmarks": [b["extra_info"] for b in raw["benchmarks"]],
+    }
+    path.write_text(json.dumps(slim, indent=1) + "\n")
+    part.unlink()
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """The README's tables, in Markdown."""
+    lines = []
+    for result in results:
+        about = result["fastgen"]
+        lines += [
+            f"{result['cpu']}, {about['isa']}, {about['threads']} threads, torch {about['torch']}, "
+            f"{result['datetime'][:10]}.",
+            "",
+        ]
+        generation = [b for b in result["benchmarks"] if "samples_per_second" in b]
+        if generation:
+            lines += [
+                "| generation, samples/s | float32 | bfloat16 weights | PyTorch queue | wavenet_vocoder | ratio |",
+                "|---|---:|---:|---:|---:|---:|",
+            ]
+        for b in generation:
+            rate = b["samples_per_second"]
+            peer = rate.get("wavenet_vocoder")
+            ratio = "" if peer is None else f"{rate['float32'] / peer:.0f}x, {rate['bfloat16'] / peer:.0f}x"
+            cells = [_count(rate.get(k)) for k in ("float32", "bfloat16", "PyTorch queue", "wavenet_vocoder")]
+            lines.append(f"| {b['case'].removeprefix('generate ')} | {' | '.join(cells)} | {ratio} |")
+        layers = [b for b in result["benchmarks"] if "gflops" in b]
+        if layers:
+            lines += [
+                "",
+                "| layer, ms | fastgen | reused outputs | eager | torch.compile | of FMA peak | extra memory, MB: "
+                "fastgen / eager |",
+                "|---|---:|---:|---:|---:|---:|---:|",
+            ]
+        for b in layers:
+            ms = {k: f"{1e3 * v:.1f}" for k, v in b["seconds"].items()}
+            memory = b["peak_extra_bytes"]
+            cells = [ms["fastgen"], ms.get("fastgen, reused outputs", ""), ms["eager"], ms["torch.compile"]]
+            megabytes = " / ".join(f"{memory[k] / 1e6:.0f}" for k in ("fastgen", "eager") if memory.get(k) is not None)
+            lines.append(
+                f"| {b['case'].removeprefix('layer ')} | {' | '.join(cells)} | {b['of_fma_peak']:.0%} | {megabytes} |"
+            )
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def _count(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:,.0f}".replace(",", " ")

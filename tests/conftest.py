@@ -1,0 +1,132 @@
+"""What every test shares: seeds, backends and the proof of which one ran.
+
+FASTGEN_REQUIRE=cpu,avx512 names backends and instruction sets that must be there: where one is missing, tests fail
+instead of being skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastgen.backend
+
+REQUIRED = {name.strip() for name in os.environ.get("FASTGEN_REQUIRE", "").split(",") if name.strip()}
+CPU_FEATURE = {"generic": None, "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512_bf16"}
+
+_counts: Counter[str] = Counter()
+
+
+def missing(name: str, reason: str) -> None:
+    """Skip the test with `reason`, or fail it where FASTGEN_REQUIRE names what is missing."""
+    if name in REQUIRED:
+        pytest.fail(f"FASTGEN_REQUIRE={','.join(sorted(REQUIRED))}, but {name} is missing: {reason}")
+    pytest.skip(f"{name}: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    """Same seeds for every test, whatever ran before; thread count and default dtype as they were."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(1234)
+    np.random.seed(1234)  # noqa: NPY002  wavenet_vocoder draws from the global generator
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[Counter[str]]:
+    """Counts the calls of `torch.ops.fastgen.*`."""
+    calls: Counter[str] = Counter()
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "fastgen::" in name}
+    ops = {name: getattr(torch.ops.fastgen, name) for name in names}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return ops[name](*args, **kwargs)
+
+        return call
+
+    for name in ops:
+        setattr(torch.ops.fastgen, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, op in ops.items():
+            setattr(torch.ops.fastgen, name, op)
+
+
+@pytest.fixture
+def need() -> Callable[[str, str], None]:
+    """need(op, backend): skip, or fail where it is required, unless `backend` can run `op` here."""
+
+    def check(op: str, backend: str) -> None:
+        reason = fastgen.backend.why_not(op, backend)
+        if reason is not None:
+            missing(backend, f"{op}: {reason}")
+
+    return check
+
+
+@pytest.fixture
+def need_isa() -> Callable[[str], None]:
+    """need_isa(name): skip, or fail where it is required, unless this CPU and this build have it."""
+
+    def check(isa: str) -> None:
+        feature = CPU_FEATURE[isa]
+        if feature and not fastgen.backend.cpu_features().get(feature, False):
+            missing(isa, "this CPU does not have it, or nothing was compiled")
+        if not (Path(fastgen.backend.__file__).parent / f"_cpu_{isa}.so").exists():
+            missing(isa, "this build does not have it")
+
+    return check
+
+
+@pytest.fixture
+def ran() -> Callable[[str, str], AbstractContextManager[None]]:
+    """`with ran(op, backend):` asserts that the op's kernel was called there, or, for "reference", no kernel at all."""
+
+    @contextlib.contextmanager
+    def watch(op: str, backend: str) -> Iterator[None]:
+        with _counted() as calls:
+            yield
+        if backend == "reference":
+            assert not calls, f"the reference was asked for, but these kernels ran: {dict(calls)}"
+        else:
+            assert calls[op], f"{op} was asked for on {backend}, but only these ran: {dict(calls)}"
+        _counts[backend] += 1
+
+    return watch
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """python(code or arguments, **environment) in a process of its own; FASTGEN_* come from the arguments alone."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTGEN_", "PYTEST_"))}
+        command = [sys.executable, *(("-c", *arguments) if len(arguments) == 1 else arguments)]
+        return subprocess.run(
+            command, env={**kept, **environment}, capture_output=True, text=True, timeout=240, check=False
+        )
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _counts:
+        line = ", ".join(f"{name} {count}" for name, count in sorted(_counts.items()))
+        terminalreporter.write_line(f"checked runs on each backend: {line}; instruction set {fastgen.backend.cpu_isa}")
