@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16")  # slowest first
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")  # slowest first
 
 lib = torch.library.Library("fastgen", "FRAGMENT")
 lib.define("fma_peak() -> float")

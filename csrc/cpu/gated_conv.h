@@ -19,15 +19,17 @@ constexpr int kTile = kWide * kLanes<T>;
 template <class T, int Rows, int Wide>
 inline void multiply_add(Vec<T> (&sum)[Rows][Wide], const T* a, int64_t row, int64_t column, const T* b, int64_t ld,
                          int64_t k) {
+  Vec<T> local[Rows][Wide];
+  unroll<Rows>([&](auto i) FASTGEN_INLINE { unroll<Wide>([&](auto v) FASTGEN_INLINE { local[i][v] = sum[i][v]; }); });
   for (int64_t c = 0; c < k; ++c, a += column, b += ld) {
     Vec<T> right[Wide];
-#pragma GCC unroll 4
-    for (int v = 0; v < Wide; ++v) right[v] = load(b + v * kLanes<T>);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < Wide; ++v) sum[i][v] += a[i * row] * right[v];
+    unroll<Wide>([&](auto v) FASTGEN_INLINE { right[v] = load(b + v * kLanes<T>); });
+    unroll<Rows>([&](auto i) FASTGEN_INLINE {
+      const Vec<T> left = splat(a[i * row]);
+      unroll<Wide>([&](auto v) FASTGEN_INLINE { local[i][v] += left * right[v]; });
+    });
   }
+  unroll<Rows>([&](auto i) FASTGEN_INLINE { unroll<Wide>([&](auto v) FASTGEN_INLINE { sum[i][v] = local[i][v]; }); });
 }
 
 // Rows packed for multiply_add: panels of `rows` rows, each [k][rows]; weight(row, k), zero past `n`.

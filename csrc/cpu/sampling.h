@@ -19,16 +19,22 @@ inline int64_t sample_categorical(const float* logits, int classes, float temper
     heap.resize(padded);
     p = heap.data();
   }
-  float top = logits[0];
-  for (int i = 1; i < classes; ++i) top = logits[i] > top ? logits[i] : top;
-  for (int i = 0; i < classes; ++i) p[i] = (logits[i] - top) / temperature;
+  const float scale = 1.0f / temperature;
+  for (int i = 0; i < classes; ++i) p[i] = logits[i] * scale;
   for (int i = classes; i < padded; ++i) p[i] = -INFINITY;
+  VecF tops = load(p);
+  for (int i = kF; i < padded; i += kF) {
+    const VecF x = load(p + i);
+    tops = x > tops ? x : tops;
+  }
+  float top = tops[0];
+  for (int i = 1; i < kF; ++i) top = tops[i] > top ? tops[i] : top;
   float total = 0;
   float sums[kBlock / kF];
   std::vector<float> more_sums(padded > kBlock ? padded / kF : 0);
   float* sum = padded > kBlock ? more_sums.data() : sums;
   for (int i = 0; i < padded; i += kF) {
-    const VecF e = exp_bounded(at_least(load(p + i), -87.0f));
+    const VecF e = exp_bounded(at_least(load(p + i) - top, -87.0f));
     store(p + i, e);
     total += sum[i / kF] = horizontal_sum(e);
   }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../fastgen.h"
 
@@ -49,13 +50,25 @@ inline Vec<T> splat(T s) {
   return s - Vec<T>{};
 }
 
-// sum += a * b, in the register of sum. GCC likes to put the result where b was and to move it back, and a move costs
-// as much as a multiply-add.
-inline void add_product(VecF& sum, VecF a, VecF b) {
+// For lambdas: inlined whatever the compiler thinks of the size, so that what they capture can live in registers.
+#define FASTGEN_INLINE __attribute__((always_inline))
+
+// f(0) ... f(N - 1) with constant arguments, unrolled by the front end: arrays that are indexed with them live in
+// registers, which loops left to the optimiser's unroller do not guarantee.
+template <int N, class F>
+[[gnu::always_inline]] inline void unroll(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      FASTGEN_INLINE { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
+}
+
+// sum + a * b, in the register of sum. GCC likes to put the result where b was and to move it back, and a move costs as
+// much as a multiply-add.
+inline VecF add_product(VecF sum, VecF a, VecF b) {
 #if defined(__FMA__)
-  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
 #else
-  sum += a * b;
+  return sum + a * b;
 #endif
 }
 

@@ -32,8 +32,8 @@ constexpr double kSlowHandOff = 1e-6;  // seconds one way, above which two threa
 struct Shape {
   int inputs, residual, gate, skip, outputs, layers, kernel_size;
 
-  int residual_padded() const { return static_cast<int>(round_up(residual, 16)); }
-  int gate_padded() const { return static_cast<int>(round_up(gate, std::max(kF, 2))); }
+  int residual_padded() const { return static_cast<int>(round_up(residual, 32)); }
+  int gate_padded() const { return static_cast<int>(round_up(gate, 32)); }
 };
 
 // Where everything lies in the packed buffer. With data == nullptr it only measures.
@@ -71,8 +71,8 @@ struct Packed {
     for (auto& layer : layers)
       for (int j = 1; j < s.kernel_size; ++j) layer.old.push_back(matrix(2 * s.gate_padded(), s.residual));
     for (auto& layer : layers) layer.residual_bias = vector(s.residual_padded());
-    skip_bias = vector(round_up(s.skip, 16));
-    hidden_bias = vector(round_up(s.skip, 16));
+    skip_bias = vector(round_up(s.skip, 32));
+    hidden_bias = vector(round_up(s.skip, 32));
     output_bias = vector(round_up(s.outputs, 16));
     input_bias = vector(s.residual_padded());
     input = vector(static_cast<int64_t>(s.inputs) * s.residual_padded());
@@ -128,7 +128,7 @@ class Streams {
     const Shape& s = job.shape;
     r_ = s.residual_padded();
     h_ = s.gate_padded();
-    s_ = static_cast<int>(round_up(s.skip, 16));
+    s_ = static_cast<int>(round_up(s.skip, 32));
     o_ = static_cast<int>(round_up(s.outputs, 16));
     for (int64_t d : job.dilations) rows_ += (s.kernel_size - 1) * d;
     layers_.resize(s.layers);
@@ -200,8 +200,9 @@ class Streams {
   }
 
   void run() {
-    for (int l = 0; l < job_.shape.layers && two_threads_; ++l) prepare(l, 0, false);
+    const TileScope tiles;
     if (two_threads_) {
+      for (int l = 0; l < job_.shape.layers; ++l) prepare(l, 0, false);
       std::thread helper([this] { help(); });
       const int64_t done = lead();
       helper.join();
@@ -259,6 +260,7 @@ class Streams {
   }
 
   void help() {
+    const TileScope tiles;
     const int layers = job_.shape.layers;
     for (int64_t t = 0; t < job_.steps; ++t) {
       for (int l = 0; l < layers; ++l)

@@ -50,7 +50,7 @@ class WaveNetWeights(NamedTuple):
 class GenerationState:
     """Everything that generation carries from step to step: save it, copy it, continue from it.
 
-    history: (B, sum over layers of (K-1) * dilation, R rounded up to 16) float32, the queues, each a ring buffer;
+    history: (B, sum over layers of (K-1) * dilation, R rounded up to 32) float32, the queues, each a ring buffer;
     last: (B,) the last sample, int64 class or float32 value; position: the number of samples generated.
     """
 
@@ -66,7 +66,7 @@ def initial_state(weights: WaveNetWeights, dilations: list[int], start: Tensor) 
     """Empty queues for the streams whose first input is `start` (B,)."""
     _, _, residual, kernel_size = weights.conv.shape
     rows = (kernel_size - 1) * sum(dilations)
-    history = weights.conv.new_zeros(start.shape[0], rows, -(-residual // 16) * 16)
+    history = weights.conv.new_zeros(start.shape[0], rows, -(-residual // 32) * 32)
     return GenerationState(history, start.clone())
 
 
@@ -207,7 +207,7 @@ class Generator:
             ("gate_bias", gate_bias, torch.float32, (batch if streams != 1 else 1, layers, gates)),
             ("cond", cond, torch.float32, (batch, steps, layers, gates)),
             ("given", given, kind, (batch, min(known, steps))),
-            ("state.history", state.history, torch.float32, (batch, rows, -(-residual // 16) * 16)),
+            ("state.history", state.history, torch.float32, (batch, rows, -(-residual // 32) * 32)),
             ("state.last", state.last, kind, (batch,)),
         ):
             if tensor is None:
