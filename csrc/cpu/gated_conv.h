@@ -5,6 +5,8 @@
 // block of kRows x 3 vectors of sums in registers. Everything of layer width lives in per-thread buffers of one tile.
 #pragma once
 
+#include <bit>
+
 #include "simd.h"
 
 namespace fastgen {
@@ -15,10 +17,11 @@ constexpr int kWide = 3;  // vectors of a block of sums
 template <class T>
 constexpr int kTile = kWide * kLanes<T>;
 
-// sum[i][v] += sum_k a[i * row + k * column] * b[k * ld + v * lanes]
+// sum[i][v] += sum_k a[i * row + k * column] * b[k * ld + v * lanes]. Not inlined: among other variables the compiler
+// would keep some of the sums in memory.
 template <class T, int Rows, int Wide>
-inline void multiply_add(Vec<T> (&sum)[Rows][Wide], const T* a, int64_t row, int64_t column, const T* b, int64_t ld,
-                         int64_t k) {
+[[gnu::noinline]] void multiply_add(Vec<T> (&sum)[Rows][Wide], const T* a, int64_t row, int64_t column, const T* b,
+                                    int64_t ld, int64_t k) {
   Vec<T> local[Rows][Wide];
   unroll<Rows>([&](auto i) FASTGEN_INLINE { unroll<Wide>([&](auto v) FASTGEN_INLINE { local[i][v] = sum[i][v]; }); });
   for (int64_t c = 0; c < k; ++c, a += column, b += ld) {
@@ -65,8 +68,12 @@ inline void store_row(BFloat16* to, const float* from, int64_t count) {
 }
 // One row of a block of sums.
 template <class E, class T>
-inline void store_sums(E* to, const Vec<T> (&sum)[kWide], int64_t count) {
+inline void store_sums(E* to, const Vec<T> (&sum)[kWide], int64_t count, bool past_caches) {
   if constexpr (std::is_same_v<E, T>) {
+    if (count == kTile<T> && past_caches && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+      for (int v = 0; v < kWide; ++v) store_past_caches(to + v * kLanes<T>, sum[v]);
+      return;
+    }
     if (count == kTile<T>) {
       for (int v = 0; v < kWide; ++v) store(to + v * kLanes<T>, sum[v]);
       return;
@@ -117,10 +124,15 @@ struct GateWeights {
       const int64_t h = r / kRows * kHalf + r % kHalf;
       return h >= s.gate ? -1 : (r % kRows < kHalf ? h : s.gate + h);
     };
-    weight = pack_rows<T>(2 * padded, s.taps(), kRows, [&](int64_t r, int64_t k) {
-      const int64_t row = source(r);
-      return row < 0 ? T(0) : static_cast<T>(w[(row * s.channels + k % s.channels) * s.kernel + k / s.channels]);
-    });
+    weight.resize(2 * padded * s.taps());
+    T* to = weight.data();
+    for (int64_t first = 0; first < 2 * padded; first += kRows)
+      for (int64_t k = 0; k < s.kernel; ++k)
+        for (int64_t c = 0; c < s.channels; ++c)
+          for (int64_t r = first; r < first + kRows; ++r) {
+            const int64_t row = source(r);
+            *to++ = row < 0 ? T(0) : static_cast<T>(w[(row * s.channels + c) * s.kernel + k]);
+          }
     bias.resize(2 * padded);
     for (int64_t r = 0; r < 2 * padded && b; ++r)
       if (source(r) >= 0) bias[r] = static_cast<T>(b[source(r)]);
@@ -181,6 +193,8 @@ void layer_forward(const LayerShape& s, const LayerTensors<E>& in, E* z_out, E* 
     for (int64_t r = 0; r < rows && in.out_bias; ++r)
       if (row_of(r) >= 0) out_bias[r] = static_cast<T>(in.out_bias[row_of(r)]);
   }
+  constexpr int64_t kLarge = 8 << 20;  // bytes of results that no core's cache would keep
+  const bool past_caches = s.batch * s.outs * s.steps * static_cast<int64_t>(sizeof(E)) > kLarge;
   const int64_t tiles = (s.steps + kTile<T> - 1) / kTile<T>;
   share(s.batch * tiles, [&](int64_t begin, int64_t end) {
     std::vector<T> input_memory, z_memory;
@@ -215,10 +229,11 @@ void layer_forward(const LayerShape& s, const LayerTensors<E>& in, E* z_out, E* 
           if (row_of(r + i) < 0) continue;
           E* to = r < residual_rows ? residual + (b * s.channels + r + i) * s.steps + t
                                     : skip + (b * s.skips() + r + i - residual_rows) * s.steps + t;
-          store_sums<E, T>(to, sum[i], count);
+          store_sums<E, T>(to, sum[i], count, past_caches);
         }
       }
     }
+    fence_stores();
   });
 }
 
@@ -229,14 +244,40 @@ struct LayerGradients {
   T* cond;                                       // null where not wanted; (B, 2H, T) or (B, 2H, 1)
 };
 
+// A square of lanes x lanes: blocks off the diagonal change places, ever smaller ones.
+template <class T>
+inline void transpose_square(const T* from, int64_t from_ld, T* to, int64_t to_ld) {
+  constexpr int kSide = kLanes<T>;
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Vec<T> rows[kSide];
+  unroll<kSide>([&](auto i) FASTGEN_INLINE { rows[i] = load(from + i * from_ld); });
+  unroll<std::bit_width(static_cast<unsigned>(kSide)) - 1>([&](auto level) FASTGEN_INLINE {
+    constexpr int kBlock = 1 << level;
+    Vec<Index> low, high;
+    for (int j = 0; j < kSide; ++j) {
+      low[j] = j & kBlock ? kSide + j - kBlock : j;
+      high[j] = j & kBlock ? kSide + j : j + kBlock;
+    }
+    unroll<kSide>([&](auto i) FASTGEN_INLINE {
+      if constexpr ((i & kBlock) == 0) {
+        const Vec<T> upper = rows[i], lower = rows[i + kBlock];
+        rows[i] = __builtin_shuffle(upper, lower, low);
+        rows[i + kBlock] = __builtin_shuffle(upper, lower, high);
+      }
+    });
+  });
+  unroll<kSide>([&](auto i) FASTGEN_INLINE { store(to + i * to_ld, rows[i]); });
+}
+
 template <class T>
 void transpose(const T* from, int64_t rows, T* to, int64_t ld) {  // (rows, kTile) -> (kTile, ld)
-  constexpr int kBlock = 8;
-  for (int64_t r = 0; r < rows; r += kBlock) {
-    const int64_t n = std::min<int64_t>(kBlock, rows - r);
-    for (int64_t i = 0; i < kTile<T>; ++i)
-      for (int64_t j = 0; j < n; ++j) to[i * ld + r + j] = from[(r + j) * kTile<T> + i];
-  }
+  constexpr int kSide = kLanes<T>;
+  int64_t r = 0;
+  for (; r + kSide <= rows; r += kSide)
+    for (int64_t i = 0; i < kTile<T>; i += kSide)
+      transpose_square(from + r * kTile<T> + i, kTile<T>, to + i * ld + r, ld);
+  for (; r < rows; ++r)
+    for (int64_t i = 0; i < kTile<T>; ++i) to[i * ld + r] = from[r * kTile<T> + i];
 }
 
 // c (rows, ld) += a (rows, kTile) * b (kTile, ld); rows a multiple of kRows, ld of the lanes.

@@ -11,10 +11,6 @@
 // dot products of pairs both are plain bfloat16, and the activations are rounded likewise.
 #pragma once
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "simd.h"
 
 namespace fastgen {

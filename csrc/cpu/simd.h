@@ -2,6 +2,10 @@
 // SSE2, AVX2, AVX-512 and NEON. Everything is in an anonymous namespace, so that no two instruction sets mix.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -44,6 +48,23 @@ inline Vec<T> load(const T* p) {
 template <class T>
 inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
+}
+// Past the caches, for results too large to be read from there: saves reading each line before it is overwritten.
+template <class T>
+inline void store_past_caches(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+// Makes such stores visible to other threads.
+inline void fence_stores() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 template <class T>
 inline Vec<T> splat(T s) {
