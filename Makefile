@@ -28,7 +28,6 @@ format: $(VENV)/built
 	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
 bench: $(VENV)/built
-	$(BIN)/pip install --quiet $$($(BIN)/python -P -m fastgen bench --peers)
 	$(BIN)/python -P -m fastgen bench $(ARGS)
 
 # torch first, then the rest without build isolation: the extension is compiled against the torch that runs it

@@ -23,7 +23,7 @@ import torch
 import fastgen.backend
 
 REQUIRED = {name.strip() for name in os.environ.get("FASTGEN_REQUIRE", "").split(",") if name.strip()}
-CPU_FEATURE = {"generic": None, "avx2": "avx2", "avx512": "avx512", "avx512_bf16": "avx512_bf16"}
+CPU_FEATURE = {"generic": None} | {isa: isa for isa in fastgen.backend.ISAS[1:]}
 
 _counts: Counter[str] = Counter()
 

@@ -523,7 +523,7 @@ def test_bf16_weights_exact(need: Need, ran: Ran) -> None:
             torch.set_num_threads(1)
             exact = teacher_forced(w, dilations, start, samples, gate_bias, cond)
             assert float(exact.std()) > 0.3
-            atol = 0.1 if fastgen.backend.cpu_isa == "avx512_bf16" else 3e-5
+            atol = 0.1 if fastgen.backend.cpu_isa in ("avx512_bf16", "amx") else 3e-5
             torch.testing.assert_close(parameters.double(), exact, rtol=0, atol=atol)
             inverted("categorical", parameters, u, samples)
 

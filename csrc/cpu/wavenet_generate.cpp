@@ -149,6 +149,7 @@ class Streams {
       else
         shared_pending_ = true;
     }
+    if (two_threads) share_skips();
     // one block without a use for itself: layers that prepare nothing ahead share it
     const int64_t shared = pending;
     if (shared_pending_) pending += int64_t{2} * n_ * 2 * h_;
@@ -156,7 +157,7 @@ class Streams {
       if (!two_threads && layer.ahead == 1) layer.pending = shared;
     bias_rows_ = job.gate_bias_stride ? n_ : 1;
     const int64_t floats =
-        pending + int64_t{n_} * (r_ + 4 * h_ + 3 * s_ + o_) + bias_rows_ * s.layers * 2 * h_ + int64_t{s.layers} * h_;
+        pending + int64_t{n_} * (r_ + 4 * h_ + 4 * s_ + o_) + bias_rows_ * s.layers * 2 * h_ + int64_t{s.layers} * h_;
     memory_.reset(new float[floats + 64 * 16]());
     float* p = aligned(memory_.get());
     const auto take = [&](int64_t n) {
@@ -169,6 +170,7 @@ class Streams {
     a_ = take(int64_t{n_} * 2 * h_);
     z_ = take(int64_t{n_} * h_);
     skip_ = take(int64_t{n_} * s_);
+    led_skip_ = take(s_);
     hidden_ = take(int64_t{n_} * s_);
     out_ = take(int64_t{n_} * o_);
     bias_ = take(bias_rows_ * s.layers * 2 * h_);
@@ -216,13 +218,28 @@ class Streams {
   struct Layer {
     int64_t dilation, length, history, pending;
     int ahead, offset;
-    bool helped;
+    bool helped;    // its old taps are the helper's work
+    bool led_skip;  // its skip is the leader's
   };
+
+  // Both threads should have as much to read in a step; where the helper has more, some skips, never the last, move
+  // over.
+  void share_skips() {
+    const Shape& s = job_.shape;
+    const double conv = 2.0 * s.gate * s.residual, skip = static_cast<double>(s.skip) * s.gate;
+    double leader = s.layers * (conv + static_cast<double>(s.gate) * s.residual);
+    double helper = s.layers * skip + static_cast<double>(s.skip) * (s.skip + s.outputs);
+    for (const Layer& layer : layers_) (layer.helped ? helper : leader) += (s.kernel_size - 1) * conv / layer.ahead;
+    const double more = std::clamp((helper - leader) / (2 * skip), 0.0, s.layers / 2.0);
+    const int moved = static_cast<int>(more);
+    for (int i = 0; i < moved; ++i) layers_[i * s.layers / moved].led_skip = true;
+  }
 
   void alone(int64_t begin) {
     for (Layer& layer : layers_) layer.offset = 0;
     for (int64_t t = begin; t < job_.steps; ++t) {
       embed(t);
+      start_skip();
       for (int l = 0; l < job_.shape.layers; ++l) {
         if (t == begin || t % layers_[l].ahead == 0) prepare(l, t, false);
         gated(l, t);
@@ -246,10 +263,15 @@ class Streams {
         return t;
       }
       embed(t);
+      std::fill_n(led_skip_, s_, 0.0f);
       for (int l = 0; l < layers; ++l) {
         gated(l, t);
         std::memcpy(mail_ + int64_t{l} * h_, z_, h_ * sizeof(float));
         flags_[l].publish(t);
+        if (layers_[l].led_skip) {
+          float* sum = led_skip_;
+          product(net_.layers[l].skip, z_at_.data(), &sum, &sum, 1);
+        }
         if (l + 1 < layers) add_residual(l);
       }
       for (int l = 0; l < layers; ++l)
@@ -265,12 +287,15 @@ class Streams {
     for (int64_t t = 0; t < job_.steps; ++t) {
       for (int l = 0; l < layers; ++l)
         if (layers_[l].helped && (t + 1) % kAhead == layers_[l].offset) prepare(l, t + 1, true);
+      start_skip();
       for (int l = 0; l < layers; ++l) {
         flags_[l].wait(t);
         if (l == 0 && flags_[0].step.load(std::memory_order_relaxed) == kParted) return;
         float* z = mail_ + int64_t{l} * h_;
-        add_skip(l, &z);
+        if (!layers_[l].led_skip) add_skip(l, &z);
       }
+      // the leader's part was complete before the last layer's message
+      for (int i = 0; i < s_; ++i) skip_[i] += led_skip_[i];
       emit(t);
       flags_[layers].publish(t);
     }
@@ -360,11 +385,10 @@ class Streams {
     product(net_.layers[l].residual, z_at_.data(), x_at_.data(), x_at_.data(), n_);
   }
 
-  void add_skip(int l, float* const* z) {
-    if (l == 0)
-      for (int i = 0; i < n_; ++i) bias_at_[i] = const_cast<float*>(net_.skip_bias);
-    product(net_.layers[l].skip, z, l ? skip_at_.data() : bias_at_.data(), skip_at_.data(), n_);
+  void start_skip() {
+    for (int i = 0; i < n_; ++i) std::memcpy(skip_at_[i], net_.skip_bias, s_ * sizeof(float));
   }
+  void add_skip(int l, float* const* z) { product(net_.layers[l].skip, z, skip_at_.data(), skip_at_.data(), n_); }
 
   static void relu(float* p, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = p[i] > 0 || p[i] != p[i] ? p[i] : 0.0f;
@@ -408,7 +432,7 @@ class Streams {
   int64_t rows_ = 0, bias_rows_ = 1;
   std::vector<Layer> layers_;
   std::unique_ptr<float[]> memory_;
-  float *pending_, *x_, *a_, *z_, *skip_, *hidden_, *out_, *bias_, *mail_;
+  float *pending_, *x_, *a_, *z_, *skip_, *led_skip_, *hidden_, *out_, *bias_, *mail_;
   std::vector<float*> x_at_, a_at_, z_at_, skip_at_, hidden_at_, out_at_, bias_at_, pre_at_;
   std::vector<const float*> old_x_, old_in_, helper_x_, helper_in_;
   std::vector<float*> old_out_, helper_out_;
