@@ -26,6 +26,7 @@ constexpr int kFewStreams = 2;      // up to here old taps are computed ahead; a
 constexpr int kPatience = 20000;    // polls before a waiting thread offers its core to others
 constexpr double kLostShare = 0.3;  // of the time spent waiting beyond patience, above which one thread goes on alone
 constexpr double kLostAtLeast = 0.02;  // seconds
+constexpr double kMeetingTime = 5e-3;  // seconds to wait for a second thread
 constexpr double kSlowHandOff = 1e-6;  // seconds one way, above which two threads are slower than one
 
 // Channels and layers, from the shapes of the unpacked weights.
@@ -103,7 +104,8 @@ inline double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-constexpr int64_t kParted = std::numeric_limits<int64_t>::max();  // "go home", in place of a step
+// In place of a step: "go home" and "stay".
+constexpr int64_t kParted = std::numeric_limits<int64_t>::max(), kTogether = kParted - 1;
 
 // A message box for one layer's gate output: the flag and, next to it, the data.
 struct alignas(128) Flag {
@@ -202,16 +204,8 @@ class Streams {
   }
 
   void run() {
-    const TileScope tiles;
-    if (two_threads_) {
-      for (int l = 0; l < job_.shape.layers; ++l) prepare(l, 0, false);
-      std::thread helper([this] { help(); });
-      const int64_t done = lead();
-      helper.join();
-      if (done < job_.steps) alone(done);
-    } else {
-      alone(0);
-    }
+    if (!two_threads_) return alone(0);
+    for_each_worker(2, [&](int64_t role) { role == 0 ? lead() : help(); });
   }
 
  private:
@@ -236,6 +230,7 @@ class Streams {
   }
 
   void alone(int64_t begin) {
+    const TileScope tiles;
     for (Layer& layer : layers_) layer.offset = 0;
     for (int64_t t = begin; t < job_.steps; ++t) {
       embed(t);
@@ -250,9 +245,54 @@ class Streams {
     }
   }
 
-  // The walk through the layers; returns how many steps were made before the threads parted.
-  int64_t lead() {
+  // Whether two threads are worth it: the other one is there, and messages between the two are fast. Which cores they
+  // got, and what else runs there, shows only now. The pool may also run both roles one after the other, on this
+  // thread.
+  bool helper_is_near() {
+    const double called = now();
+    while (meeting_.load(std::memory_order_acquire) == kNobody) {
+      int nobody = kNobody;
+      if (now() - called > kMeetingTime && meeting_.compare_exchange_strong(nobody, kLeftAlone)) return false;
+    }
+    constexpr int kRounds = 64;
+    double took[kRounds];
+    for (int i = 0; i < kRounds; ++i) {
+      const double start = now();
+      there_.publish(i);
+      back_.wait(i);
+      took[i] = (now() - start) / 2;
+    }
+    std::nth_element(took, took + kRounds / 2, took + kRounds);
+    const bool near = took[kRounds / 2] < kSlowHandOff;
+    there_.publish(near ? kTogether : kParted);
+    return near;
+  }
+
+  bool leader_stays() {
+    int nobody = kNobody;
+    if (!meeting_.compare_exchange_strong(nobody, kHelper)) return false;
+    for (int64_t i = 0;; ++i) {
+      there_.wait(i);
+      const int64_t word = there_.step.load(std::memory_order_acquire);
+      if (word >= kTogether) return word == kTogether;
+      back_.publish(i);
+    }
+  }
+
+  // The walk through the layers.
+  void lead() {
+    if (!helper_is_near()) return alone(0);
+    const int64_t done = lead_together();
+    if (done == job_.steps) return;
+    back_.wait(kParted);  // the helper has put everything down
+    alone(done);
+  }
+
+  // Returns how many steps were made before the threads parted.
+  int64_t lead_together() {
+    const TileScope tiles;
     const int layers = job_.shape.layers;
+    for (int l = 0; l < layers; ++l) prepare(l, 0, false);
     const double start = now();
     double lost = 0;
     for (int64_t t = 0; t < job_.steps; ++t) {
@@ -282,6 +322,7 @@ class Streams {
   }
 
   void help() {
+    if (!leader_stays()) return;
     const TileScope tiles;
     const int layers = job_.shape.layers;
     for (int64_t t = 0; t < job_.steps; ++t) {
@@ -290,7 +331,7 @@ class Streams {
       start_skip();
       for (int l = 0; l < layers; ++l) {
         flags_[l].wait(t);
-        if (l == 0 && flags_[0].step.load(std::memory_order_relaxed) == kParted) return;
+        if (l == 0 && flags_[0].step.load(std::memory_order_relaxed) == kParted) return back_.publish(kParted);
         float* z = mail_ + int64_t{l} * h_;
         if (!layers_[l].led_skip) add_skip(l, &z);
       }
@@ -437,36 +478,17 @@ class Streams {
   std::vector<const float*> old_x_, old_in_, helper_x_, helper_in_;
   std::vector<float*> old_out_, helper_out_;
   std::vector<Flag> flags_;
+  enum Meeting { kNobody, kHelper, kLeftAlone };
+  std::atomic<int> meeting_{kNobody};
+  Flag there_, back_;
 };
-
-// Median time of one message between two threads, measured now: it depends on which cores the threads got.
-double hand_off_seconds() {
-  constexpr int kRounds = 64;
-  Flag there, back;
-  std::thread other([&] {
-    for (int i = 0; i < kRounds; ++i) {
-      there.wait(i);
-      back.publish(i);
-    }
-  });
-  double took[kRounds];
-  for (int i = 0; i < kRounds; ++i) {
-    const double start = now();
-    there.publish(i);
-    back.wait(i);
-    took[i] = (now() - start) / 2;
-  }
-  other.join();
-  std::nth_element(took, took + kRounds / 2, took + kRounds);
-  return took[kRounds / 2];
-}
 
 template <class W>
 void generate(const Job& job, const uint8_t* packed) {
   const Packed<W> net(job.shape, packed);
   const int64_t threads = torch::stable::get_num_threads();
   if (job.streams == 1) {
-    const bool two = threads > 1 && std::thread::hardware_concurrency() > 1 && hand_off_seconds() < kSlowHandOff;
+    const bool two = threads > 1 && std::thread::hardware_concurrency() > 1;
     Streams<W>(job, net, 0, 1, two).run();
     return;
   }

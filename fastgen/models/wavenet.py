@@ -18,7 +18,7 @@ from fastgen.ops import GenerationState, Generator, WaveNetWeights, distribution
 
 Progress = bool | Callable[[int, int], None]
 
-CHUNK_WORK = 2_000_000_000  # multiply-adds in one call of the generation op: some tenths of a second on a slow core
+CHUNK_WORK = 4_000_000_000  # multiply-adds in one call of the generation op: some tenths of a second on a slow core
 CHUNK_CONDITIONING = 16_000_000  # floats of per-layer conditioning in one call
 
 
@@ -302,7 +302,7 @@ class WaveNet(nn.Module):
         pair = () if self.distribution == "categorical" else (2,)
         weights = sum(t.numel() for t in loop.weights)
         # fixed by the shapes alone, so that two runs make the same calls and give the same bits
-        call = max(1, min(4096, CHUNK_WORK // (weights * batch)))
+        call = max(1, min(16384, CHUNK_WORK // (weights * batch)))
         local_weight = self._local_weight()
         if local_weight is not None:
             call = max(1, min(call, CHUNK_CONDITIONING // (local_weight.shape[0] * batch)))
