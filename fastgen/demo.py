@@ -25,7 +25,7 @@ from fastgen.models import WaveNet
 from fastgen.ops import Generator, distributions
 from fastgen.training import save_checkpoint, train_wavenet
 
-RATE = 8000  # Hz; half of the speech's own, so that a minute of training sees it more often
+RATE = 16000  # Hz
 TEMPERATURE = 1.0
 NAIVE_STEPS = 20
 QUEUE_STEPS = 400
@@ -69,8 +69,8 @@ def demo(
         f"receptive field {model.receptive_field / RATE * 1000:.0f} ms; {length:.1f} s of audio at {RATE} Hz"
     )
     log = train_wavenet(
-        model, clips, RATE, seconds=seconds, batch_size=2, segment=min(1024, int(length * RATE * 0.9)),
-        learning_rate=3e-3, save_every=10**9,
+        model, clips, RATE, seconds=seconds, batch_size=2, segment=min(2048, int(length * RATE * 0.9)),
+        learning_rate=2e-3, save_every=10**9,
     )  # fmt: skip
     tenth = max(1, len(log.losses) // 10)
     first, last = statistics.mean(log.losses[:tenth]), statistics.mean(log.losses[-tenth:])
