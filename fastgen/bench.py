@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         runs: list[tuple[dict[str, str], Path]] = [({}, results)]
         from fastgen import backend
 
-        if backend.cpu_isa is not None and backend.cpu_isa.startswith("avx512"):
+        if backend.cpu_isa in ("avx512", "avx512_bf16", "amx"):
             runs.append(({"FASTGEN_CPU_ISA": "avx2"}, results.with_suffix(".avx2.json")))
         for env, path in runs:
             part = path.with_suffix(".part")

@@ -1,5 +1,5 @@
 // gated_causal_conv1d and its backward; arguments are checked in fastgen/ops/gated_causal_conv1d.py.
-#include "gated_conv.h"
+#include "gated_conv_backward.h"
 
 namespace fastgen {
 namespace {

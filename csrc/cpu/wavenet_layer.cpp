@@ -1,5 +1,5 @@
 // wavenet_layer and its backward; arguments are checked in fastgen/ops/wavenet_layer.py.
-#include "gated_conv.h"
+#include "gated_conv_backward.h"
 
 namespace fastgen {
 namespace {
