@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastgen.files import whole_file
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -50,7 +52,8 @@ def main(arguments: list[str]) -> int:
     table = render([json.loads(p.read_text()) for p in sorted(results.parent.glob("*.json"))])
     readme = ROOT / "README.md"
     text = readme.read_text()
-    readme.write_text(re.sub(f"{BEGIN}.*{END}", f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL))
+    with whole_file(readme) as temporary:
+        temporary.write_text(re.sub(f"{BEGIN}.*{END}", f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL))
     print(table)
     return 0
 
@@ -76,7 +79,8 @@ def _slim(part: Path, path: Path) -> None:
         "fastgen": machine["fastgen"],
         "benchmarks": [b["extra_info"] for b in raw["benchmarks"]],
     }
-    path.write_text(json.dumps(slim, indent=1) + "\n")
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(slim, indent=1) + "\n")
     part.unlink()
 
 

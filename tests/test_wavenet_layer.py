@@ -163,12 +163,13 @@ def test_strided_and_expanded_inputs():
     torch.testing.assert_close(got, wavenet_layer_reference(**(args | {"x": one}))[0])
 
 
+@pytest.mark.parametrize("which", ["cpu", "reference"])
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0)])
-def test_empty(batch, steps):
+def test_empty(batch, steps, which):
     args = {k: v if v is None else v.float() for k, v in arguments(batch, 4, steps, 3, 2, 5).items()}
     args["x"].requires_grad_()
     args["weight"].requires_grad_()
-    residual, skip = wavenet_layer(**args, backend="cpu")
+    residual, skip = wavenet_layer(**args, backend=which)
     assert residual.shape == (batch, 4, steps)
     assert skip.shape == (batch, 5, steps)
     (residual.sum() + skip.sum()).backward()
@@ -233,6 +234,25 @@ def test_saturated_gates():
         for name, value in result.items():
             assert torch.isfinite(value).all(), name
             torch.testing.assert_close(value.double(), exact[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1e-5, 1e-3, 0.1, 0.2, 1.0, 5.0])
+def test_small_pre_activations_keep_their_precision(size):
+    """The gate is right in the relative sense, however small tanh's argument."""
+    x = torch.linspace(-size, size, 64).reshape(1, 1, -1)
+    weight = torch.tensor([[[1.0]], [[0.5 / max(size, 1.0)]]])
+    z = gated_causal_conv1d(x, weight, backend="cpu")
+    exact = gated_causal_conv1d_reference(x.double(), weight.double())
+    assert float(((z.double() - exact) / exact).abs().max()) < 1e-6
+
+
+def test_second_derivative_raises():
+    args = arguments(1, 2, 9, 2, 2, 2)
+    args["x"].requires_grad_()
+    out = wavenet_layer(**args, backend="cpu")[0].square().sum()
+    (grad,) = torch.autograd.grad(out, args["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_gradcheck():

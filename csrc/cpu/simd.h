@@ -111,8 +111,8 @@ inline uint16_t to_bf16(float f) {
 inline VecF at_least(VecF x, float low) { return x < low ? splat(low) : x; }
 inline VecF at_most(VecF x, float high) { return x > high ? splat(high) : x; }
 
-// e^x within 2 ulp for x in [-87, 88]: 2^n times a polynomial on [-ln2/2, ln2/2] (coefficients of Cephes).
-inline VecF exp_bounded(VecF x) {
+// e^x = 2^n (1 + q), both within 2 ulp for x in [-87, 88]; q is small where x is (coefficients of Cephes).
+inline void exp_parts(VecF x, VecF& power, VecF& q) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const VecF shifted = x * 1.44269504088896341f + kShift;
   const VecF n = shifted - kShift;
@@ -122,21 +122,32 @@ inline VecF exp_bounded(VecF x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  return (VecF)((VecU)p + ((VecU)shifted << 23));
+  q = p * (r * r) + r;
+  power = (VecF)(((VecU)shifted << 23) + 0x3f800000u);
+}
+inline VecF exp_bounded(VecF x) {
+  VecF power, q;
+  exp_parts(x, power, q);
+  return power * (1.0f + q);
+}
+// e^x - 1, exact in the relative sense near zero.
+inline VecF expm1_bounded(VecF x) {
+  VecF power, q;
+  exp_parts(x, power, q);
+  return power * q + (power - 1.0f);
 }
 
 // tanh(a) * sigmoid(b) with one division.
 inline VecF gate(VecF a, VecF b) {
-  const VecF e = exp_bounded(-2.0f * at_most(at_least(a, -9.02f), 9.02f));
+  const VecF m = expm1_bounded(-2.0f * at_most(at_least(a, -9.02f), 9.02f));
   const VecF f = exp_bounded(-at_most(at_least(b, -60.0f), 80.0f));
-  return (1.0f - e) / ((1.0f + e) * (1.0f + f));
+  return -m / ((2.0f + m) * (1.0f + f));
 }
 // tanh(a) and sigmoid(b) apart, for the backward pass.
 inline void gate_parts(VecF a, VecF b, VecF& t, VecF& s) {
-  const VecF e = exp_bounded(-2.0f * at_most(at_least(a, -9.02f), 9.02f));
+  const VecF m = expm1_bounded(-2.0f * at_most(at_least(a, -9.02f), 9.02f));
   const VecF f = exp_bounded(-at_most(at_least(b, -80.0f), 80.0f));
-  t = (1.0f - e) / (1.0f + e);
+  t = -m / (2.0f + m);
   s = 1.0f / (1.0f + f);
 }
 inline void gate_parts(Vec<double> a, Vec<double> b, Vec<double>& t, Vec<double>& s) {

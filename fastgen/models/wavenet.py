@@ -252,8 +252,10 @@ class WaveNet(nn.Module):
             raise ValueError(f"stream: chunk must be an integer >= 1, got {chunk!r}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"generate: batch_size must be an integer >= 1, got {batch_size!r}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"generate: temperature must be finite and > 0, got {temperature}")
+        if not (isinstance(temperature, int | float) and temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"generate: temperature must be finite and > 0, got {temperature!r}")
+        if not 1e-30 <= temperature <= 1e30:
+            raise ValueError(f"generate: temperature must lie in [1e-30, 1e30], got {temperature}")
         if uniforms is not None:
             self._check_uniforms(uniforms, batch_size, steps)
         if given is not None:
@@ -261,16 +263,18 @@ class WaveNet(nn.Module):
             given = given if self.distribution == "categorical" else given.float()
             if given.shape[0] != batch_size or given.shape[1] > steps:
                 raise ValueError(f"generate: given must be ({batch_size}, at most {steps}), got {tuple(given.shape)}")
+            if given.is_floating_point() and not bool((given.abs() <= 1).all()):
+                raise ValueError("generate: given must lie in [-1, 1], got values outside or NaN")
         for name, parameter in self.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise ValueError(f"generate: the model's weights must be finite, {name} holds NaN or infinity")
         if isinstance(local, Tensor) or local is None:
-            upsampled = self._upsampled(local, batch_size, steps)
+            upsampled = _finite(self._upsampled(local, batch_size, steps))
             blocks: Iterator[Tensor] = iter(() if upsampled is None else (upsampled,))
         else:
             if self.upsample is not None and self.upsample.context:
                 raise ValueError("stream: local must be one tensor: this model's upsampling looks at later frames")
-            blocks = (self._upsampled(block, batch_size, None) for block in local)  # type: ignore[misc]
+            blocks = (_finite(self._upsampled(block, batch_size, None)) for block in local)  # type: ignore[misc]
         loop = Generator(
             self.packed_weights(), self.dilations, distribution=self.distribution,
             log_scale_min=self.log_scale_min, dtype=dtype, backend=backend,
@@ -324,12 +328,12 @@ class WaveNet(nn.Module):
                                         f"stream: local ended after {done + local.shape[2]} samples, {steps} are wanted"
                                     )
                                 local = torch.cat([local, block.float()], 2)
-                            cond = F.linear(local[:, :, :n].mT, local_weight)  # (B, n, L * 2H)
+                            cond = F.linear(local[:, :, :n].mT, local_weight).float()  # (B, n, L * 2H)
                             cond = cond.view(batch, n, len(self.layers), -1)
                             local = local[:, :, n:]
                         if uniforms is None:
                             # drawn step by step, so that the samples do not depend on the size of the chunks
-                            u = torch.rand(n, batch, *pair, generator=generator).transpose(0, 1)
+                            u = torch.rand(n, batch, *pair, generator=generator, dtype=torch.float32).transpose(0, 1)
                         else:
                             u = uniforms[:, done : done + n].float().clamp(max=1 - 2**-24)
                         known = None if given is None else given[:, done : done + n]
@@ -460,6 +464,12 @@ class WaveNet(nn.Module):
             raise ValueError(
                 f"generate: uniforms must lie in [0, 1), got {float(uniforms.min())} to {float(uniforms.max())}"
             )
+
+
+def _finite(local: Tensor | None) -> Tensor | None:
+    if local is not None and not bool(torch.isfinite(local).all()):
+        raise ValueError("generate: local holds NaN or infinity, or becomes so when upsampled")
+    return local
 
 
 def _bias(module: nn.Module) -> Tensor:

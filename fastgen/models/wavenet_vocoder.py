@@ -18,6 +18,36 @@ from torch import Tensor, nn
 from fastgen.models.wavenet import WaveNet
 from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
 
+KNOWN = frozenset(
+    [
+        "layers",
+        "stacks",
+        "residual_channels",
+        "gate_channels",
+        "skip_out_channels",
+        "out_channels",
+        "kernel_size",
+        "dropout",
+        "cin_channels",
+        "gin_channels",
+        "n_speakers",
+        "weight_normalization",
+        "upsample_conditional_features",
+        "upsample_scales",
+        "upsample_net",
+        "upsample_params",
+        "freq_axis_kernel_size",
+        "scalar_input",
+        "use_speaker_embedding",
+        "output_distribution",
+        "cin_pad",
+        "legacy",
+        "layout",
+        "quantize_channels",
+        "log_scale_min",
+    ]
+)
+
 
 def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
     """A `fastgen.models.WaveNet` with the weights of a wavenet_vocoder model: same logits, same samples.
@@ -49,6 +79,9 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
         hparams.setdefault("legacy", getattr(source, "legacy", True))
         convs = [m for k, m in source.named_modules() if re.fullmatch(r"conv_layers\.\d+\.conv", k)]
         hparams.setdefault("stacks", sum(m.dilation[0] == 1 for m in convs) or 2)
+    unknown = sorted(set(hparams) - KNOWN)
+    if unknown:
+        raise ValueError(f"from_wavenet_vocoder: unknown hparams {unknown}; known are {sorted(KNOWN)}")
     used: set[str] = set()
 
     def take(key: str, *shape: int | None) -> Tensor:
@@ -73,6 +106,13 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
     gate = gates // 2
     skip_channels = take("conv_layers.0.conv1x1_skip.weight", None, gate, 1).shape[0]
     outputs = take("last_conv_layers.3.weight", None, skip_channels, 1).shape[0]
+    read = {
+        "layers": layers, "residual_channels": channels, "gate_channels": gates, "kernel_size": kernel_size,
+        "skip_out_channels": skip_channels, "out_channels": outputs,
+    }  # fmt: skip
+    for name, size in read.items():
+        if hparams.get(name, size) != size:
+            raise ValueError(f"from_wavenet_vocoder: {name}={hparams[name]}, but the checkpoint has {size}")
     scalar = bool(hparams.get("scalar_input", first.shape[1] == 1))
     layout = str(hparams.get("layout", "release"))
     for key in ("conv1x1c", "conv1x1g"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
 
@@ -23,6 +24,9 @@ def gated_causal_conv1d_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, cond: Tensor | None = None, *, dilation: int = 1
 ) -> Tensor:
     """The specification, in plain PyTorch: any device and dtype, differentiable."""
+    if x.shape[2] == 0:
+        return x.new_zeros(x.shape[0], weight.shape[0] // 2, 0) + 0 * (x.sum() + weight.sum())
+    dilation = min(dilation, x.shape[2])  # taps farther back see nothing but zeros
     a = F.conv1d(F.pad(x, ((weight.shape[2] - 1) * dilation, 0)), weight, bias, dilation=dilation)  # (B, 2H, T)
     if cond is not None:
         a = a + cond
@@ -67,6 +71,7 @@ class _GatedCausalConv1d(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cond = ctx.saved_tensors
         grads = torch.ops.fastgen.gated_causal_conv1d_backward(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
 from fastgen.ops.gated_causal_conv1d import (
@@ -37,6 +38,9 @@ def wavenet_layer_reference(
 ) -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch: any device and dtype, differentiable."""
     z = gated_causal_conv1d_reference(x, weight, bias, cond, dilation=dilation)  # (B, H, T)
+    if x.shape[2] == 0:  # what F.conv1d refuses
+        nothing = z.new_zeros(x.shape[0], out_weight.shape[0], 0) + 0 * out_weight.sum()
+        return x + nothing[:, : x.shape[1]], nothing[:, x.shape[1] :]
     out = F.conv1d(z, out_weight[:, :, None], out_bias)  # (B, C + S, T)
     return x + out[:, : x.shape[1]], out[:, x.shape[1] :]
 
@@ -91,6 +95,7 @@ class _WaveNetLayer(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_residual: Tensor, grad_skip: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         grads = torch.ops.fastgen.wavenet_layer_backward(
