@@ -39,7 +39,7 @@ def wavenet_layer_reference(
     """The specification, in plain PyTorch: any device and dtype, differentiable."""
     z = gated_causal_conv1d_reference(x, weight, bias, cond, dilation=dilation)  # (B, H, T)
     if x.shape[2] == 0:  # what F.conv1d refuses
-        nothing = z.new_zeros(x.shape[0], out_weight.shape[0], 0) + 0 * out_weight.sum()
+        nothing = z.new_zeros(x.shape[0], out_weight.shape[0], 0) + 0 * (z.sum() + out_weight.sum())
         return x + nothing[:, : x.shape[1]], nothing[:, x.shape[1] :]
     out = F.conv1d(z, out_weight[:, :, None], out_bias)  # (B, C + S, T)
     return x + out[:, : x.shape[1]], out[:, x.shape[1] :]
