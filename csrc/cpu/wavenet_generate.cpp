@@ -56,7 +56,7 @@ inline double now() {
 // In place of a step: "go home" and "stay".
 constexpr int64_t kParted = std::numeric_limits<int64_t>::max(), kTogether = kParted - 1;
 
-// A message box for one layer's gate output: the flag and, next to it, the data.
+// How far the thread that writes it has come; on cache lines of its own.
 struct alignas(128) Flag {
   std::atomic<int64_t> step{-1};
   void publish(int64_t t) { step.store(t, std::memory_order_release); }
@@ -101,7 +101,7 @@ class Streams {
         shared_pending_ = true;
     }
     if (two_threads) share_skips();
-    // one block without a use for itself: layers that prepare nothing ahead share it
+    // layers that prepare nothing ahead use their block at once, so they share one
     const int64_t shared = pending;
     if (shared_pending_) pending += int64_t{2} * n_ * 2 * h_;
     for (Layer& layer : layers_)
@@ -182,7 +182,7 @@ class Streams {
     const TileScope tiles;
     for (Layer& layer : layers_) layer.offset = 0;
     for (int64_t t = begin; t < job_.steps; ++t) {
-      embed(t);
+      embed();
       start_skip();
       for (int l = 0; l < job_.shape.layers; ++l) {
         if (t == begin || t % layers_[l].ahead == 0) prepare(l, t, false);
@@ -251,7 +251,7 @@ class Streams {
         flags_[0].publish(kParted);
         return t;
       }
-      embed(t);
+      embed();
       std::fill_n(led_skip_, s_, 0.0f);
       for (int l = 0; l < layers; ++l) {
         gated(l, t);
@@ -332,7 +332,7 @@ class Streams {
   }
 
   // x = the input layer's column of the last sample.
-  void embed(int64_t t) {
+  void embed() {
     for (int s = 0; s < n_; ++s) {
       float* x = x_ + int64_t{s} * r_;
       const int64_t b = first_ + s;
@@ -344,7 +344,6 @@ class Streams {
         for (int i = 0; i < r_; ++i) x[i] = w[i] * job_.last_value[b] + net_.input_bias[i];
       }
     }
-    (void)t;
   }
 
   // z = tanh(a) * sigmoid(b), and x into the ring buffer.

@@ -18,35 +18,13 @@ from torch import Tensor, nn
 from fastgen.models.wavenet import WaveNet
 from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
 
-KNOWN = frozenset(
-    [
-        "layers",
-        "stacks",
-        "residual_channels",
-        "gate_channels",
-        "skip_out_channels",
-        "out_channels",
-        "kernel_size",
-        "dropout",
-        "cin_channels",
-        "gin_channels",
-        "n_speakers",
-        "weight_normalization",
-        "upsample_conditional_features",
-        "upsample_scales",
-        "upsample_net",
-        "upsample_params",
-        "freq_axis_kernel_size",
-        "scalar_input",
-        "use_speaker_embedding",
-        "output_distribution",
-        "cin_pad",
-        "legacy",
-        "layout",
-        "quantize_channels",
-        "log_scale_min",
-    ]
-)
+HPARAMS = {
+    "layers", "stacks", "residual_channels", "gate_channels", "skip_out_channels", "out_channels",
+    "kernel_size", "dropout", "cin_channels", "gin_channels", "n_speakers", "weight_normalization",
+    "upsample_conditional_features", "upsample_scales", "upsample_net", "upsample_params",
+    "freq_axis_kernel_size", "scalar_input", "use_speaker_embedding", "output_distribution", "cin_pad",
+    "legacy", "layout", "quantize_channels", "log_scale_min",
+}  # fmt: skip
 
 
 def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
@@ -79,9 +57,9 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
         hparams.setdefault("legacy", getattr(source, "legacy", True))
         convs = [m for k, m in source.named_modules() if re.fullmatch(r"conv_layers\.\d+\.conv", k)]
         hparams.setdefault("stacks", sum(m.dilation[0] == 1 for m in convs) or 2)
-    unknown = sorted(set(hparams) - KNOWN)
+    unknown = sorted(set(hparams) - HPARAMS)
     if unknown:
-        raise ValueError(f"from_wavenet_vocoder: unknown hparams {unknown}; known are {sorted(KNOWN)}")
+        raise ValueError(f"from_wavenet_vocoder: unknown hparams {unknown}; known are {sorted(HPARAMS)}")
     used: set[str] = set()
 
     def take(key: str, *shape: int | None) -> Tensor:
