@@ -22,6 +22,8 @@ import torch
 
 import fastgen.backend
 
+sys.path.append(str(Path(__file__).parent))  # for the helpers that several tests import
+
 REQUIRED = {name.strip() for name in os.environ.get("FASTGEN_REQUIRE", "").split(",") if name.strip()}
 CPU_FEATURE = {"generic": None} | {isa: isa for isa in fastgen.backend.ISAS[1:]}
 
@@ -44,6 +46,12 @@ def _deterministic() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """Small tensors gain nothing from threads; tests about threads set their own number."""
+    torch.set_num_threads(1)
 
 
 @contextlib.contextmanager

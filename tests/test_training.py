@@ -15,9 +15,7 @@ from fastgen.training import TrainingLog, load_wavenet, save_checkpoint, train_w
 RATE = 8000
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # these networks are too small to share; on a busy machine the waiting would dominate
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**options: object) -> WaveNet:

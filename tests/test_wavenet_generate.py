@@ -2,170 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 import re
 import subprocess
-import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from wavenet_helpers import (
+    BACKENDS,
+    OP,
+    Need,
+    Ran,
+    conditioning,
+    default_network,
+    distributions_of,
+    draw,
+    first,
+    inverted,
+    network,
+    teacher_forced,
+)  # fmt: skip
 
 import fastgen.backend
-from fastgen.models import WaveNet
-from fastgen.ops import GenerationState, Generator, WaveNetWeights, initial_state
+from fastgen.ops import Generator, WaveNetWeights
 
-OP = "wavenet_generate"
-BACKENDS = ("cpu", "reference")
-Need = Callable[[str, str], None]
-Ran = Callable[[str, str], AbstractContextManager[None]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Small tensors gain nothing from threads; tests about threads set their own number."""
-    torch.set_num_threads(1)
-
-
-def network(
-    layers: int = 4,
-    residual: int = 16,
-    gate: int = 16,
-    skip: int = 16,
-    outputs: int = 16,
-    kernel_size: int = 2,
-    distribution: str = "categorical",
-    gain: float = 1.0,
-    seed: int = 0,
-) -> WaveNetWeights:
-    """Random weights large enough that gates saturate at times and probabilities are far from uniform."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, fan: int) -> Tensor:
-        return gain * torch.randn(*shape, generator=g) / math.sqrt(fan)
-
-    weights = WaveNetWeights(
-        input=normal(outputs if distribution == "categorical" else 1, residual, fan=1),
-        input_bias=normal(residual, fan=4),
-        conv=normal(layers, 2 * gate, residual, kernel_size, fan=residual * kernel_size),
-        residual=normal(layers, residual, gate, fan=gate),
-        residual_bias=normal(layers, residual, fan=16),
-        skip=2 * normal(layers, skip, gate, fan=gate * layers),
-        skip_bias=normal(skip, fan=4),
-        hidden=2 * normal(skip, skip, fan=skip),
-        hidden_bias=normal(skip, fan=4),
-        output=2 * normal(outputs, skip, fan=skip),
-        output_bias=normal(outputs, fan=4),
-    )
-    if distribution != "categorical":  # values mostly inside (-1, 1), scales around exp(-3)
-        count = distributions_of(outputs)
-        probe = torch.rand(4, 200, generator=g) - 0.5
-        out = teacher_forced(weights, [1] * layers, probe[:, 0], probe, torch.zeros(1, layers, 2 * gate)).float()
-        for rows, mean, std in ((slice(-2 * count, -count), 0.0, 0.25), (slice(-count, None), -3.0, 0.4)):
-            factor = std / out[..., rows].std()
-            weights.output[rows] *= factor
-            weights.output_bias[rows] = mean - (out[..., rows].mean((0, 1)) - weights.output_bias[rows]) * factor
-    return weights
-
-
-def distributions_of(outputs: int) -> int:
-    return 1 if outputs == 2 else outputs // 3
-
-
-def conditioning(w: WaveNetWeights, batch: int, steps: int, streams: int = 1, seed: int = 1) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    layers, gates = w.conv.shape[:2]
-    return (
-        torch.randn(streams, layers, gates, generator=g) / 2,
-        torch.randn(batch, steps, layers, gates, generator=g) / 2,
-    )
-
-
-def first(w: WaveNetWeights, dilations: list[int], batch: int, distribution: str = "categorical") -> GenerationState:
-    kind = torch.int64 if distribution == "categorical" else torch.float32
-    return initial_state(w, dilations, torch.full((batch,), 1, dtype=kind))
-
-
-def draw(distribution: str, batch: int, steps: int, seed: int = 2) -> Tensor:
-    shape = (batch, steps) if distribution == "categorical" else (batch, steps, 2)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def teacher_forced(
-    w: WaveNetWeights,
-    dilations: list[int],
-    start: Tensor,
-    samples: Tensor,
-    gate_bias: Tensor,
-    cond: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """Parameters (B, T, O) from whole sequences, layer by layer: no queue, no packing, no sampling."""
-    w = WaveNetWeights(*(t.to(dtype) for t in w))
-    previous = torch.cat([start[:, None], samples[:, :-1]], 1)
-    x = w.input[previous] if previous.dtype == torch.int64 else previous.to(dtype)[..., None] * w.input[0]
-    x = (x + w.input_bias).mT  # (B, R, T)
-    skips = w.skip_bias[:, None]
-    for i, d in enumerate(dilations):
-        taps, steps = w.conv.shape[3], x.shape[2]
-        padded = F.pad(x, ((taps - 1) * d, 0))
-        a = sum(w.conv[i, :, :, j] @ padded[:, :, j * d : j * d + steps] for j in range(taps))
-        a = a + gate_bias[:, i, :, None].to(dtype)
-        if cond is not None:
-            a = a + cond[:, :, i].mT.to(dtype)
-        tanh, sigmoid = a.chunk(2, 1)
-        z = torch.tanh(tanh) * torch.sigmoid(sigmoid)
-        skips = skips + w.skip[i] @ z
-        x = x + w.residual[i] @ z + w.residual_bias[i][:, None]
-    hidden = w.hidden @ F.relu(skips) + w.hidden_bias[:, None]
-    return (w.output @ F.relu(hidden) + w.output_bias[:, None]).mT
-
-
-def inverted(
-    distribution: str,
-    parameters: Tensor,
-    uniforms: Tensor,
-    samples: Tensor,
-    temperature: float = 1.0,
-    log_scale_min: float = -7.0,
-    near: float = 1e-5,
-    most_clamped: float = 0.7,
-) -> None:
-    """Assert that each sample is the inverse of the distribution function at its uniform.
-
-    A class (or component) may differ from the exact one only where the uniform lies within `near` of its boundary.
-    """
-    p, u = parameters.double(), uniforms.double()
-    if distribution == "categorical":
-        above = torch.softmax(p / temperature, -1).cumsum(-1)
-        low = F.pad(above, (1, 0))[..., :-1].gather(-1, samples[..., None])[..., 0]
-        high = above.gather(-1, samples[..., None])[..., 0]
-        last = samples == p.shape[-1] - 1
-        assert bool((u >= low - near).all())
-        assert bool(((u < high + near) | last).all())
-        exact = ((u >= low) & (u < high)).double().mean()
-        assert exact > 0.999, f"only {exact:.4f} of the samples are exact: near-ties do not explain that"
-        return
-    mixtures = distributions_of(p.shape[-1])
-    means, log_scales = p[..., -2 * mixtures : -mixtures], p[..., -mixtures:].clamp(min=log_scale_min)
-    logits = torch.zeros_like(means) if mixtures == 1 else p[..., :mixtures]
-    above = torch.softmax(logits / temperature, -1).cumsum(-1)
-    component = (u[..., :1] >= F.pad(above, (1, 0))[..., :-1] - near) & (u[..., :1] < above + near)  # (B, T, M)
-    assert bool((component.sum(-1) <= 1).double().mean() > 0.999), "near-ties are rare"
-    x = samples.double()[..., None]
-    unit = (x - means) / (temperature * log_scales.exp())
-    cdf = torch.special.ndtr(unit) if distribution == "gaussian" else torch.sigmoid(unit)
-    v = uniforms.double()[..., 1:].clamp(1e-7, 1 - 1e-7)
-    close = (cdf - v).abs() < 1e-4 + 1e-7 * unit.abs().clamp(max=1e3)
-    clamped = ((x == 1) & (cdf <= v + 1e-4)) | ((x == -1) & (cdf >= v - 1e-4))
-    assert bool((component & (close | clamped)).any(-1).all())
-    assert float(clamped.any(-1).double().mean()) < most_clamped, "the test's network must sample mostly inside (-1, 1)"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SMALL = {
@@ -238,10 +102,6 @@ def test_distributions(distribution: str, outputs: int, temperature: float, back
         assert float(samples.abs().max()) <= 1
         clamped = exact[..., -distributions_of(outputs) :] < -3.2
         assert 0.05 < float(clamped.double().mean()) < 0.95, "log_scale_min must bite on some components only"
-
-
-def default_network(seed: int = 0, gain: float = 1.0) -> tuple[WaveNetWeights, list[int]]:
-    return network(20, 64, 64, 128, 256, gain=gain, seed=seed), [2 ** (i % 10) for i in range(20)]
 
 
 @pytest.mark.parametrize(("backend", "threads"), [("cpu", 1), ("cpu", 2), ("reference", 1)])
@@ -350,153 +210,6 @@ def test_given_prefix(backend: str, need: Need, ran: Ran) -> None:
         assert torch.equal(whole, samples)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_state_continues(backend: str, batch: int, dtype: torch.dtype, tmp_path: Path, need: Need, ran: Ran) -> None:
-    """Pieces of any length, through a copy and a file, are what one go gives: same samples, same state."""
-    need(OP, backend)
-    dilations, steps = [1, 2, 4, 8, 16, 33], 150
-    w = network(6, 20, 12, 24, 32, kernel_size=3)
-    gate_bias, cond = conditioning(w, batch, steps, batch)
-    u = draw("categorical", batch, steps)
-    with ran(OP, backend):
-        loop = Generator(w, dilations, backend=backend, dtype=dtype)
-        whole_state = first(w, dilations, batch)
-        whole, expected = loop.run(whole_state, u, gate_bias, cond, parameters=True)
-        state, at, parts, kept = first(w, dilations, batch), 0, [], []
-        for length in (1, 2, 7, 8, 9, 40, 3, 80):
-            untouched = state.clone()
-            copied = state.clone()
-            cut = slice(at, at + length)
-            samples, parameters = loop.run(copied, u[:, cut], gate_bias, cond[:, cut], parameters=True)
-            assert torch.equal(state.history, untouched.history)
-            assert (state.position, copied.position) == (at, at + length)
-            torch.save(vars(copied), tmp_path / "state.pt")
-            state = GenerationState(**torch.load(tmp_path / "state.pt"))
-            at += length
-            parts.append(samples)
-            kept.append(parameters)
-    assert at == steps
-    torch.testing.assert_close(torch.cat(kept, 1), expected, rtol=0, atol=2e-5)
-    assert torch.equal(torch.cat(parts, 1), whole)
-    torch.testing.assert_close(state.history, whole_state.history, rtol=0, atol=2e-5)
-    assert torch.equal(state.last, whole_state.last)
-    assert state.position == whole_state.position == steps
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 2, 9])
-def test_same_bits(batch: int, dtype: torch.dtype, need: Need, ran: Ran) -> None:
-    """Two runs give the same bits; a single stream does so on one thread and on two."""
-    need(OP, "cpu")
-    w, dilations = default_network()
-    w = w._replace(**{name: getattr(w, name)[:12] for name in ("conv", "residual", "residual_bias", "skip")})
-    dilations, steps = dilations[:12], 300
-    gate_bias, cond = conditioning(w, batch, steps)
-    u, results = draw("categorical", batch, steps), []
-    for threads in (2, 2, 1, 2, 1) if batch == 1 else (2, 2):
-        torch.set_num_threads(threads)
-        with ran(OP, "cpu"):
-            loop = Generator(w, dilations, backend="cpu", dtype=dtype)
-            state = first(w, dilations, batch)
-            results.append((*loop.run(state, u, gate_bias, cond, parameters=True), state.history))
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
-
-
-def test_streams_do_not_mix(need: Need, ran: Ran) -> None:
-    """Each stream of a batch gives what it gives alone, whatever stands next to it."""
-    need(OP, "cpu")
-    dilations, batch, steps = [1, 2, 4, 16], 7, 80
-    w = network()
-    gate_bias, cond = conditioning(w, batch, steps, batch)
-    u = draw("categorical", batch, steps)
-    with ran(OP, "cpu"):
-        loop = Generator(w, dilations, backend="cpu")
-        together, expected = loop.run(first(w, dilations, batch), u, gate_bias, cond, parameters=True)
-        assert expected is not None
-        for b in range(batch):
-            one = slice(b, b + 1)
-            alone, parameters = loop.run(
-                first(w, dilations, 1), u[one], gate_bias[one], cond[one], given=together[one], parameters=True
-            )
-            torch.testing.assert_close(parameters, expected[one], rtol=0, atol=2e-5)
-            free, _ = loop.run(first(w, dilations, 1), u[one], gate_bias[one], cond[one])
-            assert float((free == together[one]).double().mean()) > 0.9
-            assert torch.equal(alone, together[one])
-
-
-def test_many_threads(need: Need, ran: Ran) -> None:
-    """More threads than cores or streams, and calls from several Python threads at once, change nothing."""
-    need(OP, "cpu")
-    dilations, steps = [1, 2, 4, 16], 200
-    w = network()
-    gate_bias, _ = conditioning(w, 1, 1)
-    loop = Generator(w, dilations, backend="cpu")
-    uniforms = {batch: draw("categorical", batch, steps, seed=batch) for batch in (1, 2, 3, 5)}
-    torch.set_num_threads(1)
-    with ran(OP, "cpu"):
-        expected = {b: loop.run(first(w, dilations, b), u, gate_bias, parameters=True) for b, u in uniforms.items()}
-    torch.set_num_threads(16)
-    for b, u in uniforms.items():
-        samples, parameters = loop.run(first(w, dilations, b), u, gate_bias, given=expected[b][0], parameters=True)
-        torch.testing.assert_close(parameters, expected[b][1], rtol=0, atol=2e-5)
-    torch.set_num_threads(2)
-    results: dict[int, Tensor] = {}
-
-    def work(i: int) -> None:
-        for _ in range(5):
-            results[i] = loop.run(first(w, dilations, 1), uniforms[1], gate_bias)[0]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == 6
-    for samples in results.values():
-        assert torch.equal(samples, expected[1][0])
-
-
-def test_inputs_are_left_alone(need: Need, ran: Ran) -> None:
-    """Only the state changes; strided uniforms, conditioning and prefixes give what contiguous ones give."""
-    need(OP, "cpu")
-    dilations, batch, steps = [1, 2, 4, 8], 3, 40
-    w = network()
-    kept = copy.deepcopy(w)
-    gate_bias, cond = conditioning(w, batch, steps, batch)
-    u, given = draw("categorical", batch, steps), torch.randint(0, 16, (batch, 9))
-    inputs = (u, gate_bias, cond, given)
-    before = [t.clone() for t in inputs]
-    strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in inputs]
-    with ran(OP, "cpu"):
-        loop = Generator(w, dilations, backend="cpu")
-        one = loop.run(first(w, dilations, batch), u, gate_bias, cond, given=given)[0]
-        two = loop.run(first(w, dilations, batch), strided[0], strided[1], strided[2], given=strided[3])[0]
-    assert torch.equal(one, two)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(w, kept, strict=True))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_streams_and_no_steps(backend: str, need: Need) -> None:
-    """An empty batch and zero steps give empty results and leave the state as it was."""
-    need(OP, backend)
-    w, dilations = network(), [1, 2, 4, 8]
-    gate_bias, _ = conditioning(w, 1, 1)
-    loop = Generator(w, dilations, backend=backend)
-    for batch, steps in ((0, 5), (3, 0)):
-        state = first(w, dilations, batch)
-        samples, parameters = loop.run(state, torch.rand(batch, steps), gate_bias, parameters=True)
-        assert samples.shape == (batch, steps)
-        assert samples.dtype == torch.int64
-        assert parameters is not None
-        assert parameters.shape == (batch, steps, 16)
-        assert state.position == steps
-
-
 def test_bf16_weights_exact(need: Need, ran: Ran) -> None:
     """Weights that bf16 holds exactly give what float32 gives: nothing is lost but the weights' last bits.
 
@@ -581,277 +294,6 @@ def test_bf16_reference_is_the_rounded_weights(ran: Ran) -> None:
     assert not torch.equal(a[1], full[1])
 
 
-# ---- through the model
-
-
-def loud(model: WaveNet) -> WaveNet:
-    """Biases and output weights large enough that samples depend on everything."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):
-                p.normal_(0, 0.3)
-        model.output.weight.mul_(4)
-    return model
-
-
-def matches_forward(model: WaveNet, u: Tensor, samples: Tensor, **conditions: Tensor) -> None:
-    """The samples are drawn from what the double-precision forward says now."""
-    parameters = copy.deepcopy(model).double()
-    local = conditions.get("local")
-    with torch.no_grad(), fastgen.use_backend("reference"):
-        out = parameters(samples, None if local is None else local.double(), conditions.get("speaker")).mT
-    inverted(model.distribution, out, u, samples, near=1e-4, most_clamped=0.9)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"local_channels": 5},
-        {"local_channels": 3, "upsample_scales": (2, 4)},
-        {"speakers": 4},
-        {"local_channels": 4, "speakers": 3, "distribution": "logistic", "mixtures": 3},
-        {"speakers": 2, "distribution": "gaussian", "mixtures": 1, "kernel_size": 3, "gate_channels": 10},
-    ],
-)
-def test_model_generates_what_forward_says(backend: str, options: dict, need: Need, ran: Ran) -> None:
-    """`generate` follows `forward`, with local and speaker conditioning, and its temperature and prefix."""
-    need(OP, backend)
-    batch, steps = 3, 70
-    model = loud(
-        WaveNet(**{"layers": 6, "cycles": 2, "residual_channels": 12, "skip_channels": 9, "classes": 20, **options})
-    )
-    u = draw(model.distribution, batch, steps)
-    conditions: dict[str, Tensor] = {}
-    if model.local_channels:
-        frames = steps if model.upsample is None else -(-steps // 8)
-        conditions["local"] = torch.randn(batch, model.local_channels, frames)
-    if model.speakers:
-        conditions["speaker"] = torch.tensor([1, 0, model.speakers - 1])
-    with ran(OP, backend):
-        samples = model.generate(steps, batch_size=batch, uniforms=u, backend=backend, **conditions)
-    matches_forward(model, u, samples, **conditions)
-    cold = model.generate(steps, batch_size=batch, uniforms=u, backend=backend, temperature=0.05, **conditions)
-    with torch.no_grad():
-        assert float(model.log_prob(cold, **conditions).mean()) > float(model.log_prob(samples, **conditions).mean())
-    given = samples.flip(0)[:, :31]
-    more = model.generate(steps, batch_size=batch, uniforms=u, backend=backend, given=given, **conditions)
-    assert torch.equal(more[:, :31], given)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("distribution", ["categorical", "logistic"])
-def test_stream_is_generate(backend: str, distribution: str, need: Need, ran: Ran) -> None:
-    """Chunks of any size, local features in one piece or arriving in blocks, uniforms given or drawn: same samples."""
-    need(OP, backend)
-    batch, steps = 2, 48
-    model = WaveNet(
-        4, 1, 8, 8, classes=12, mixtures=2, distribution=distribution, local_channels=3, upsample_scales=(4,)
-    )
-    model = loud(model)
-    local = torch.randn(batch, 3, steps // 4)
-    with ran(OP, backend):
-        whole = model.generate(
-            steps, batch_size=batch, local=local, backend=backend, generator=torch.Generator().manual_seed(5)
-        )
-    for chunk in (1, 5, 47, 1000):
-        for pieces in (local, local.split(1, 2), iter(local.split([3, 1, 8], 2))):
-            chunks = list(
-                model.stream(
-                    steps, chunk, batch_size=batch, local=pieces, backend=backend,
-                    generator=torch.Generator().manual_seed(5),
-                )
-            )  # fmt: skip
-            assert [c.shape[1] for c in chunks[:-1]] == [chunk] * (len(chunks) - 1)
-            torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=0, atol=1e-4)
-
-
-def test_stream_starts_while_features_arrive() -> None:
-    """A block of features is asked for only when the samples before it are out; too few of them are an error."""
-    model = WaveNet(2, 1, 8, 8, classes=12, local_channels=3)
-    asked = []
-
-    def blocks(count: int):
-        for i in range(count):
-            asked.append(i)
-            yield torch.randn(1, 3, 10)
-
-    stream = model.stream(30, 10, local=blocks(3))
-    assert asked == []
-    for i in range(3):
-        assert next(stream).shape == (1, 10)
-        assert asked == list(range(i + 1))
-    stream = model.stream(30, 10, local=blocks(2))
-    next(stream), next(stream)
-    with pytest.raises(ValueError, match=r"local ended after 20 samples, 30 are wanted"):
-        next(stream)
-
-
-def test_stream_leaves_gradients_on() -> None:
-    """Between two chunks the caller's code can train: gradients are off inside the stream alone."""
-    model = WaveNet(2, 1, 4, 4, classes=8)
-    for chunk in model.stream(6, 2):
-        assert torch.is_grad_enabled()
-        assert model.log_prob(chunk).requires_grad
-        break
-    assert torch.is_grad_enabled()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_are_never_stale(backend: str, need: Need, ran: Ran) -> None:
-    """Whatever way parameters change between two calls, the second call uses the new ones."""
-    need(OP, backend)
-    model = loud(WaveNet(4, 2, 8, 8, classes=16, speakers=2))
-    other = loud(WaveNet(4, 2, 8, 8, classes=16, speakers=2))
-    speaker = torch.tensor([0, 1])
-    u = draw("categorical", 2, 60)
-    optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        (-model.log_prob(torch.randint(0, 16, (2, 30)), speaker=speaker).mean() / 30).backward()
-        optimizer.step()
-
-    def in_place() -> None:
-        with torch.no_grad():
-            model.layers[1].conv.bias.add_(1.0)
-
-    def data() -> None:
-        model.hidden.weight.data = torch.randn_like(model.hidden.weight)
-
-    def data_in_place() -> None:
-        model.layers[2].out.weight.data.mul_(-1)
-
-    def embedding() -> None:
-        model.embedding.weight.data.neg_()
-
-    def replaced() -> None:
-        model.output = torch.nn.Conv1d(8, 16, 1)
-
-    def load() -> None:
-        model.load_state_dict(other.state_dict())
-
-    previous = model.generate(60, batch_size=2, speaker=speaker, uniforms=u, backend=backend)
-    for change in (step, in_place, data, data_in_place, embedding, replaced, load):
-        change()
-        with ran(OP, backend):
-            samples = model.generate(60, batch_size=2, speaker=speaker, uniforms=u, backend=backend)
-        matches_forward(model, u, samples, speaker=speaker)
-        assert not torch.equal(samples, previous), f"{change.__name__} changed nothing: a vacuous check"
-        previous = samples
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("style", ["parametrization", "hook"])
-def test_weight_norm_is_folded(style: str, backend: str, need: Need, ran: Ran) -> None:
-    """Weight-normalised models, of either style, generate as plain ones with the same weights, also after a change."""
-    need(OP, backend)
-    plain = loud(WaveNet(4, 2, 8, 8, classes=16, local_channels=3))
-    model = copy.deepcopy(plain)
-    for module in list(model.modules()):
-        if isinstance(module, torch.nn.Conv1d):
-            if style == "parametrization":
-                torch.nn.utils.parametrizations.weight_norm(module)
-            else:
-                torch.nn.utils.weight_norm(module)
-    local, u = torch.randn(2, 3, 60), draw("categorical", 2, 60)
-    with ran(OP, backend):
-        samples = model.generate(60, batch_size=2, local=local, uniforms=u, backend=backend)
-    matches_forward(plain, u, samples, local=local)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(("weight_g", "original0")):
-                p.mul_(-1.3)
-    for module in plain.modules():
-        if isinstance(module, torch.nn.Conv1d):
-            module.weight.data.mul_(-1.3)
-    changed = model.generate(60, batch_size=2, local=local, uniforms=u, backend=backend)
-    matches_forward(plain, u, changed, local=local)
-    assert not torch.equal(changed, samples)
-
-
-def test_double_and_bf16_models_generate() -> None:
-    """A model in another precision generates with its weights as float32, conditioning included."""
-    model = loud(WaveNet(4, 2, 8, 8, classes=16, local_channels=3, speakers=2, upsample_scales=(2,))).to(torch.bfloat16)
-    local, speaker, u = torch.randn(1, 3, 30).bfloat16(), torch.tensor([1]), draw("categorical", 1, 60)
-    samples = model.double().generate(60, local=local.double(), speaker=speaker, uniforms=u)
-    matches_forward(model, u, samples, local=local, speaker=speaker)
-    assert model.bfloat16().generate(60, local=local, speaker=speaker, uniforms=u).shape == (1, 60)
-
-
-# ---- what does not fit
-
-
-BAD_CALLS = {
-    "uniforms": [
-        (torch.rand(2), ValueError),
-        (torch.rand(2, 5, 2), ValueError),
-        (torch.rand(2, 5).double(), TypeError),
-    ],
-    "gate_bias": [
-        (torch.zeros(1, 4, 30), ValueError),
-        (torch.zeros(3, 4, 32), ValueError),
-        (torch.zeros(4, 32), ValueError),
-    ],
-    "cond": [(torch.zeros(2, 4, 4, 32), ValueError), (torch.zeros(2, 5, 4, 32).double(), TypeError)],
-    "given": [
-        (torch.zeros(2, 6, dtype=torch.int64), ValueError),
-        (torch.zeros(2, 3), TypeError),
-        (torch.full((2, 3), 16), ValueError),
-        (torch.full((2, 3), -1), ValueError),
-    ],
-    "state.history": [(torch.zeros(2, 14, 16), ValueError), (torch.zeros(2, 15, 16).bfloat16(), TypeError)],
-    "state.last": [
-        (torch.zeros(2), TypeError),
-        (torch.full((2,), 16), ValueError),
-        (torch.zeros(3).long(), ValueError),
-    ],
-}
-
-
-@pytest.mark.parametrize("name", list(BAD_CALLS))
-def test_run_refuses_what_does_not_fit(name: str, need: Need) -> None:
-    """Nothing of another shape, dtype or range reaches the kernel: an error names the argument instead."""
-    need(OP, "cpu")
-    w, dilations = network(), [1, 2, 4, 8]
-    loop = Generator(w, dilations, backend="cpu")
-    for value, kind in BAD_CALLS[name]:
-        state = first(w, dilations, 2)
-        call = {"uniforms": torch.rand(2, 5), "gate_bias": torch.zeros(1, 4, 32), "cond": None, "given": None}
-        if name.startswith("state."):
-            setattr(state, name[6:], value)
-        else:
-            call[name] = value
-        with pytest.raises(kind, match=rf"wavenet_generate: {re.escape(name)} must .*got"):
-            loop.run(state, **call)
-    assert loop.run(first(w, dilations, 2), torch.rand(2, 5), torch.zeros(1, 4, 32))[0].shape == (2, 5)
-
-
-def test_generator_refuses_what_does_not_fit() -> None:
-    """Weights, dilations, dtype and distribution are checked before anything is packed."""
-    w, dilations = network(), [1, 2, 4, 8]
-    for name in WaveNetWeights._fields:
-        bad = getattr(w, name).clone()
-        bad.view(-1)[-1] = math.nan
-        with pytest.raises(ValueError, match=rf"weights\.{name} holds NaN"):
-            Generator(w._replace(**{name: bad}), dilations)
-        with pytest.raises(ValueError, match=rf"weights\.{name} must be float32, got torch\.float64"):
-            Generator(w._replace(**{name: getattr(w, name).double()}), dilations)
-        if name not in ("conv", "hidden", "output"):  # these say how many channels there are
-            with pytest.raises(ValueError, match=rf"weights\.{name} must be .*got"):
-                Generator(w._replace(**{name: getattr(w, name)[..., :-1]}), dilations)
-    for wrong in ([1, 2, 4], [1, 2, 4, 0], [1, 2, 4, 8.0], []):
-        with pytest.raises(ValueError, match=r"dilations must be 4 integers >= 1, got"):
-            Generator(w, wrong)
-    with pytest.raises(ValueError, match=r"dtype must be float32 or bfloat16, got torch\.float16"):
-        Generator(w, dilations, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"distribution must be one of .*got 'poisson'"):
-        Generator(w, dilations, distribution="poisson")
-
-
-# ---- every instruction set
-
 ISA_TESTS = (
     "test_sizes or test_distributions or test_bf16 or test_same_uniforms or test_same_bits or test_state_continues"
 )
@@ -869,6 +311,7 @@ def test_instruction_sets(
         "-m",
         "pytest",
         __file__,
+        str(Path(__file__).with_name("test_wavenet_generate_state.py")),
         "-p",
         "no:cacheprovider",
         "-k",

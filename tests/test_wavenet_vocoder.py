@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from wavenet_helpers import BACKENDS, OP, Need, Ran
 
 from fastgen.models import WaveNet
 
-OP = "wavenet_generate"
-BACKENDS = ("cpu", "reference")
-Need = Callable[[str, str], None]
-Ran = Callable[[str, str], AbstractContextManager[None]]
-
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:fastgen. .* runs on the PyTorch reference:RuntimeWarning"),
 ]
@@ -29,12 +25,6 @@ SIZES: dict[str, Any] = {
     "out_channels": 256, "layers": 6, "stacks": 2, "residual_channels": 16, "gate_channels": 24,
     "skip_out_channels": 20, "kernel_size": 3,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Small tensors gain nothing from threads; tests about threads set their own number."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,0 +1,186 @@
+"""What fastgen.models.WaveNet refuses, and how it says so."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from wavenet_helpers import small
+
+from fastgen.models import WaveNet
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:fastgen. .* runs on the PyTorch reference:RuntimeWarning"),
+]
+
+long = torch.int64
+
+
+BAD_FORWARD = [
+    ({}, (torch.zeros(8, dtype=long),), ValueError, r"x must be \(B, T\), got \(8,\)"),
+    ({}, (torch.zeros(1, 1, 8, dtype=long),), ValueError, r"x must be \(B, T\), got \(1, 1, 8\)"),
+    ({}, (torch.zeros(1, 8),), TypeError, r"x must be int64 classes, got torch\.float32"),
+    ({}, (torch.zeros(1, 8, dtype=torch.int32),), TypeError, r"x must be int64 classes, got torch\.int32"),
+    ({}, (torch.full((1, 8), 10),), ValueError, r"x must lie in \[0, 10\), got 10 to 10"),
+    ({}, (torch.full((1, 8), -1),), ValueError, r"x must lie in \[0, 10\), got -1 to -1"),
+    ({"distribution": "logistic"}, (torch.zeros(1, 8, dtype=long),), TypeError, r"x must be floating point.*int64"),
+    ({}, (torch.zeros(1, 8, dtype=long), torch.zeros(1, 3, 8)), ValueError, r"local was given.*local_channels=0"),
+    (
+        {},
+        (torch.zeros(1, 8, dtype=long), None, torch.zeros(1, dtype=long)),
+        ValueError,
+        r"speaker was given.*speakers=0",
+    ),
+    ({"local_channels": 3}, (torch.zeros(1, 8, dtype=long),), ValueError, r"local is needed: \(B, 3, frames\)"),
+    (
+        {"local_channels": 3},
+        (torch.zeros(1, 8, dtype=long), torch.zeros(1, 4, 8)),
+        ValueError,
+        r"local must be \(1, 3, frames\), got \(1, 4, 8\)",
+    ),
+    (
+        {"local_channels": 3},
+        (torch.zeros(2, 8, dtype=long), torch.zeros(1, 3, 8)),
+        ValueError,
+        r"local must be \(2, 3, frames\), got \(1, 3, 8\)",
+    ),
+    (
+        {"local_channels": 3},
+        (torch.zeros(1, 8, dtype=long), torch.zeros(3, 8)),
+        ValueError,
+        r"local must be \(1, 3, frames\), got \(3, 8\)",
+    ),
+    (
+        {"local_channels": 3},
+        (torch.zeros(1, 8, dtype=long), torch.zeros(1, 3, 8).double()),
+        TypeError,
+        r"local must be torch\.float32.*got torch\.float64",
+    ),
+    (
+        {"local_channels": 3, "upsample_scales": (2,)},
+        (torch.zeros(1, 9, dtype=long), torch.zeros(1, 3, 4)),
+        ValueError,
+        r"local is too short: it covers 8 samples of 9",
+    ),
+    ({"speakers": 3}, (torch.zeros(1, 8, dtype=long),), ValueError, r"speaker is needed: \(B,\) int64 in \[0, 3\)"),
+    (
+        {"speakers": 3},
+        (torch.zeros(1, 8, dtype=long), None, torch.tensor([3])),
+        ValueError,
+        r"speaker must lie in \[0, 3\), got \[3\]",
+    ),
+    (
+        {"speakers": 3},
+        (torch.zeros(1, 8, dtype=long), None, torch.tensor([1, 1])),
+        ValueError,
+        r"speaker must be \(1,\) int64, got \(2,\)",
+    ),
+    (
+        {"speakers": 3},
+        (torch.zeros(1, 8, dtype=long), None, torch.tensor([1.0])),
+        ValueError,
+        r"speaker must be \(1,\) int64, got \(1,\) torch\.float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "arguments", "kind", "message"), BAD_FORWARD)
+def test_forward_refuses(options: dict, arguments: tuple, kind: type[Exception], message: str) -> None:
+    """Each wrong input is an error that says which argument, what was expected and what came."""
+    with pytest.raises(kind, match=message):
+        small(**options)(*arguments)
+
+
+BAD_GENERATE = [
+    ({}, {"steps": 0}, ValueError, r"steps must be an integer >= 1, got 0"),
+    ({}, {"steps": -3}, ValueError, r"steps must be an integer >= 1, got -3"),
+    ({}, {"steps": 2.0}, ValueError, r"steps must be an integer >= 1, got 2\.0"),
+    ({}, {"batch_size": 0}, ValueError, r"batch_size must be an integer >= 1, got 0"),
+    ({}, {"temperature": 0.0}, ValueError, r"temperature must be finite and > 0, got 0\.0"),
+    ({}, {"temperature": -1.0}, ValueError, r"temperature must be finite and > 0, got -1\.0"),
+    ({}, {"temperature": math.nan}, ValueError, r"temperature must be finite and > 0, got nan"),
+    ({}, {"temperature": math.inf}, ValueError, r"temperature must be finite and > 0, got inf"),
+    ({}, {"uniforms": torch.rand(1, 7)}, ValueError, r"uniforms must be \(1, 8\), got \(1, 7\)"),
+    ({}, {"uniforms": torch.rand(8)}, ValueError, r"uniforms must be \(1, 8\), got \(8,\)"),
+    (
+        {"distribution": "logistic"},
+        {"uniforms": torch.rand(1, 8)},
+        ValueError,
+        r"uniforms must be \(1, 8, 2\), got \(1, 8\)",
+    ),
+    ({}, {"uniforms": torch.ones(1, 8)}, ValueError, r"uniforms must lie in \[0, 1\), got 1\.0 to 1\.0"),
+    ({}, {"uniforms": torch.full((1, 8), -0.1)}, ValueError, r"uniforms must lie in \[0, 1\), got -0\.1"),
+    ({}, {"uniforms": torch.full((1, 8), math.nan)}, ValueError, r"uniforms must lie in \[0, 1\), got nan"),
+    ({}, {"uniforms": torch.zeros(1, 8, dtype=long)}, TypeError, r"uniforms must be floating point, got torch\.int64"),
+    ({}, {"given": torch.zeros(1, 9, dtype=long)}, ValueError, r"given must be \(1, at most 8\), got \(1, 9\)"),
+    ({}, {"given": torch.zeros(2, 3, dtype=long)}, ValueError, r"given must be \(1, at most 8\), got \(2, 3\)"),
+    ({}, {"given": torch.zeros(1, 3)}, TypeError, r"given must be int64 classes, got torch\.float32"),
+    ({}, {"given": torch.full((1, 3), 10)}, ValueError, r"given must lie in \[0, 10\), got 10"),
+    (
+        {"distribution": "gaussian"},
+        {"given": torch.zeros(1, 3, dtype=long)},
+        TypeError,
+        r"given must be floating point",
+    ),
+    ({}, {"dtype": torch.float16}, ValueError, r"dtype must be float32 or bfloat16, got torch\.float16"),
+    ({}, {"backend": "gpu"}, ValueError, r"backend: expected one of .*, got 'gpu'"),
+    ({"local_channels": 3}, {}, ValueError, r"local is needed"),
+    (
+        {"local_channels": 3},
+        {"local": torch.zeros(1, 3, 7)},
+        ValueError,
+        r"local is too short: it covers 7 samples of 8",
+    ),
+    ({"speakers": 3}, {"speaker": torch.tensor([-1])}, ValueError, r"speaker must lie in \[0, 3\), got \[-1\]"),
+]
+
+
+@pytest.mark.parametrize(("options", "arguments", "kind", "message"), BAD_GENERATE)
+def test_generate_refuses(options: dict, arguments: dict, kind: type[Exception], message: str) -> None:
+    """Each wrong argument is an error before the first sample, from `stream` at the call, not at the first chunk."""
+    model = small(**options)
+    with pytest.raises(kind, match=message):
+        model.generate(**{"steps": 8, **arguments})
+    with pytest.raises(kind, match=message):
+        model.stream(**{"steps": 8, **arguments})
+
+
+def test_stream_refuses_a_wrong_chunk() -> None:
+    with pytest.raises(ValueError, match=r"chunk must be an integer >= 1, got 0"):
+        small().stream(5, 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    """NaN or infinity in any parameter is an error that names it, instead of noise."""
+    model = small(local_channels=2, upsample_scales=(2,), speakers=2)
+    conditions = {"local": torch.zeros(1, 2, 8), "speaker": torch.tensor([1])}
+    assert model.generate(8, **conditions).shape == (1, 8)
+    for name, p in model.named_parameters():
+        broken = copy.deepcopy(model)
+        dict(broken.named_parameters())[name].data.view(-1)[-1] = value
+        assert torch.isfinite(p).all()
+        with pytest.raises(ValueError, match=rf"{name} holds NaN or infinity"):
+            broken.generate(8, **conditions)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 0}, r"layers must be an integer >= 1, got 0"),
+        ({"layers": 5, "cycles": 2}, r"layers must be a multiple of cycles, got 5 and 2"),
+        ({"kernel_size": 0}, r"kernel_size must be an integer >= 1, got 0"),
+        ({"residual_channels": -4}, r"residual_channels must be an integer >= 1, got -4"),
+        ({"skip_channels": 1.5}, r"skip_channels must be an integer >= 1, got 1\.5"),
+        ({"classes": 0}, r"classes must be an integer >= 1, got 0"),
+        ({"mixtures": 0}, r"mixtures must be an integer >= 1, got 0"),
+        ({"distribution": "poisson"}, r"distribution must be one of .*got 'poisson'"),
+        ({"start": 256}, r"start must be a class in \[0, 256\), got 256"),
+    ],
+)
+def test_constructor_refuses(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WaveNet(**options)
