@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import fastgen
 from fastgen import backend
+from fastgen.nn import WaveNetLayer
 from fastgen.ops import gated_causal_conv1d, wavenet_layer
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d_reference
 from fastgen.ops.wavenet_layer import wavenet_layer_reference
@@ -357,6 +358,9 @@ BAD = {
     "out_bias": ({"out_bias": torch.zeros(4).double()}, ValueError, "out_bias must have shape"),
     "dilation": ({"dilation": 0}, ValueError, "dilation must be an integer >= 1, got 0"),
     "device": ({"weight": torch.zeros(8, 3, 2, device="meta").double()}, ValueError, "weight is on meta, x is on cpu"),
+    "huge dilation": ({"dilation": 2**63}, ValueError, r"dilation must be < 2\*\*31, got 9223372036854775808"),
+    "dilation True": ({"dilation": True}, ValueError, "dilation must be an integer >= 1, got True"),
+    "x a list": ({"x": [0.0]}, TypeError, "x must be a tensor, got list"),
     "not a tensor": ({"bias": [0.0] * 8}, TypeError, "bias must be a tensor, got list"),
     "backend": ({"backend": "gpu"}, ValueError, "expected one of cpu, triton"),
     "no triton": ({"backend": "triton"}, fastgen.BackendError, "'triton' was requested but cannot run"),
@@ -378,6 +382,58 @@ def test_bad_out():
         wavenet_layer(**args, out=(good[0], good[0]))
     with pytest.raises(ValueError, match="out must be contiguous"):
         wavenet_layer(**args, out=(good[0].mT.contiguous().mT, good[1]))
+    for out, came in (((good[0],), "1 elements"), (good[0], "Tensor"), ((*good, good[0]), "3 elements")):
+        with pytest.raises(TypeError, match=rf"out must be a pair of tensors \(residual, skip\), got {came}"):
+            wavenet_layer(**args, out=out)
     args["x"].requires_grad_()
     with pytest.raises(ValueError, match="gradients are needed"):
         wavenet_layer(**args, out=good)
+
+
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_out_shares_no_memory(which):
+    """Results that would overwrite each other, or an input that is still to be read; halves of a buffer are fine."""
+    args = arguments(2, 3, 9, 4, 2, 3)
+    buffer = torch.empty(5, 2, 3, 9).double()
+    for out, message in (
+        ((buffer[0], buffer[0]), r"out\[0\] must not share memory with another argument, got that of out\[1\]"),
+        ((args["x"], buffer[0]), r"out\[0\] .*got that of x"),
+        ((buffer[0], args["x"]), r"out\[1\] .*got that of x"),
+        ((buffer.view(10, 3, 9)[0:2], buffer.view(10, 3, 9)[1:3]), r"out\[0\] .*got that of out\[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wavenet_layer(**args, out=out, backend=which)
+    expected = wavenet_layer(**args, backend=which)
+    for got, exact in zip(wavenet_layer(**args, out=(buffer[0], buffer[1]), backend=which), expected, strict=True):
+        assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("speaker", [False, True])
+def test_layer_wants_the_conditioning_it_was_made_for(local, speaker):
+    layer = WaveNetLayer(3, 2, local_channels=4 * local, speaker_channels=5 * speaker)
+    given = {"local": torch.randn(1, 4, 6), "speaker": torch.randn(1, 5)}
+    fits = {
+        name: value if wanted else None for (name, value), wanted in zip(given.items(), (local, speaker), strict=True)
+    }
+    assert layer(torch.randn(1, 3, 6), **fits)[0].shape == (1, 3, 6)
+    for name, value in given.items():
+        wrong, message = (value, f"{name} was given.*{name}_channels=0")
+        if fits[name] is not None:
+            wrong, message = (None, f"{name} is needed.*{name}_channels > 0")
+        with pytest.raises(ValueError, match=f"WaveNetLayer: {message}"):
+            layer(torch.randn(1, 3, 6), **(fits | {name: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate_channels": -4}, "gate_channels must be an integer >= 1, got -4"),
+        ({"gate_channels": 0}, "gate_channels must be an integer >= 1, got 0"),
+        ({"kernel_size": 0}, "kernel_size must be an integer >= 1, got 0"),
+        ({"local_channels": -1}, "local_channels must be an integer >= 0, got -1"),
+    ],
+)
+def test_layer_refuses_sizes(options, message):
+    with pytest.raises(ValueError, match=f"WaveNetLayer: {message}"):
+        WaveNetLayer(3, 2, **options)

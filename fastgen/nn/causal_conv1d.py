@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.checks import check_integer
 from fastgen.ops import wavenet_layer
 
 
@@ -52,7 +53,7 @@ class WaveNetLayer(nn.Module):
         Channels H behind the gate; residual_channels by default.
     local_channels, speaker_channels
         Channels of the conditioning that varies in time (B, local_channels, T) and that does not (B, speaker_channels);
-        0 for none.
+        0 for none. `forward` wants each that is not 0, and no other.
 
     Shapes: forward(x (B, C, T), local, speaker) -> residual (B, C, T), skip (B, S, T).
     """
@@ -69,7 +70,13 @@ class WaveNetLayer(nn.Module):
         speaker_channels: int = 0,
     ) -> None:
         super().__init__()
-        gate = gate_channels or residual_channels
+        gate = residual_channels if gate_channels is None else gate_channels
+        for name, least, size in (
+            ("residual_channels", 1, residual_channels), ("skip_channels", 0, skip_channels),
+            ("kernel_size", 1, kernel_size), ("dilation", 1, dilation), ("gate_channels", 1, gate),
+            ("local_channels", 0, local_channels), ("speaker_channels", 0, speaker_channels),
+        ):  # fmt: skip
+            check_integer("WaveNetLayer", name, size, least)
         self.conv = CausalConv1d(residual_channels, 2 * gate, kernel_size, dilation)
         self.out = nn.Conv1d(gate, residual_channels + skip_channels, 1)
         self.local = nn.Conv1d(local_channels, 2 * gate, 1, bias=False) if local_channels else None
@@ -78,8 +85,13 @@ class WaveNetLayer(nn.Module):
     def forward(
         self, x: Tensor, local: Tensor | None = None, speaker: Tensor | None = None, *, backend: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        cond = None if self.local is None or local is None else self.local(local)  # (B, 2H, T)
-        if self.speaker is not None and speaker is not None:
+        for name, module, given in (("local", self.local, local), ("speaker", self.speaker, speaker)):
+            if module is None and given is not None:
+                raise ValueError(f"WaveNetLayer: {name} was given, but the layer has {name}_channels=0")
+            if module is not None and given is None:
+                raise ValueError(f"WaveNetLayer: {name} is needed: the layer has {name}_channels > 0")
+        cond = None if self.local is None else self.local(local)  # (B, 2H, T)
+        if self.speaker is not None:
             constant = self.speaker(speaker)[:, :, None]  # (B, 2H, 1)
             cond = constant if cond is None else cond + constant
         return wavenet_layer(

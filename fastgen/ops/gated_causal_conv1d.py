@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
+from fastgen.checks import check_integer, check_tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+MOST_DILATION = 2**31 - 1  # (K - 1) * dilation stays far within 64 bits
 
 
 def gated_causal_conv1d_reference(
@@ -94,14 +96,14 @@ def check_gate(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, cond: Te
     if cond is not None:
         steps = cond.shape[2] if cond.dim() == 3 and cond.shape[2] == 1 else x.shape[2]
         check(op, "cond", cond, x, (x.shape[0], rows, steps))
-    if not isinstance(dilation, int | torch.SymInt) or dilation < 1:
-        raise ValueError(f"{op}: dilation must be an integer >= 1, got {dilation!r}")
+    check_integer(op, "dilation", dilation)
+    if dilation > MOST_DILATION:
+        raise ValueError(f"{op}: dilation must be < 2**31, got {dilation}")
 
 
 def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> None:
     """Rank, sizes (None: any), dtype and device of one argument, against those of x."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(op, name, tensor)
     wanted = tuple("any" if n is None else n for n in shape)
     if tensor.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, tensor.shape, strict=True)):
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(tensor.shape)}")
@@ -113,12 +115,14 @@ def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | N
         raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {like.device}")
 
 
-def autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under torch.autocast, the tensors in its dtype."""
+def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """x and the others; under torch.autocast, in its dtype."""
+    check_tensor(op, "x", x)
+    device, tensors = x.device, (x, *others)
     if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors)
 
 
 def gated_causal_conv1d(
@@ -143,7 +147,7 @@ def gated_causal_conv1d(
     cond
         (B, 2H, T), or (B, 2H, 1) for conditioning that is constant in time; added inside the gate.
     dilation
-        Distance between taps, >= 1.
+        Distance between taps, in [1, 2**31).
     backend
         See `fastgen.backend`.
 
@@ -162,9 +166,10 @@ def gated_causal_conv1d(
     -----
     Source: van den Oord et al., "WaveNet" (2016).
     """
-    x, weight, bias, cond = autocast(x.device, x, weight, bias, cond)  # type: ignore[assignment]
-    check_gate("gated_causal_conv1d", x, weight, bias, cond, dilation)
-    if resolve("gated_causal_conv1d", backend, x.device) == "reference":
+    op = "gated_causal_conv1d"
+    x, weight, bias, cond = autocast(op, x, weight, bias, cond)  # type: ignore[assignment]
+    check_gate(op, x, weight, bias, cond, dilation)
+    if resolve(op, backend, x.device) == "reference":
         return gated_causal_conv1d_reference(x, weight, bias, cond, dilation=dilation)
     args = (x.contiguous(), weight.contiguous(), *(None if t is None else t.contiguous() for t in (bias, cond)))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):

@@ -104,6 +104,22 @@ class _WaveNetLayer(torch.autograd.Function):
         return (*(None if t is None else g for t, g in zip(saved, grads, strict=True)), None)
 
 
+def _check_apart(op: str, tensors: dict[str, Tensor | None]) -> None:
+    """The first two, which are written to, share no memory with each other or with the rest."""
+    if torch.compiler.is_compiling():
+        return
+    spans = {}
+    for name, t in tensors.items():
+        if t is not None and t.numel() and t.device.type != "meta":
+            last = sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
+            spans[name] = (t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size())
+    for name in [n for n in ("out[0]", "out[1]") if n in spans]:
+        begin, end = spans.pop(name)
+        shared = [other for other, (b, e) in spans.items() if b < end and begin < e]
+        if shared:
+            raise ValueError(f"{op}: {name} must not share memory with another argument, got that of {shared[0]}")
+
+
 def wavenet_layer(
     x: Tensor,
     weight: Tensor,
@@ -131,8 +147,9 @@ def wavenet_layer(
     out_bias
         (C + S,).
     out
-        (residual, skip): contiguous tensors to write into, without gradients; a loop that reuses them is spared the
-        cost of fresh memory, which for large outputs is as long as the computation.
+        (residual, skip): contiguous tensors to write into, which share no memory with each other or an input, without
+        gradients; a loop that reuses them is spared the cost of fresh memory, which for large outputs is as long as the
+        computation.
 
     Returns
     -------
@@ -151,7 +168,7 @@ def wavenet_layer(
     """
     op = "wavenet_layer"
     x, weight, bias, out_weight, out_bias, cond = autocast(  # type: ignore[assignment]
-        x.device, x, weight, bias, out_weight, out_bias, cond
+        op, x, weight, bias, out_weight, out_bias, cond
     )
     check_gate(op, x, weight, bias, cond, dilation)
     check(op, "out_weight", out_weight, x, (None, weight.shape[0] // 2))
@@ -163,12 +180,17 @@ def wavenet_layer(
     tensors = (x, weight, bias, out_weight, out_bias, cond)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if out is not None:
+        if not isinstance(out, tuple | list) or len(out) != 2:
+            came = f"{len(out)} elements" if isinstance(out, tuple | list) else type(out).__name__
+            raise TypeError(f"{op}: out must be a pair of tensors (residual, skip), got {came}")
         check(op, "out[0]", out[0], x, (batch, channels, steps))
         check(op, "out[1]", out[1], x, (batch, out_weight.shape[0] - channels, steps))
         if needs_grad:
             raise ValueError(f"{op}: out= cannot be used where gradients are needed; call under torch.no_grad()")
         if not all(t.is_contiguous() for t in out):
             raise ValueError(f"{op}: out must be contiguous, got strides {tuple(t.stride() for t in out)}")
+        names = ("out[0]", "out[1]", "x", "weight", "bias", "out_weight", "out_bias", "cond")
+        _check_apart(op, dict(zip(names, (*out, *tensors), strict=True)))
     if resolve(op, backend, x.device) == "reference":
         results = wavenet_layer_reference(x, weight, bias, out_weight, out_bias, cond, dilation=dilation)
         if out is None:
