@@ -12,15 +12,17 @@ import importlib.resources
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.checks import check_integer
 from fastgen.files import whole_file
 
 SUFFIXES = (".wav", ".flac")
+UNKNOWN_SIZES = (0, 0x7FFFF000, 0xFFFFFFFF)  # what encoders write that cannot go back to the header
 
 ZERO_CROSSINGS = 64  # of the resampler's sinc, on each side
 ROLLOFF = 0.95  # cutoff as a share of the lower Nyquist frequency; with the window, stops 100 dB at that frequency
@@ -64,8 +66,7 @@ def mu_law_decode(x: Tensor, classes: int = 256) -> Tensor:
 
 
 def _mu(op: str, classes: int) -> int:
-    if not isinstance(classes, int) or classes < 2:
-        raise ValueError(f"{op}: classes must be an integer >= 2, got {classes!r}")
+    check_integer(op, "classes", classes, 2)
     return classes - 1
 
 
@@ -75,8 +76,8 @@ def resample(x: Tensor, rate: int, new_rate: int) -> Tensor:
     Output n lies at time n * rate / new_rate of the input. It is a sum of 128 or more neighbours with a Kaiser-windowed
     sinc; outputs whose time has the same fraction share their taps.
     """
-    _check_rate("resample", "rate", rate)
-    _check_rate("resample", "new_rate", new_rate)
+    check_integer("resample", "rate", rate, unit=", in Hz")
+    check_integer("resample", "new_rate", new_rate, unit=", in Hz")
     if x.dim() != 1 or not x.is_floating_point():
         raise ValueError(f"resample: x must be (T,) floating point, got {tuple(x.shape)} {x.dtype}")
     if rate == new_rate or not x.numel():
@@ -103,9 +104,10 @@ def load_audio(path: str | os.PathLike[str], rate: int) -> Tensor:
     Raises
     ------
     FileNotFoundError, ValueError
-        If the file does not exist, cannot be read as audio, holds no samples, or values that are NaN or beyond [-1, 1].
+        If the file does not exist, cannot be read as audio, is cut short, holds no samples, or values that are NaN or
+        beyond [-1, 1].
     """
-    _check_rate("load_audio", "rate", rate)
+    check_integer("load_audio", "rate", rate, unit=", in Hz")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; expected a WAV or FLAC file")
@@ -114,13 +116,41 @@ def load_audio(path: str | os.PathLike[str], rate: int) -> Tensor:
         samples, file_rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a suffix that means headerless data
         size = f"a folder, {path}" if path.is_dir() else f"a file of {path.stat().st_size} bytes"
-        raise ValueError(f"{path}: expected a WAV or FLAC file, got {size}, unreadable: {error}") from error
+        other = path.suffix.lower() not in SUFFIXES  # libsndfile's words for these help nobody
+        reason = (
+            f"the formats are {' and '.join(SUFFIXES)}, not {path.suffix or 'a name without suffix'}"
+            if other
+            else error
+        )
+        raise ValueError(f"{path}: expected a WAV or FLAC file, got {size}, unreadable: {reason}") from error
+    missing = _missing_bytes(path)
+    if missing:
+        size = f"a file of {path.stat().st_size} bytes"
+        raise ValueError(f"{path}: expected a whole WAV file, got {size}, cut short: {missing} bytes are missing")
     if not samples.shape[0]:
         raise ValueError(f"{path}: expected at least one sample of audio, got none")
     x = torch.from_numpy(samples).mean(1)
     if not bool((x.abs() <= 1).all()):
         raise ValueError(f"{path}: expected samples in [-1, 1], got {float(x.min())} to {float(x.max())}")
     return resample(x, file_rate, rate).clamp_(-1, 1)
+
+
+def _missing_bytes(path: Path) -> int:
+    """By how many bytes a WAV file is shorter than its header says; 0 for other files and for sizes left open.
+
+    libsndfile reads what is there without a word. It refuses FLAC files that are cut short.
+    """
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] not in (b"RIFF", b"RIFX") or head[8:] != b"WAVE":
+            return 0
+        order: Literal["little", "big"] = "little" if head[:4] == b"RIFF" else "big"
+        while len(chunk := file.read(8)) == 8:
+            size = int.from_bytes(chunk[4:], order)
+            if chunk[:4] == b"data":
+                return 0 if size in UNKNOWN_SIZES else max(0, file.tell() + size - path.stat().st_size)
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return 0
 
 
 def load_folder(path: str | os.PathLike[str], rate: int) -> list[Tensor]:
@@ -148,7 +178,7 @@ def save_audio(path: str | os.PathLike[str], x: Tensor, rate: int) -> None:
     ValueError
         If the name does not end in .wav; if x is not (T,), empty, or holds NaN or values outside [-1, 1].
     """
-    _check_rate("save_audio", "rate", rate)
+    check_integer("save_audio", "rate", rate, unit=", in Hz")
     if Path(path).suffix.lower() != ".wav":
         raise ValueError(f"save_audio: path must end in .wav, got {os.fspath(path)}")
     if x.dim() != 1 or not x.numel() or not x.is_floating_point():
@@ -163,11 +193,6 @@ def save_audio(path: str | os.PathLike[str], x: Tensor, rate: int) -> None:
 def speech_path() -> Path:
     """About ten seconds of synthetic English speech, 16 kHz mono FLAC, that comes with fastgen."""
     return Path(str(importlib.resources.files("fastgen").joinpath("data", "speech.flac")))
-
-
-def _check_rate(op: str, name: str, rate: int) -> None:
-    if not isinstance(rate, int) or rate < 1:
-        raise ValueError(f"{op}: {name} must be an integer >= 1, in Hz, got {rate!r}")
 
 
 def _soundfile() -> Any:

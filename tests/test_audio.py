@@ -2,6 +2,7 @@
 
 import math
 import os
+import struct
 import tarfile
 from pathlib import Path
 
@@ -168,6 +169,69 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         load_audio(tmp_path / "missing.wav", 16000)
     with pytest.raises(ValueError, match="rate must be an integer >= 1, in Hz, got 0"):
         load_audio(tmp_path / "none.wav", 0)
+
+
+def wav(data: bytes, size: int | None = None, before: bytes = b"", after: bytes = b"") -> bytes:
+    """16 kHz mono 16-bit, whose header gives `size` for the data."""
+    fmt = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)
+    body = fmt + before + b"data" + struct.pack("<I", len(data) if size is None else size) + data + after
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WAVE" + body
+
+
+ODD_CHUNK = b"LIST" + struct.pack("<I", 3) + b"abc\0"
+
+
+@pytest.mark.parametrize("before", [b"", ODD_CHUNK])
+@pytest.mark.parametrize("missing", [1, 2, 500, 1000])
+def test_wav_files_cut_short_are_refused(tmp_path: Path, missing: int, before: bytes) -> None:
+    path = tmp_path / "a.wav"
+    whole = wav(bytes(1000), before=before)
+    path.write_bytes(whole[:-missing])
+    message = (
+        rf"a\.wav: expected a whole WAV file, got a file of {len(whole) - missing} bytes.* {missing} bytes are missing"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_audio(path, 16000)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        wav(bytes(1000)),
+        wav(bytes(1000), 0xFFFFFFFF),
+        wav(bytes(1000), 0x7FFFF000),
+        wav(bytes(1000), after=ODD_CHUNK),
+        wav(bytes(1000), after=ODD_CHUNK)[:-5],  # the audio is whole
+        wav(bytes(1000), before=ODD_CHUNK),
+    ],
+)
+def test_wav_files_that_hold_what_they_say_are_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(load_audio(tmp_path / "a.wav", 16000)) >= 500
+
+
+def test_wav_files_that_were_never_closed_are_read(tmp_path: Path) -> None:
+    """Sizes of 0, as a recorder leaves them that was interrupted."""
+    content = bytearray(wav(bytes(1000), 0))
+    content[4:8] = struct.pack("<I", 8)
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(load_audio(tmp_path / "a.wav", 16000)) == 500
+
+
+def test_flac_files_cut_short_are_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", sine(440, 16000, 1.0).numpy(), 16000)
+    whole = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.flac: expected a WAV or FLAC file"):
+        load_audio(tmp_path / "a.flac", 16000)
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "a.raw", "a.m4a", "a"])
+def test_other_formats_are_told_apart(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"not audio at all")
+    suffix = r"\." + name[2:] if "." in name else "a name without suffix"
+    with pytest.raises(ValueError, match=rf"unreadable: the formats are \.wav and \.flac, not {suffix}$"):
+        load_audio(tmp_path / name, 16000)
 
 
 def test_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
