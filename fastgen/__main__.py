@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,7 @@ SIZES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command -> exit status: 0, 2 for a user's error, 130 after Ctrl-C."""
-    options, rest = _parser().parse_known_args(arguments)
-    if rest and options.command != "bench":
-        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.rest = rest
+    options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
     except USER_ERRORS as error:
@@ -94,7 +92,17 @@ def _sample(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> int | None:
     from fastgen.bench import main as bench
 
-    return bench(options.rest)  # type: ignore[no-any-return]
+    return bench(options.table)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"expected a finite number of seconds > 0, got {text!r}")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: object, text: str, parent: object = commands) -> argparse.ArgumentParser:
         added = parent.add_parser(name, help=text, description=text)  # type: ignore[attr-defined]
-        added.set_defaults(run=run, parser=added)
+        added.set_defaults(run=run)
         return added  # type: ignore[no-any-return]
 
     command("info", _info, "versions, the machine, and the live backends of every op")
@@ -113,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--data", type=Path, metavar="FOLDER_OR_FILE", help="WAV or FLAC, instead of the speech included")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="default: %(default)s")
-    demo.add_argument("--seconds", type=float, default=60, help="of training, default: %(default)s")
+    demo.add_argument("--seconds", type=_seconds, default=60, help="of training, default: %(default)s")
 
     train = commands.add_parser("train", help="train a model").add_subparsers(
         dest="model", required=True, metavar="MODEL"
@@ -140,14 +148,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     wavenet = command("wavenet", _sample, "generate audio with a trained WaveNet", sample)
     wavenet.add_argument("checkpoint", type=Path)
-    wavenet.add_argument("--seconds", type=float, default=1.0, help="default: %(default)s")
+    wavenet.add_argument("--seconds", type=_seconds, default=1.0, help="default: %(default)s")
     wavenet.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
     wavenet.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     wavenet.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     wavenet.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights, default: %(default)s")
     wavenet.add_argument("--backend", choices=(*BACKENDS, "auto"), help="default: the fastest that is live")
 
-    command("bench", _bench, "the benchmarks; options are those of fastgen.bench")
+    bench = command("bench", _bench, "run the benchmarks of a source checkout and write the README's tables")
+    bench.add_argument(
+        "--table", action="store_true", help="write the tables from the results that are there, run nothing"
+    )
     return parser
 
 

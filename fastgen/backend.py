@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -42,7 +43,19 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-_environment = _check_name(os.environ.get("FASTGEN_BACKEND") or "auto", "FASTGEN_BACKEND")
+def _variable(name: str, allowed: tuple[str, ...]) -> str:
+    """An environment variable's value, "" where it is not set."""
+    value = os.environ.get(name, "")
+    if not value or value in allowed:
+        return value
+    message = f"{name}: expected one of {', '.join(allowed)}, got {value!r}"
+    if sys.argv[:1] == ["-m"]:  # `python -m fastgen` imports the package before any of its code could catch this
+        print(f"fastgen: {message}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ValueError(message)
+
+
+_environment = _variable("FASTGEN_BACKEND", (*BACKENDS, "auto")) or "auto"
 
 
 @contextlib.contextmanager
@@ -66,9 +79,7 @@ def cpu_features() -> dict[str, bool]:
 
 def _load_cpu() -> tuple[str | None, str | None]:
     """Load the kernels for the best instruction set of this CPU -> (instruction set, reason why none)."""
-    wanted = os.environ.get("FASTGEN_CPU_ISA", "")
-    if wanted and wanted not in ISAS:
-        raise ValueError(f"FASTGEN_CPU_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
+    wanted = _variable("FASTGEN_CPU_ISA", ISAS)
     folder = Path(__file__).parent
     built = [isa for isa in ISAS if (folder / f"_cpu_{isa}.so").exists()]
     if not built:
@@ -93,7 +104,19 @@ cpu_isa, _cpu_reason = _load_cpu()
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(op: str, backend: str) -> str | None:
-    """The reason why `backend` cannot run `op` on this machine, or None where it can."""
+    """The reason why `backend` cannot run `op` on this machine, or None where it can.
+
+    Raises
+    ------
+    ValueError
+        For an op or a backend that does not exist; names those that do.
+    """
+    if not hasattr(torch.ops.fastgen, op):
+        from fastgen.ops import OPS
+
+        raise ValueError(f"why_not: op must be one of {', '.join(OPS)}, got {op!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"why_not: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return None
     if backend == "cpu":

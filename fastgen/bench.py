@@ -17,22 +17,18 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
-def main(arguments: list[str]) -> int:
-    """Run bench/ and write bench/results/<machine>.json, then the table in README.md; with --table, the table alone.
+def main(table_only: bool = False) -> int:
+    """Run bench/ and write bench/results/<machine>.json, then the table in README.md; or the table alone.
 
     Raises
     ------
-    ValueError
-        For another argument.
     FileNotFoundError
         Outside a source checkout, where there are no benchmarks.
     """
-    if arguments not in ([], ["--table"]):
-        raise ValueError(f"bench: expected no arguments or --table, got {arguments}")
     if not (ROOT / "bench").is_dir():
         raise FileNotFoundError(f"bench: the benchmarks are in a source checkout's bench/; there is none in {ROOT}")
     results = ROOT / "bench" / "results" / f"{_machine()}.json"
-    if not arguments:
+    if not table_only:
         results.parent.mkdir(exist_ok=True)
         runs: list[tuple[dict[str, str], Path]] = [({}, results)]
         from fastgen import backend

@@ -130,6 +130,15 @@ def test_op_without_kernel() -> None:
         backend.resolve("no_such_op", "cpu", CPU)
 
 
+@pytest.mark.parametrize("name", backend.BACKENDS)
+def test_unknown_names_are_refused(name: str) -> None:
+    """An op or backend that does not exist is an error that lists those that do, whatever the other argument."""
+    with pytest.raises(ValueError, match=r"why_not: op must be one of .*wavenet_generate, got 'wavenet'"):
+        backend.why_not("wavenet", name)
+    with pytest.raises(ValueError, match=r"why_not: backend must be one of .*reference, got 'gpu'"):
+        backend.why_not(OP, "gpu")
+
+
 def test_auto_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """auto falls back to the reference with one warning, which names op and reason, however often it is called."""
     why_not = backend.why_not

@@ -112,12 +112,13 @@ def test_sample(trained: Path, tmp_path: Path) -> None:
         ("sample wavenet missing.pt --out a.wav", r"missing\.pt: no such file"),
         ("sample wavenet text.pt --out a.wav", r"text\.pt: expected a checkpoint"),
         ("sample wavenet CHECKPOINT --out a.mp3", r"must end in \.wav"),
-        ("sample wavenet CHECKPOINT --out a.wav --seconds 0", "steps must be an integer >= 1, got 0"),
+        ("sample wavenet CHECKPOINT --out a.wav --seconds 1e-9", "steps must be an integer >= 1, got 0"),
         ("sample wavenet CHECKPOINT --out a.wav --temperature 0", "temperature must be finite and > 0"),
         ("sample wavenet CHECKPOINT --out a.wav --backend cuda", "'cuda' was requested but cannot run"),
         ("train wavenet --data missing --out a.pt --steps 1", "missing: no such file"),
         ("train wavenet --data . --out a.pt --steps 1", "expected WAV or FLAC files in this folder"),
         ("train wavenet --data text.pt --out a.pt --steps 1", r"text\.pt: expected a WAV or FLAC file"),
+        ("train wavenet --data text.pt --out a.pt --steps 1", r"the formats are \.wav and \.flac, not \.pt"),
         ("train wavenet --data SPEECH --out a.pt --steps 0", "steps must be an integer >= 1, got 0"),
         ("train wavenet --data SPEECH --out a.pt --steps 1 --layers 3", "layers must be a multiple of cycles"),
         ("train wavenet --data SPEECH --out a.pt --steps 1 --resume", r"a\.pt: no such file"),
@@ -136,10 +137,36 @@ def test_errors_are_one_line(
     assert [p.name for p in tmp_path.iterdir()] == ["text.pt"]
 
 
-def test_unknown_options_are_refused(tmp_path: Path) -> None:
-    result = fastgen_command("info", "--nonsense", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "unrecognized arguments: --nonsense" in result.stderr
+@pytest.mark.parametrize("command", ["info", "bench"])
+def test_unknown_options_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--nonsense"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "0", "-1", "long"])
+@pytest.mark.parametrize("command", ["sample wavenet a.pt --out a.wav", "demo"])
+def test_seconds_are_finite_and_positive(command: str, seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), f"--seconds={seconds}"])
+    assert caught.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"argument --seconds: expected a finite number of seconds > 0, got '{seconds}'")
+
+
+def test_bench_help_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--help"])
+    assert caught.value.code == 0
+    assert "--table" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variable", ["FASTGEN_BACKEND", "FASTGEN_CPU_ISA"])
+def test_wrong_environment_is_one_line(variable: str, tmp_path: Path) -> None:
+    """Importing the package raises; the command, which cannot catch that, says it all the same in one line."""
+    result = fastgen_command("info", cwd=tmp_path, **{variable: "fast"})
+    assert_one_line(result.returncode, result.stderr, rf"^fastgen: {variable}: expected one of .*, got 'fast'$")
 
 
 def test_ctrl_c_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
