@@ -210,6 +210,34 @@ def test_run_refuses_what_does_not_fit(name: str, need: Need) -> None:
     assert loop.run(first(w, dilations, 2), torch.rand(2, 5), torch.zeros(1, 4, 32))[0].shape == (2, 5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"uniforms": [[0.5]]}, TypeError, r"uniforms must be a tensor \(B, T, 2\), got list"),
+        ({"uniforms": torch.rand(2, 5, 2, device="meta")}, ValueError, "uniforms is on meta, weights on cpu"),
+        ({"gate_bias": None}, TypeError, "gate_bias must be a tensor, got NoneType"),
+        ({"gate_bias": torch.full((1, 4, 32), math.nan)}, ValueError, "gate_bias holds NaN"),
+        ({"cond": torch.full((2, 5, 4, 32), -math.inf)}, ValueError, "cond holds NaN, infinity"),
+        ({"given": torch.full((2, 3), 1.5)}, ValueError, r"given must lie in \[-1, 1\], got 1\.5 to 1\.5"),
+        ({"given": [0.5]}, TypeError, "given must be a tensor, got list"),
+        ({"state": "x"}, TypeError, "state must be a GenerationState, got str"),
+        ({"temperature": "a"}, ValueError, "temperature must be finite and > 0, got 'a'"),
+        ({"temperature": 0.0}, ValueError, r"temperature must be finite and > 0, got 0\.0"),
+    ],
+)
+def test_run_of_a_mixture_refuses(change: dict, kind: type[Exception], message: str, backend: str, need: Need) -> None:
+    need(OP, backend)
+    w, dilations = network(outputs=6, distribution="logistic"), [1, 2, 4, 8]
+    loop = Generator(w, dilations, distribution="logistic", backend=backend)
+    call = {
+        "state": first(w, dilations, 2, "logistic"), "uniforms": torch.rand(2, 5, 2),
+        "gate_bias": torch.zeros(1, 4, 32), **change,
+    }  # fmt: skip
+    with pytest.raises(kind, match=f"wavenet_generate: {message}"):
+        loop.run(**call)
+
+
 def test_generator_refuses_what_does_not_fit() -> None:
     """Weights, dilations, dtype and distribution are checked before anything is packed."""
     w, dilations = network(), [1, 2, 4, 8]
@@ -230,3 +258,7 @@ def test_generator_refuses_what_does_not_fit() -> None:
         Generator(w, dilations, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"distribution must be one of .*got 'poisson'"):
         Generator(w, dilations, distribution="poisson")
+    with pytest.raises(ValueError, match=r"log_scale_min must be finite, got nan"):
+        Generator(w, dilations, log_scale_min=math.nan)
+    with pytest.raises(TypeError, match=r"weights\.conv must be a tensor, got list"):
+        Generator(w._replace(conv=[]), dilations)

@@ -20,9 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
+from fastgen.checks import check_classes, check_positive, check_tensor, check_unit_range, is_finite
 from fastgen.ops import distributions
 
 DTYPES = (torch.float32, torch.bfloat16)
+LARGEST = 1e38  # of any sum in the network; with the gate's bias and conditioning on top it is still a float32
+Layout = dict[str, int | list[int]]
 
 
 class WaveNetWeights(NamedTuple):
@@ -51,15 +54,17 @@ class GenerationState:
     """Everything that generation carries from step to step: save it, copy it, continue from it.
 
     history: (B, sum over layers of (K-1) * dilation, R rounded up to 32) float32, the queues, each a ring buffer;
-    last: (B,) the last sample, int64 class or float32 value; position: the number of samples generated.
+    last: (B,) the last sample, int64 class or float32 value; layout: the sizes of the network that it belongs to;
+    position: the number of samples generated.
     """
 
     history: Tensor
     last: Tensor
+    layout: Layout
     position: int = 0
 
     def clone(self) -> GenerationState:
-        return GenerationState(self.history.clone(), self.last.clone(), self.position)
+        return GenerationState(self.history.clone(), self.last.clone(), dict(self.layout), self.position)
 
 
 def initial_state(weights: WaveNetWeights, dilations: list[int], start: Tensor) -> GenerationState:
@@ -67,7 +72,16 @@ def initial_state(weights: WaveNetWeights, dilations: list[int], start: Tensor) 
     _, _, residual, kernel_size = weights.conv.shape
     rows = (kernel_size - 1) * sum(dilations)
     history = weights.conv.new_zeros(start.shape[0], rows, -(-residual // 32) * 32)
-    return GenerationState(history, start.clone())
+    return GenerationState(history, start.clone(), _layout(weights, dilations))
+
+
+def _layout(w: WaveNetWeights, dilations: list[int]) -> Layout:
+    """Plain data, so that a state can be saved; networks that differ in any of it cannot share states."""
+    _, gates, residual, kernel_size = w.conv.shape
+    return {
+        "residual channels": residual, "gate channels": gates // 2, "skip channels": w.hidden.shape[0],
+        "output channels": w.output.shape[0], "kernel size": kernel_size, "dilations": list(dilations),
+    }  # fmt: skip
 
 
 lib.define("wavenet_pack(Tensor[] weights, bool bf16) -> Tensor")
@@ -98,6 +112,13 @@ class Generator:
         Of the weights inside the loop: float32, or bfloat16 (activations and sums stay float32).
     backend
         See `fastgen.backend`; "reference" is a queue in plain PyTorch.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For weights that do not fit together, or another argument outside its range; the message names it.
+    FloatingPointError
+        If the weights, though finite, are so large that a sum in the network could overflow float32.
     """
 
     def __init__(
@@ -112,7 +133,10 @@ class Generator:
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"wavenet_generate: dtype must be float32 or bfloat16, got {dtype}")
+        if not is_finite(log_scale_min):
+            raise ValueError(f"wavenet_generate: log_scale_min must be finite, got {log_scale_min!r}")
         for name, tensor in weights._asdict().items():
+            check_tensor("wavenet_generate", f"weights.{name}", tensor)
             if tensor.dtype != torch.float32:
                 raise ValueError(f"wavenet_generate: weights.{name} must be float32, got {tensor.dtype}")
             if not bool(torch.isfinite(tensor).all()):
@@ -121,7 +145,10 @@ class Generator:
         self.weights = WaveNetWeights(*(t.contiguous() for t in weights))
         self.dilations = list(dilations)
         _check_network(self.weights, self.dilations, distribution)
+        self._layout = _layout(self.weights, self.dilations)
+        self._largest_output = _check_magnitude(self.weights)
         self.distribution = distribution
+        self._sample_dtype = torch.int64 if distribution == "categorical" else torch.float32
         self.log_scale_min = log_scale_min
         self.dtype = dtype
         if self.backend == "reference":
@@ -165,8 +192,16 @@ class Generator:
         ------
         TypeError, ValueError
             Shapes, dtypes or values that do not fit: the message names the argument, what was expected and what came.
+        FloatingPointError
+            If the outputs, divided by `temperature`, could overflow float32.
         """
         self._check_call(state, uniforms, gate_bias, cond, given)
+        check_positive("wavenet_generate", "temperature", temperature)
+        if not self._largest_output / temperature <= LARGEST:
+            raise FloatingPointError(
+                f"wavenet_generate: outputs of up to {self._largest_output:.1e}, divided by a temperature of "
+                f"{temperature:g}, can overflow float32"
+            )
         batch, steps = uniforms.shape[:2]
         w = self.weights
         outputs = w.output.shape[0]
@@ -188,46 +223,67 @@ class Generator:
         state.position += steps
         return samples, kept
 
+    def check_state(self, state: GenerationState, batch: int) -> None:
+        """Raise TypeError or ValueError unless `state` is one of `batch` streams of this network."""
+        if not isinstance(state, GenerationState):
+            raise TypeError(f"wavenet_generate: state must be a GenerationState, got {type(state).__name__}")
+        _, _, residual, kernel_size = self.weights.conv.shape
+        history = (batch, (kernel_size - 1) * sum(self.dilations), -(-residual // 32) * 32)
+        self._check_tensor("state.history", state.history, torch.float32, history)
+        self._check_tensor("state.last", state.last, self._sample_dtype, (batch,))
+        for name, tensor in (("history", state.history), ("last", state.last)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"wavenet_generate: state.{name} must be contiguous, got strides {tensor.stride()}")
+        self._check_samples("state.last", state.last)
+        if state.layout != self._layout:
+            here, there = self._layout, state.layout
+            different = [
+                f"{name} {there.get(name)}, here {here[name]}" for name in here if there.get(name) != here[name]
+            ]
+            raise ValueError(f"wavenet_generate: state belongs to another network: {'; '.join(different)}")
+
     def _check_call(
         self, state: GenerationState, uniforms: Tensor, gate_bias: Tensor, cond: Tensor | None, given: Tensor | None
     ) -> None:
         """The kernels read these tensors as they lie in memory: nothing that does not fit may reach them."""
-        layers, gates, residual, kernel_size = self.weights.conv.shape
-        categorical = self.distribution == "categorical"
-        kind = torch.int64 if categorical else torch.float32
-        if uniforms.dim() != (2 if categorical else 3) or (not categorical and uniforms.shape[2] != 2):
-            wanted = "(B, T)" if categorical else "(B, T, 2)"
+        layers, gates, _, _ = self.weights.conv.shape
+        pair = () if self.distribution == "categorical" else (2,)
+        wanted = "(B, T, 2)" if pair else "(B, T)"
+        check_tensor("wavenet_generate", "uniforms", uniforms, wanted)
+        if uniforms.dim() != 2 + len(pair) or tuple(uniforms.shape[2:]) != pair:
             raise ValueError(f"wavenet_generate: uniforms must be {wanted}, got {tuple(uniforms.shape)}")
         batch, steps = uniforms.shape[:2]
-        rows = (kernel_size - 1) * sum(self.dilations)
-        streams = gate_bias.shape[0] if gate_bias.dim() else 0
-        known = given.shape[1] if given is not None and given.dim() == 2 else 0
-        for name, tensor, dtype, shape in (
-            ("uniforms", uniforms, torch.float32, uniforms.shape),
-            ("gate_bias", gate_bias, torch.float32, (batch if streams != 1 else 1, layers, gates)),
-            ("cond", cond, torch.float32, (batch, steps, layers, gates)),
-            ("given", given, kind, (batch, min(known, steps))),
-            ("state.history", state.history, torch.float32, (batch, rows, -(-residual // 32) * 32)),
-            ("state.last", state.last, kind, (batch,)),
-        ):
-            if tensor is None:
-                continue
-            if tensor.dtype != dtype:
-                raise TypeError(f"wavenet_generate: {name} must be {dtype}, got {tensor.dtype}")
-            if tuple(tensor.shape) != tuple(shape):
-                raise ValueError(f"wavenet_generate: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
-            if tensor.device != self.weights.conv.device:
-                raise ValueError(
-                    f"wavenet_generate: {name} is on {tensor.device}, weights on {self.weights.conv.device}"
-                )
-            if name.startswith("state.") and not tensor.is_contiguous():
-                raise ValueError(f"wavenet_generate: {name} must be contiguous, got strides {tensor.stride()}")
-            if name in ("given", "state.last") and categorical and tensor.numel():
-                low, high, classes = int(tensor.min()), int(tensor.max()), self.weights.input.shape[0]
-                if low < 0 or high >= classes:
-                    raise ValueError(f"wavenet_generate: {name} must lie in [0, {classes}), got {low} to {high}")
-        if not bool(torch.isfinite(gate_bias).all()):
-            raise ValueError("wavenet_generate: gate_bias holds NaN or infinity")
+        self._check_tensor("uniforms", uniforms, torch.float32, uniforms.shape)
+        check_tensor("wavenet_generate", "gate_bias", gate_bias)
+        streams = 1 if gate_bias.shape[:1] == (1,) else batch
+        self._check_tensor("gate_bias", gate_bias, torch.float32, (streams, layers, gates))
+        if cond is not None:
+            self._check_tensor("cond", cond, torch.float32, (batch, steps, layers, gates))
+        if given is not None:
+            check_tensor("wavenet_generate", "given", given)
+            known = given.shape[1] if given.dim() == 2 else 0
+            self._check_tensor("given", given, self._sample_dtype, (batch, min(known, steps)))
+            self._check_samples("given", given)
+        self.check_state(state, batch)
+        for name, tensor in (("gate_bias", gate_bias), ("cond", cond)):
+            # cond is large: the sum reads it once, and is not finite if an element is not
+            if tensor is not None and not bool(torch.isfinite(tensor.sum())):
+                raise ValueError(f"wavenet_generate: {name} holds NaN, infinity or values near float32's largest")
+
+    def _check_tensor(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        check_tensor("wavenet_generate", name, tensor)
+        if tensor.dtype != dtype:
+            raise TypeError(f"wavenet_generate: {name} must be {dtype}, got {tensor.dtype}")
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"wavenet_generate: {name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != self.weights.conv.device:
+            raise ValueError(f"wavenet_generate: {name} is on {tensor.device}, weights on {self.weights.conv.device}")
+
+    def _check_samples(self, name: str, samples: Tensor) -> None:
+        if self.distribution == "categorical":
+            check_classes("wavenet_generate", name, samples, self.weights.input.shape[0])
+        else:
+            check_unit_range("wavenet_generate", name, samples)
 
 
 def _check_network(w: WaveNetWeights, dilations: list[int], distribution: str) -> None:
@@ -248,8 +304,31 @@ def _check_network(w: WaveNetWeights, dilations: list[int], distribution: str) -
             raise ValueError(f"wavenet_generate: weights.{name} must be {shape}, got {tuple(getattr(w, name).shape)}")
     if distribution != "categorical" and outputs % 3 and not (distribution == "gaussian" and outputs == 2):
         raise ValueError(f"wavenet_generate: weights.output must have 3 rows for each component, got {outputs}")
-    if len(dilations) != layers or any(not isinstance(d, int) or d < 1 for d in dilations):
+    if len(dilations) != layers or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in dilations):
         raise ValueError(f"wavenet_generate: dilations must be {layers} integers >= 1, got {dilations}")
+
+
+def _check_magnitude(w: WaveNetWeights) -> float:
+    """The largest output there can be, or FloatingPointError if some sum of the network could overflow float32.
+
+    Gates and real-valued samples lie in [-1, 1], so sums of absolute weights bound every sum, for any samples: there is
+    nothing to look for in the loop.
+    """
+    w = WaveNetWeights(*(t.double().abs() for t in w))
+    steps = w.residual.sum(2) + w.residual_bias  # (L, R): the most that each layer adds
+    x = (w.input.amax(0) + w.input_bias) + F.pad(steps.cumsum(0), (0, 0, 1, 0))  # (L + 1, R)
+    a = torch.einsum("lhrk,lr->lh", w.conv, x[:-1])
+    skips = w.skip.sum((0, 2)) + w.skip_bias
+    hidden = w.hidden @ skips + w.hidden_bias
+    out = w.output @ hidden + w.output_bias
+    for name, sums in (("conv", a), ("residual", x), ("skip", skips), ("hidden", hidden), ("output", out)):
+        largest = float(sums.max()) if sums.numel() else 0.0
+        if not largest <= LARGEST:
+            raise FloatingPointError(
+                f"wavenet_generate: weights.{name} is so large that float32 can overflow: sums of up to {largest:.1e}, "
+                f"at most {LARGEST:g} is safe"
+            )
+    return largest
 
 
 @torch.no_grad()
