@@ -126,6 +126,16 @@ def test_training_learns(distribution: str) -> None:
     assert losses[-1] < losses[0] - 0.2
 
 
+@pytest.mark.parametrize("distribution", distributions.KINDS)
+def test_vmap_over_sequences(distribution: str) -> None:
+    """torch.func.vmap, which has no values to check, gives what the batch gives."""
+    model = small(distribution, layers=2)
+    x = random_samples(model, 3, 12)
+    x = x if x.dtype == torch.int64 else x.float()
+    with torch.no_grad(), fastgen.use_backend("reference"):
+        torch.testing.assert_close(torch.func.vmap(model)(x[:, None])[:, 0], model(x))
+
+
 @pytest.mark.parametrize("options", [{}, {"local_channels": 2, "speakers": 3}])
 def test_compiles_whole(options: dict) -> None:
     """torch.compile(fullgraph=True) of forward: no graph break, same values."""

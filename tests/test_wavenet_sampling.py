@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from wavenet_helpers import BACKENDS, OP, Need, Ran, draw, loud, matches_forward, random_samples, small
 
 from fastgen.models import WaveNet
-from fastgen.ops import distributions
+from fastgen.ops import GenerationState, distributions
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -172,6 +175,15 @@ def test_stream_starts_while_features_arrive() -> None:
         next(stream)
 
 
+def test_blocks_without_frames_are_skipped() -> None:
+    """Nothing has arrived yet: the stream asks for the next block, before upsampling, which has no word for nothing."""
+    model = loud(WaveNet(2, 1, 8, 8, classes=12, local_channels=3, upsample_scales=(4,)))
+    local, u = torch.randn(1, 3, 5), draw("categorical", 1, 20)
+    blocks = (local[:, :, :0], local[:, :, :2], local[:, :, :0], local[:, :, 2:])
+    chunks = list(model.stream(20, 4, local=blocks, uniforms=u))
+    assert torch.equal(torch.cat(chunks, 1), torch.cat(list(model.stream(20, 4, local=local, uniforms=u)), 1))
+
+
 def test_stream_leaves_gradients_on() -> None:
     """Between two chunks the caller's code can train: gradients are off inside the stream alone."""
     model = WaveNet(2, 1, 4, 4, classes=8)
@@ -184,7 +196,7 @@ def test_stream_leaves_gradients_on() -> None:
 
 def test_progress_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The callback gets increasing counts that end at `steps`, more than one for long runs."""
-    monkeypatch.setattr("fastgen.models.wavenet.CHUNK_WORK", 40_000)
+    monkeypatch.setattr("fastgen.models.wavenet_sampling.CHUNK_WORK", 40_000)
     model = small()
     seen: list[tuple[int, int]] = []
     model.generate(100, progress=lambda done, steps: seen.append((done, steps)))
@@ -206,7 +218,7 @@ def test_interruption_leaves_the_state_usable(
 ) -> None:
     """After Ctrl-C in a callback the state stands where the last report said; going on gives what one go gives."""
     need(OP, backend)
-    monkeypatch.setattr("fastgen.models.wavenet.CHUNK_WORK", 40_000)
+    monkeypatch.setattr("fastgen.models.wavenet_sampling.CHUNK_WORK", 40_000)
     model = small(kernel_size=3)
     u = torch.rand(1, 90)
     with ran(OP, backend):
@@ -247,6 +259,48 @@ def test_state_through_the_model(need: Need, ran: Ran) -> None:
         small(kernel_size=3).generate(5, batch_size=2, state=state)
     with pytest.raises(TypeError, match=r"state\.last must be torch\.float32, got torch\.int64"):
         small("logistic").generate(5, batch_size=2, state=state)
+
+
+OTHER_NETWORKS = {
+    "residual channels 8, here 9": {"residual_channels": 9, "gate_channels": 8},
+    "gate channels 8, here 7": {"gate_channels": 7},
+    "skip channels 8, here 5": {"skip_channels": 5},
+    "output channels 10, here 11": {"classes": 11},
+    r"dilations \[1, 2, 1, 2\], here \[1, 1, 1, 1, 1, 1\]": {"layers": 6, "cycles": 6},
+    r"kernel size 2, here 3; dilations .* here \[1, 1, 1\]": {"layers": 3, "cycles": 3, "kernel_size": 3},
+}
+
+
+@pytest.mark.parametrize("difference", OTHER_NETWORKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_of_another_network_are_refused(difference: str, backend: str, need: Need) -> None:
+    """Even where the queues have the same size in memory; the message says what differs. The state stays as it is."""
+    need(OP, backend)
+    state, other = small().initial_state(), small(**OTHER_NETWORKS[difference])
+    assert state.history.shape == other.initial_state().history.shape
+    with pytest.raises(ValueError, match=rf"state belongs to another network: {difference}$"):
+        other.stream(5, state=state, backend=backend)
+    assert state.position == 0
+    assert small().generate(5, state=state, backend=backend).shape == (1, 5)
+
+
+@pytest.mark.parametrize("how", ["clone", "deepcopy", "pickle", "file", "fields"])
+def test_copies_of_a_state_continue(how: str, tmp_path: Path) -> None:
+    model, u = small(), draw("categorical", 1, 30)
+    state = model.initial_state()
+    model.generate(10, uniforms=u[:, :10], state=state)
+    torch.save(vars(state), tmp_path / "state.pt")
+    copies = {
+        "clone": state.clone,
+        "deepcopy": lambda: copy.deepcopy(state),
+        "pickle": lambda: pickle.loads(pickle.dumps(state)),
+        "file": lambda: GenerationState(**torch.load(tmp_path / "state.pt", weights_only=True)),
+        "fields": lambda: GenerationState(**dataclasses.asdict(state)),
+    }
+    other = copies[how]()
+    expected = model.generate(20, uniforms=u[:, 10:], state=state)
+    assert torch.equal(model.generate(20, uniforms=u[:, 10:], state=other), expected)
+    assert other.position == 30
 
 
 def test_prefix_and_uniforms_in_double(need: Need, ran: Ran) -> None:

@@ -6,20 +6,20 @@ Sources: van den Oord et al., "WaveNet" (2016); Salimans et al., "PixelCNN++" (2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.checks import check_classes, check_integer, check_tensor, check_unit_range, is_finite
+from fastgen.models.wavenet_sampling import SamplingOptions, stream
 from fastgen.nn.causal_conv1d import WaveNetLayer, folded_weight
 from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
-from fastgen.ops import GenerationState, Generator, WaveNetWeights, distributions, initial_state
+from fastgen.ops import GenerationState, WaveNetWeights, distributions, initial_state
 
-Progress = bool | Callable[[int, int], None]
-
-CHUNK_WORK = 4_000_000_000  # multiply-adds in one call of the generation op: some tenths of a second on a slow core
-CHUNK_CONDITIONING = 16_000_000  # floats of per-layer conditioning in one call
+UPSAMPLINGS = {"transposed": TransposedUpsample, "stretch": StretchUpsample}
 
 
 class WaveNet(nn.Module):
@@ -41,11 +41,13 @@ class WaveNet(nn.Module):
     local_channels
         Channels of conditioning features that vary in time, 0 for none.
     upsample_scales
-        Factors from feature frames to samples, by transposed convolutions; () where features come at the sample rate.
+        Factors from feature frames to samples; () where features come at the sample rate.
+    upsample_options
+        "kind": "transposed" (the default) or "stretch", and the options of that class of `fastgen.nn`.
     speakers, speaker_channels
         Number of speakers, 0 for none, and the size of their embedding.
     start
-        What the network sees before the first sample: a class (the middle one by default) or a value (0).
+        What the network sees before the first sample: a class (the middle one by default) or a value in [-1, 1] (0).
     log_scale_min
         Lower limit of a mixture's log scales.
     weight_norm
@@ -71,6 +73,7 @@ class WaveNet(nn.Module):
         upsample_scales: Sequence[int] = (),
         speakers: int = 0,
         *,
+        upsample_options: Mapping[str, Any] | None = None,
         gate_channels: int | None = None,
         speaker_channels: int = 16,
         start: int | float | None = None,
@@ -83,17 +86,22 @@ class WaveNet(nn.Module):
             "skip_channels": skip_channels, "kernel_size": kernel_size, "mixtures": mixtures,
         }  # fmt: skip
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"WaveNet: {name} must be an integer >= 1, got {size!r}")
+            check_integer("WaveNet", name, size)
+        for name, size in (("local_channels", local_channels), ("speakers", speakers)):
+            check_integer("WaveNet", name, size, 0)
+        check_integer("WaveNet", "speaker_channels", speaker_channels, 1 if speakers else 0)
         if layers % cycles:
             raise ValueError(f"WaveNet: layers must be a multiple of cycles, got {layers} and {cycles}")
         if distribution not in distributions.KINDS:
             raise ValueError(f"WaveNet: distribution must be one of {distributions.KINDS}, got {distribution!r}")
+        if not is_finite(log_scale_min):
+            raise ValueError(f"WaveNet: log_scale_min must be finite, got {log_scale_min!r}")
         self.config = {
             **sizes, "distribution": distribution, "local_channels": local_channels,
-            "upsample_scales": tuple(upsample_scales), "speakers": speakers, "gate_channels": gate_channels,
-            "speaker_channels": speaker_channels, "start": start, "log_scale_min": log_scale_min,
-            "weight_norm": weight_norm,
+            "upsample_scales": tuple(upsample_scales), "speakers": speakers,
+            "upsample_options": None if upsample_options is None else dict(upsample_options),
+            "gate_channels": gate_channels, "speaker_channels": speaker_channels, "start": start,
+            "log_scale_min": log_scale_min, "weight_norm": weight_norm,
         }  # fmt: skip
         self.distribution, self.classes, self.log_scale_min = distribution, classes, log_scale_min
         self.local_channels, self.speakers = local_channels, speakers
@@ -101,8 +109,10 @@ class WaveNet(nn.Module):
         self.kernel_size = kernel_size
         categorical = distribution == "categorical"
         self.start = (classes // 2 if categorical else 0.0) if start is None else start
-        if categorical and not (isinstance(self.start, int) and 0 <= self.start < classes):
-            raise ValueError(f"WaveNet: start must be a class in [0, {classes}), got {self.start!r}")
+        if categorical and not (type(self.start) is int and 0 <= self.start < classes):
+            raise ValueError(f"WaveNet: start must be a class in [0, {classes}), got {start!r}")
+        if not (is_finite(self.start) and (categorical or abs(self.start) <= 1)):
+            raise ValueError(f"WaveNet: start must be a number in [-1, 1], got {start!r}")
 
         self.input = nn.Conv1d(classes if categorical else 1, residual_channels, 1)
         if categorical:  # only one input channel is ever on: the default scale, made for sums over all, is too faint
@@ -124,7 +134,7 @@ class WaveNet(nn.Module):
         self.embedding = nn.Embedding(speakers, speaker_channels) if speakers else None
         self.upsample: TransposedUpsample | StretchUpsample | None = None
         if upsample_scales:
-            self.upsample = TransposedUpsample(upsample_scales)
+            self.upsample = _upsampling(upsample_scales, upsample_options or {})
         if weight_norm:
             for module in self.modules():
                 if isinstance(module, nn.Conv1d):
@@ -172,31 +182,17 @@ class WaveNet(nn.Module):
         """-log2 p(x) / T, shape (B,)."""
         return -self.log_prob(x, local, speaker) / (math.log(2) * x.shape[1])
 
-    @torch.no_grad()
-    def generate(
-        self,
-        steps: int,
-        *,
-        batch_size: int = 1,
-        local: Tensor | None = None,
-        speaker: Tensor | None = None,
-        temperature: float = 1.0,
-        uniforms: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        given: Tensor | None = None,
-        state: GenerationState | None = None,
-        dtype: torch.dtype = torch.float32,
-        backend: str | None = None,
-        progress: Progress = False,
-    ) -> Tensor:
+    def generate(self, steps: int, **options: Unpack[SamplingOptions]) -> Tensor:
         """Sample `steps` values for each of `batch_size` streams, with queues: O(layers) work for each.
 
         Parameters
         ----------
+        batch_size
+            Number of streams, 1 by default.
         local, speaker
             Conditioning, as in `forward`; local must reach over `steps`.
         temperature
-            > 0; below 1 samples are likelier and less varied.
+            > 0, 1 by default; below 1 samples are likelier and less varied.
         uniforms
             (B, steps) in [0, 1), or (B, steps, 2) for mixtures; the same uniforms give the same samples on every
             backend, save where a uniform falls within rounding of a boundary. Drawn from `generator` by default.
@@ -205,147 +201,37 @@ class WaveNet(nn.Module):
         state
             From `initial_state`, to continue an earlier call; it is advanced in place.
         dtype
-            Of the weights inside the loop: float32, or bfloat16, about twice as fast. Activations and sums stay
-            float32, save that CPUs with fast bfloat16 dot products round the activations that enter a product.
+            Of the weights inside the loop: float32 (the default), or bfloat16, about twice as fast. Activations and
+            sums stay float32, save that CPUs with fast bfloat16 dot products round the activations that enter a
+            product.
+        backend
+            See `fastgen.backend`.
         progress
             True for a progress bar, or a function of (steps done, steps in all).
 
         Returns
         -------
         (B, steps) int64 classes or float32 values.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For an argument that does not fit; the message names it, what was expected and what came.
+        FloatingPointError
+            If the weights are so large that the network could overflow float32.
         """
-        chunks = self.stream(
-            steps, chunk=steps, batch_size=batch_size, local=local, speaker=speaker, temperature=temperature,
-            uniforms=uniforms, generator=generator, given=given, state=state, dtype=dtype, backend=backend,
-            progress=progress,
-        )  # fmt: skip
-        return torch.cat(list(chunks), 1)
+        return torch.cat(list(stream(self, steps, steps, **options)), 1)
 
     sample = generate
 
-    @torch.no_grad()
-    def stream(
-        self,
-        steps: int,
-        chunk: int = 1024,
-        *,
-        batch_size: int = 1,
-        local: Tensor | Iterable[Tensor] | None = None,
-        speaker: Tensor | None = None,
-        temperature: float = 1.0,
-        uniforms: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        given: Tensor | None = None,
-        state: GenerationState | None = None,
-        dtype: torch.dtype = torch.float32,
-        backend: str | None = None,
-        progress: Progress = False,
-    ) -> Iterator[Tensor]:
+    def stream(self, steps: int, chunk: int = 1024, **options: Unpack[SamplingOptions]) -> Iterator[Tensor]:
         """`generate`, a chunk at a time: an iterator of (B, chunk), the last one perhaps shorter.
 
         `local` may also be an iterable of blocks (B, local_channels, frames): a block is asked for when the samples
-        before it are out, so that generation starts while features still arrive. The weights are those at the start.
+        before it are out, so that generation starts while features still arrive; a block of 0 frames is skipped. The
+        weights are those at the start.
         """
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"generate: steps must be an integer >= 1, got {steps!r}")
-        if not isinstance(chunk, int) or chunk < 1:
-            raise ValueError(f"stream: chunk must be an integer >= 1, got {chunk!r}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"generate: batch_size must be an integer >= 1, got {batch_size!r}")
-        if not (isinstance(temperature, int | float) and temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"generate: temperature must be finite and > 0, got {temperature!r}")
-        if not 1e-30 <= temperature <= 1e30:
-            raise ValueError(f"generate: temperature must lie in [1e-30, 1e30], got {temperature}")
-        if uniforms is not None:
-            self._check_uniforms(uniforms, batch_size, steps)
-        if given is not None:
-            given = self._check_samples("given", given)
-            given = given if self.distribution == "categorical" else given.float()
-            if given.shape[0] != batch_size or given.shape[1] > steps:
-                raise ValueError(f"generate: given must be ({batch_size}, at most {steps}), got {tuple(given.shape)}")
-            if given.is_floating_point() and not bool((given.abs() <= 1).all()):
-                raise ValueError("generate: given must lie in [-1, 1], got values outside or NaN")
-        for name, parameter in self.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise ValueError(f"generate: the model's weights must be finite, {name} holds NaN or infinity")
-        if isinstance(local, Tensor) or local is None:
-            upsampled = _finite(self._upsampled(local, batch_size, steps))
-            blocks: Iterator[Tensor] = iter(() if upsampled is None else (upsampled,))
-        else:
-            if self.upsample is not None and self.upsample.context:
-                raise ValueError("stream: local must be one tensor: this model's upsampling looks at later frames")
-            blocks = (_finite(self._upsampled(block, batch_size, None)) for block in local)  # type: ignore[misc]
-        loop = Generator(
-            self.packed_weights(), self.dilations, distribution=self.distribution,
-            log_scale_min=self.log_scale_min, dtype=dtype, backend=backend,
-        )  # fmt: skip
-        if state is None:
-            state = self.initial_state(batch_size)
-        elif state.last.shape[0] != batch_size:
-            raise ValueError(f"generate: state is for {state.last.shape[0]} streams, batch_size is {batch_size}")
-        gate_bias = self._gate_bias(self._speaker(speaker, batch_size))
-        return self._chunks(
-            loop, state, gate_bias, blocks, steps, chunk, temperature, uniforms, generator, given, progress
-        )
-
-    def _chunks(
-        self,
-        loop: Generator,
-        state: GenerationState,
-        gate_bias: Tensor,
-        blocks: Iterator[Tensor],
-        steps: int,
-        chunk: int,
-        temperature: float,
-        uniforms: Tensor | None,
-        generator: torch.Generator | None,
-        given: Tensor | None,
-        progress: Progress,
-    ) -> Iterator[Tensor]:
-        batch = state.last.shape[0]
-        pair = () if self.distribution == "categorical" else (2,)
-        weights = sum(t.numel() for t in loop.weights)
-        # fixed by the shapes alone, so that two runs make the same calls and give the same bits
-        call = max(1, min(16384, CHUNK_WORK // (weights * batch)))
-        local_weight = self._local_weight()
-        if local_weight is not None:
-            call = max(1, min(call, CHUNK_CONDITIONING // (local_weight.shape[0] * batch)))
-        local = gate_bias.new_empty(batch, self.local_channels, 0)
-        with _reporter(progress, steps) as report:
-            done = 0
-            while done < steps:
-                wanted = min(chunk, steps - done)
-                parts = []
-                with torch.no_grad():  # not around the yield: it would hold for the caller too
-                    while wanted:
-                        n = min(call, wanted)
-                        cond = None
-                        if local_weight is not None:
-                            while local.shape[2] < n:
-                                block = next(blocks, None)
-                                if block is None:
-                                    raise ValueError(
-                                        f"stream: local ended after {done + local.shape[2]} samples, {steps} are wanted"
-                                    )
-                                local = torch.cat([local, block.float()], 2)
-                            cond = F.linear(local[:, :, :n].mT, local_weight).float()  # (B, n, L * 2H)
-                            cond = cond.view(batch, n, len(self.layers), -1)
-                            local = local[:, :, n:]
-                        if uniforms is None:
-                            # drawn step by step, so that the samples do not depend on the size of the chunks
-                            u = torch.rand(n, batch, *pair, generator=generator, dtype=torch.float32).transpose(0, 1)
-                        else:
-                            u = uniforms[:, done : done + n].float().clamp(max=1 - 2**-24)
-                        known = None if given is None else given[:, done : done + n]
-                        parts.append(
-                            loop.run(
-                                state, u, gate_bias, cond, temperature=temperature,
-                                given=known if known is not None and known.shape[1] else None,
-                            )[0]
-                        )  # fmt: skip
-                        done, wanted = done + n, wanted - n
-                        report(done)
-                yield torch.cat(parts, 1)
+        return stream(self, steps, chunk, **options)
 
     def initial_state(self, batch_size: int = 1) -> GenerationState:
         """The state before the first sample: empty queues. Pass it to `generate` to continue where a call ended."""
@@ -355,7 +241,7 @@ class WaveNet(nn.Module):
 
     def packed_weights(self) -> WaveNetWeights:
         """The network's weights in the form that `fastgen.ops.Generator` takes: current, weight norm folded in."""
-        layers: list[WaveNetLayer] = list(self.layers)  # type: ignore[arg-type]
+        layers = self._layers()
         channels = self.input.out_channels
         outs = [folded_weight(layer.out)[:, :, 0] for layer in layers]  # (C + S, H)
         biases = [_bias(layer.out) for layer in layers]
@@ -388,20 +274,23 @@ class WaveNet(nn.Module):
             return F.embedding(previous, weight.T).mT + bias[:, None]
         return previous[:, None].to(weight.dtype) * weight + bias[:, None]
 
-    def _gate_bias(self, speaker: Tensor | None) -> Tensor:
+    def _layers(self) -> list[WaveNetLayer]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def _gate_bias(self, speaker: Tensor | None, batch: int) -> Tensor:
         """(1 or B, L, 2H): the convolutions' biases, and what the speaker adds."""
-        layers: list[WaveNetLayer] = list(self.layers)  # type: ignore[arg-type]
+        layers, vector = self._layers(), self._speaker(speaker, batch)
         bias = torch.stack([_bias(layer.conv) for layer in layers])[None]
-        if speaker is not None:
-            bias = bias + torch.stack([layer.speaker(speaker) for layer in layers if layer.speaker is not None], 1)
+        if vector is not None:
+            bias = bias + torch.stack([layer.speaker(vector) for layer in layers if layer.speaker is not None], 1)
         return bias.detach().float()
 
     def _local_weight(self) -> Tensor | None:
         """(L * 2H, local_channels): the 1x1 convolutions of local conditioning, all layers."""
         if not self.local_channels:
             return None
-        layers: list[WaveNetLayer] = list(self.layers)  # type: ignore[arg-type]
-        return torch.cat([folded_weight(layer.local)[:, :, 0] for layer in layers if layer.local is not None]).float()
+        weights = [folded_weight(layer.local)[:, :, 0] for layer in self._layers() if layer.local is not None]
+        return torch.cat(weights).float()
 
     def _speaker(self, speaker: Tensor | None, batch: int) -> Tensor | None:
         if self.embedding is None:
@@ -410,11 +299,11 @@ class WaveNet(nn.Module):
             return None
         if speaker is None:
             raise ValueError(f"WaveNet: speaker is needed: (B,) int64 in [0, {self.speakers})")
+        check_tensor("WaveNet", "speaker", speaker, f"({batch},) of int64")
         if speaker.shape != (batch,) or speaker.dtype != torch.int64:
             raise ValueError(f"WaveNet: speaker must be ({batch},) int64, got {tuple(speaker.shape)} {speaker.dtype}")
-        if torch.compiler.is_compiling():
-            return self.embedding(speaker)  # type: ignore[no-any-return]
-        if speaker.numel() and not 0 <= int(speaker.min()) <= int(speaker.max()) < self.speakers:
+        self._check_device("speaker", speaker)
+        if _readable(speaker) and speaker.numel() and not 0 <= int(speaker.min()) <= int(speaker.max()) < self.speakers:
             raise ValueError(f"WaveNet: speaker must lie in [0, {self.speakers}), got {speaker.tolist()}")
         return self.embedding(speaker)  # type: ignore[no-any-return]
 
@@ -426,6 +315,7 @@ class WaveNet(nn.Module):
             return None
         if local is None:
             raise ValueError(f"WaveNet: local is needed: (B, {self.local_channels}, frames)")
+        check_tensor("WaveNet", "local", local, f"({batch}, {self.local_channels}, frames)")
         if local.dim() != 3 or local.shape[:2] != (batch, self.local_channels):
             raise ValueError(
                 f"WaveNet: local must be ({batch}, {self.local_channels}, frames), got {tuple(local.shape)}"
@@ -433,7 +323,9 @@ class WaveNet(nn.Module):
         dtype = self.output.weight.dtype
         if not local.is_floating_point() or (local.dtype != dtype and not torch.is_autocast_enabled(local.device.type)):
             raise TypeError(f"WaveNet: local must be {dtype}, as the model is, got {local.dtype}")
-        local = local if self.upsample is None else self.upsample(local)
+        self._check_device("local", local)
+        if self.upsample is not None and local.shape[2]:
+            local = self.upsample(local)
         if steps is None:
             return local
         if local.shape[2] < steps:
@@ -441,64 +333,46 @@ class WaveNet(nn.Module):
         return local[:, :, :steps]
 
     def _check_samples(self, name: str, x: Tensor) -> Tensor:
+        categorical = self.distribution == "categorical"
+        check_tensor("WaveNet", name, x, "(B, T) of " + ("int64 classes" if categorical else "values in [-1, 1]"))
         if x.dim() != 2:
             raise ValueError(f"WaveNet: {name} must be (B, T), got {tuple(x.shape)}")
-        if self.distribution == "categorical":
-            if x.dtype != torch.int64:
-                raise TypeError(f"WaveNet: {name} must be int64 classes, got {x.dtype}")
-            if not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel():
-                low, high = int(x.min()), int(x.max())
-                if low < 0 or high >= self.classes:
-                    raise ValueError(f"WaveNet: {name} must lie in [0, {self.classes}), got {low} to {high}")
-        elif not x.is_floating_point():
+        if categorical and x.dtype != torch.int64:
+            raise TypeError(f"WaveNet: {name} must be int64 classes, got {x.dtype}")
+        if not categorical and not x.is_floating_point():
             raise TypeError(f"WaveNet: {name} must be floating point in [-1, 1], got {x.dtype}")
+        self._check_device(name, x)
+        if x.device.type == "cpu" and _readable(x):  # elsewhere it would mean to wait for the device
+            if categorical:
+                check_classes("WaveNet", name, x, self.classes)
+            else:
+                check_unit_range("WaveNet", name, x)
         return x
 
-    def _check_uniforms(self, uniforms: Tensor, batch: int, steps: int) -> None:
-        shape = (batch, steps) if self.distribution == "categorical" else (batch, steps, 2)
-        if tuple(uniforms.shape) != shape:
-            raise ValueError(f"generate: uniforms must be {shape}, got {tuple(uniforms.shape)}")
-        if not uniforms.is_floating_point():
-            raise TypeError(f"generate: uniforms must be floating point, got {uniforms.dtype}")
-        if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-            raise ValueError(
-                f"generate: uniforms must lie in [0, 1), got {float(uniforms.min())} to {float(uniforms.max())}"
-            )
+    def _check_device(self, name: str, tensor: Tensor) -> None:
+        if tensor.device != self.output.bias.device:  # type: ignore[union-attr]
+            raise ValueError(f"WaveNet: {name} is on {tensor.device}, the model on {self.output.bias.device}")  # type: ignore[union-attr]
 
 
-def _finite(local: Tensor | None) -> Tensor | None:
-    if local is not None and not bool(torch.isfinite(local).all()):
-        raise ValueError("generate: local holds NaN or infinity, or becomes so when upsampled")
-    return local
+def _upsampling(scales: Sequence[int], options: Mapping[str, Any]) -> TransposedUpsample | StretchUpsample:
+    for scale in scales:
+        check_integer("WaveNet", "each of upsample_scales", scale)
+    options = dict(options)
+    kind = options.pop("kind", "transposed")
+    if kind not in UPSAMPLINGS:
+        raise ValueError(f"WaveNet: upsample_options['kind'] must be one of {', '.join(UPSAMPLINGS)}, got {kind!r}")
+    try:
+        return UPSAMPLINGS[kind](scales, **options)  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise TypeError(f"WaveNet: upsample_options do not fit: {error}") from error
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether there are values to check: not while a graph is captured, nor within torch.func.vmap."""
+    if torch.compiler.is_compiling() or x.device.type == "meta":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _bias(module: nn.Module) -> Tensor:
     return module.bias  # type: ignore[return-value]
-
-
-class _reporter:
-    """A function of the steps done: a progress bar, the caller's function, or nothing."""
-
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self.progress, self.steps = progress, steps
-        self.stop: Callable[[], None] | None = None
-
-    def __enter__(self) -> Callable[[int], object]:
-        if callable(self.progress):
-            report, steps = self.progress, self.steps
-            return lambda done: report(done, steps)
-        if not self.progress:
-            return lambda done: None
-        try:
-            from rich.progress import Progress as Bar
-        except ImportError as error:
-            raise ImportError("generate: progress=True needs rich: pip install fastgen-kernels[demo]") from error
-        bar = Bar(*Bar.get_default_columns(), transient=True)
-        bar.start()
-        self.stop = bar.stop
-        task = bar.add_task("samples", total=self.steps)
-        return lambda done: bar.update(task, completed=done)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.stop is not None:
-            self.stop()

@@ -1,0 +1,193 @@
+"""The sampling of a WaveNet: checks of what was asked for, then chunk after chunk from the generation op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.checks import check_integer, check_positive, check_progress, check_tensor
+from fastgen.ops import GenerationState, Generator
+
+if TYPE_CHECKING:
+    from fastgen.models.wavenet import WaveNet
+
+Progress = bool | Callable[[int, int], None]
+
+CHUNK_WORK = 4_000_000_000  # multiply-adds in one call of the generation op: some tenths of a second on a slow core
+CHUNK_CONDITIONING = 16_000_000  # floats of per-layer conditioning in one call
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What `WaveNet.generate` describes."""
+
+    batch_size: int
+    local: Tensor | Iterable[Tensor] | None
+    speaker: Tensor | None
+    temperature: float
+    uniforms: Tensor | None
+    generator: torch.Generator | None
+    given: Tensor | None
+    state: GenerationState | None
+    dtype: torch.dtype
+    backend: str | None
+    progress: Progress
+
+
+@torch.no_grad()
+def stream(
+    model: WaveNet,
+    steps: int,
+    chunk: int,
+    *,
+    batch_size: int = 1,
+    local: Tensor | Iterable[Tensor] | None = None,
+    speaker: Tensor | None = None,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    given: Tensor | None = None,
+    state: GenerationState | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+    progress: Progress = False,
+) -> Iterator[Tensor]:
+    """An iterator of samples (B, chunk); whatever is wrong is said at the call, not at the first chunk."""
+    for name, count in (("steps", steps), ("batch_size", batch_size)):
+        check_integer("generate", name, count)
+    check_integer("stream", "chunk", chunk)
+    check_positive("generate", "temperature", temperature)
+    if not 1e-30 <= temperature <= 1e30:
+        raise ValueError(f"generate: temperature must lie in [1e-30, 1e30], got {temperature}")
+    check_progress("generate", progress)
+    if uniforms is not None:
+        _check_uniforms(model, uniforms, batch_size, steps)
+    if given is not None:
+        given = model._check_samples("given", given)
+        given = given if model.distribution == "categorical" else given.float()
+        if given.shape[0] != batch_size or given.shape[1] > steps:
+            raise ValueError(f"generate: given must be ({batch_size}, at most {steps}), got {tuple(given.shape)}")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"generate: the model's weights must be finite, {name} holds NaN or infinity")
+    loop = Generator(
+        model.packed_weights(), model.dilations, distribution=model.distribution, log_scale_min=model.log_scale_min,
+        dtype=dtype, backend=backend,
+    )  # fmt: skip
+    if state is None:
+        state = model.initial_state(batch_size)
+    elif isinstance(state, GenerationState) and state.last.shape[0] != batch_size:
+        raise ValueError(f"generate: state is for {state.last.shape[0]} streams, batch_size is {batch_size}")
+    loop.check_state(state, batch_size)
+    blocks = _blocks(model, local, batch_size, steps)
+    gate_bias, local_weight = model._gate_bias(speaker, batch_size), model._local_weight()
+    pair = () if model.distribution == "categorical" else (2,)
+    # fixed by the shapes alone, so that two runs make the same calls and give the same bits
+    call = max(1, min(16384, CHUNK_WORK // (sum(t.numel() for t in loop.weights) * batch_size)))
+    if local_weight is not None:
+        call = max(1, min(call, CHUNK_CONDITIONING // (local_weight.shape[0] * batch_size)))
+
+    def run(done: int, n: int, cond: Tensor | None) -> Tensor:
+        if uniforms is None:
+            # drawn step by step, so that the samples do not depend on the size of the chunks
+            u = torch.rand(n, batch_size, *pair, generator=generator, dtype=torch.float32).transpose(0, 1)
+        else:
+            u = uniforms[:, done : done + n].float().clamp(max=1 - 2**-24)
+        known = None if given is None or done >= given.shape[1] else given[:, done : done + n]
+        return loop.run(state, u, gate_bias, cond, temperature=temperature, given=known)[0]
+
+    def chunks() -> Iterator[Tensor]:
+        features = gate_bias.new_empty(batch_size, model.local_channels, 0)
+        cond = None
+        with _reporter(progress, steps) as report:
+            done = 0
+            while done < steps:
+                end = min(done + chunk, steps)
+                parts = []
+                with torch.no_grad():  # not around the yield: it would hold for the caller too
+                    while done < end:
+                        n = min(call, end - done)
+                        if local_weight is not None:
+                            while features.shape[2] < n:
+                                block = next(blocks, None)
+                                if block is None:
+                                    raise ValueError(
+                                        f"stream: local ended after {done + features.shape[2]} samples, "
+                                        f"{steps} are wanted"
+                                    )
+                                features = torch.cat([features, block.float()], 2)
+                            cond = F.linear(features[:, :, :n].mT, local_weight)  # (B, n, L * 2H)
+                            cond = cond.float().view(batch_size, n, len(model.layers), -1)
+                            features = features[:, :, n:]
+                        parts.append(run(done, n, cond))
+                        done += n
+                        report(done)
+                yield torch.cat(parts, 1)
+
+    return chunks()
+
+
+def _blocks(model: WaveNet, local: Tensor | Iterable[Tensor] | None, batch: int, steps: int) -> Iterator[Tensor]:
+    """Features at the sample rate, checked, as they arrive; a block without frames adds none."""
+    if local is None or isinstance(local, Tensor):
+        upsampled = model._upsampled(local, batch, steps)
+        return iter(() if upsampled is None else (_finite(upsampled),))
+    if not isinstance(local, Iterable):
+        check_tensor("generate", "local", local, "or an iterable of tensors")
+    if not model.local_channels:
+        raise ValueError("WaveNet: local was given, but the model has local_channels=0")
+    if model.upsample is not None and model.upsample.context:
+        raise ValueError("stream: local must be one tensor: this model's upsampling looks at later frames")
+    upsampled_blocks = (model._upsampled(block, batch, None) for block in local)
+    return (_finite(block) for block in upsampled_blocks if block is not None)
+
+
+def _finite(local: Tensor) -> Tensor:
+    if not bool(torch.isfinite(local).all()):
+        raise ValueError("generate: local holds NaN or infinity, or becomes so when upsampled")
+    return local
+
+
+def _check_uniforms(model: WaveNet, uniforms: Tensor, batch: int, steps: int) -> None:
+    shape = (batch, steps) if model.distribution == "categorical" else (batch, steps, 2)
+    check_tensor("generate", "uniforms", uniforms, f"{shape} in [0, 1)")
+    if tuple(uniforms.shape) != shape:
+        raise ValueError(f"generate: uniforms must be {shape}, got {tuple(uniforms.shape)}")
+    if not uniforms.is_floating_point():
+        raise TypeError(f"generate: uniforms must be floating point, got {uniforms.dtype}")
+    model._check_device("uniforms", uniforms)
+    if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        raise ValueError(
+            f"generate: uniforms must lie in [0, 1), got {float(uniforms.min())} to {float(uniforms.max())}"
+        )
+
+
+class _reporter:
+    """A function of the steps done: a progress bar, the caller's function, or nothing."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.steps = progress, steps
+        self.stop: Callable[[], None] | None = None
+
+    def __enter__(self) -> Callable[[int], object]:
+        if callable(self.progress):
+            report, steps = self.progress, self.steps
+            return lambda done: report(done, steps)
+        if not self.progress:
+            return lambda done: None
+        try:
+            from rich.progress import Progress as Bar
+        except ImportError as error:
+            raise ImportError("generate: progress=True needs rich: pip install fastgen-kernels[demo]") from error
+        bar = Bar(*Bar.get_default_columns(), transient=True)
+        bar.start()
+        self.stop = bar.stop
+        task = bar.add_task("samples", total=self.steps)
+        return lambda done: bar.update(task, completed=done)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.stop is not None:
+            self.stop()
