@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from wavenet_helpers import BACKENDS, OP, Need, Ran
 
 from fastgen.models import WaveNet
+from fastgen.training import load_wavenet, save_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -399,6 +401,56 @@ def test_wrong_shape_is_named(pick: int) -> None:
     for wrong in (plain[key][..., None], torch.cat([plain[key]] * 2, 1 if plain[key].dim() > 1 else 0)):
         with pytest.raises(ValueError, match=rf"(?s)^from_wavenet_vocoder: .*{part}"):
             WaveNet.from_wavenet_vocoder({**plain, key: wrong}, stacks=2)
+
+
+def test_all_missing_and_surplus_keys_are_named() -> None:
+    state = {**good_state(), "b.weight": torch.zeros(3), "a.weight_g": torch.zeros(3)}
+    for key in ("first_conv.bias", "conv_layers.3.conv1x1c.weight_v", "last_conv_layers.1.bias"):
+        del state[key]
+    message = (
+        r"missing: first_conv\.bias, last_conv_layers\.1\.bias, conv_layers\.3\.conv1x1c\.weight_v; "
+        r"surplus: a\.weight_g, b\.weight$"
+    )
+    with pytest.raises(ValueError, match=message):
+        WaveNet.from_wavenet_vocoder(state, stacks=2)
+    surplus = {f"extra.{i:02}": torch.zeros(1) for i in range(20)}
+    with pytest.raises(ValueError, match=r"surplus: extra\.00, .*extra\.07 and 12 more$"):
+        WaveNet.from_wavenet_vocoder(good_state() | surplus, stacks=2)
+    for key in ("conv_layers.4", "upsample_net"):
+        module = Master(cin=5, upsample_net=ConvInUpsample((4, 2), 1, 5, 2))
+        state = {k: v for k, v in module.state_dict().items() if not k.startswith(f"{key}.") or "up_layers.3" in k}
+        with pytest.raises(ValueError, match=rf"missing: {key}\."):
+            WaveNet.from_wavenet_vocoder(state, stacks=2)
+
+
+@pytest.mark.parametrize("source", [None, 5, "model.pt", [torch.zeros(1)]])
+def test_wrong_sources_are_refused(source: Any) -> None:
+    message = rf"source must be a module or its state_dict, got {type(source).__name__}"
+    with pytest.raises(TypeError, match=message):
+        WaveNet.from_wavenet_vocoder(source)
+
+
+@pytest.mark.parametrize("upsample", ["none", "transposed", "conv_in", "plain cut"])
+def test_config_describes_the_model(upsample: str, tmp_path: Path, release: Callable[..., nn.Module]) -> None:
+    """A converted model goes through a checkpoint, its upsampling and first sample included."""
+    hparams: dict[str, Any] = {}
+    frames, channels = 9, 5
+    if upsample == "transposed":
+        module = release(cin_channels=5, upsample_conditional_features=True, upsample_scales=[2, 4])
+    elif upsample == "none":
+        module = unsettle(Master(gin=4, speakers=3))
+    else:
+        net = ConvInUpsample((4, 2), 3, 5, 2) if upsample == "conv_in" else Upsample((4, 2), 1, 2)
+        module, frames, hparams = unsettle(Master(cin=5, upsample_net=net)), 13, {"cin_pad": 2}
+    model = WaveNet.from_wavenet_vocoder(module.state_dict(), stacks=2, **hparams)
+    save_checkpoint(tmp_path / "a.pt", model, 16000)
+    again, _ = load_wavenet(tmp_path / "a.pt")
+    assert again.config == model.config
+    assert (again.start, again.receptive_field) == (model.start, model.receptive_field)
+    conditions = (None, torch.tensor([2])) if upsample == "none" else (torch.rand(1, channels, frames),)
+    x = classes(1, 72)
+    with torch.no_grad():
+        assert torch.equal(again(x, *conditions), model(x, *conditions))
 
 
 def test_wrong_hparams_are_refused() -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgen.checks import listed
 from fastgen.models.wavenet import WaveNet
-from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
 
 HPARAMS = {
     "layers", "stacks", "residual_channels", "gate_channels", "skip_out_channels", "out_channels",
@@ -33,7 +34,7 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
     Parameters
     ----------
     source
-        The module, or its state_dict (weight-normalised or not).
+        The module, or its state_dict (weight-normalised or not). With global conditioning it has a speaker embedding.
     **hparams
         What its constructor was called with; what can be read off the module or the weights need not be given. For a
         state_dict `stacks` is needed (default 2). `scalar_input` and `output_distribution` are read off the input layer
@@ -48,10 +49,19 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
 
     Raises
     ------
+    TypeError
+        If the source is neither a module nor a state_dict.
     ValueError
         For missing or surplus keys, or shapes that do not fit; the message lists them.
     """
-    state = _folded(dict(source.state_dict()) if isinstance(source, nn.Module) else dict(source))
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    if not isinstance(state, Mapping):
+        raise TypeError(f"from_wavenet_vocoder: source must be a module or its state_dict, got {type(source).__name__}")
+    layers = 1 + max((int(m[1]) for k in state if (m := re.match(r"conv_layers\.(\d+)\.", k))), default=-1)
+    if layers == 0:
+        raise ValueError("from_wavenet_vocoder: the checkpoint has no keys 'conv_layers.*'")
+    _check_keys(state, layers)
+    state = _folded(state)
     if isinstance(source, nn.Module):
         hparams.setdefault("layout", "release" if hasattr(source, "legacy") else "master")
         hparams.setdefault("legacy", getattr(source, "legacy", True))
@@ -60,21 +70,14 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
     unknown = sorted(set(hparams) - HPARAMS)
     if unknown:
         raise ValueError(f"from_wavenet_vocoder: unknown hparams {unknown}; known are {sorted(HPARAMS)}")
-    used: set[str] = set()
 
     def take(key: str, *shape: int | None) -> Tensor:
-        if key not in state:
-            raise ValueError(f"from_wavenet_vocoder: the checkpoint has no key {key!r}")
-        used.add(key)
         got = tuple(state[key].shape)
         if shape and (len(got) != len(shape) or any(n not in (None, m) for n, m in zip(shape, got, strict=True))):
             wanted = tuple("any" if n is None else n for n in shape)
             raise ValueError(f"from_wavenet_vocoder: {key!r} must have shape {wanted}, got {got}")
         return state[key].float()
 
-    layers = 1 + max((int(m[1]) for k in state if (m := re.match(r"conv_layers\.(\d+)\.", k))), default=-1)
-    if layers == 0:
-        raise ValueError("from_wavenet_vocoder: the checkpoint has no keys 'conv_layers.*'")
     stacks = int(hparams.get("stacks", 2))
     if layers % stacks:
         raise ValueError(f"from_wavenet_vocoder: stacks must divide {layers} layers, got {stacks}")
@@ -109,15 +112,11 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
             raise ValueError(f"from_wavenet_vocoder: output_distribution must be Logistic or Normal, got {kind!r}")
     conditions = {}  # channels of each conditioning that the layers have
     for key in ("conv1x1c", "conv1x1g"):
-        if any(re.fullmatch(rf"conv_layers\.\d+\.{key}\.weight", k) for k in state):
+        if f"conv_layers.0.{key}.weight" in state:
             conditions[key] = take(f"conv_layers.0.{key}.weight", gates, None, 1).shape[1]
     local, speaker_channels = conditions.get("conv1x1c", 0), conditions.get("conv1x1g", 0)
     speakers = state["embed_speakers.weight"].shape[0] if "embed_speakers.weight" in state else 0
-    if speaker_channels and not speakers:
-        raise ValueError(
-            "from_wavenet_vocoder: the checkpoint has no key 'embed_speakers.weight'; global conditioning without a "
-            "speaker embedding is not supported"
-        )
+    upsample_scales, upsample_options = _upsampling(state, hparams, local)
 
     model = WaveNet(
         layers=layers,
@@ -130,6 +129,8 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
         classes=outputs if not scalar else int(hparams.get("quantize_channels", 65536)),
         mixtures=1 if scalar and outputs == 2 else max(1, outputs // 3),
         local_channels=local,
+        upsample_scales=upsample_scales,
+        upsample_options=upsample_options,
         speakers=speakers,
         speaker_channels=speaker_channels or 1,
         start=0.0 if scalar else min(127, outputs - 1),
@@ -159,14 +160,8 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
         target[f"{name}.bias"] = take(f"last_conv_layers.{index}.bias", rows)
     if speakers:
         target["embedding.weight"] = take("embed_speakers.weight", None, speaker_channels)
-    upsample = _upsample(state, hparams, local)
-    if upsample is not None:
-        model.upsample = upsample
-        for key, renamed in _upsample_keys(state):
-            target[f"upsample.{renamed}"] = take(key)
-    surplus = sorted(set(state) - used)
-    if surplus:
-        raise ValueError(f"from_wavenet_vocoder: the checkpoint has keys that are not understood: {surplus}")
+    for key, renamed in _upsample_keys(state):
+        target[f"upsample.{renamed}"] = take(key)
     try:
         model.load_state_dict(target, strict=True)
     except RuntimeError as error:
@@ -174,14 +169,50 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
     return model.eval()
 
 
-def _folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _check_keys(state: Mapping[str, Tensor], layers: int) -> None:
+    """Raise ValueError unless the keys are those of such a model, weight-normalised (weight_g, weight_v) or not."""
+    plain = {re.sub("_[gv]$", "", key) for key in state}
+    parts = [f"{conv}.{part}" for conv in ("conv", "conv1x1_out", "conv1x1_skip") for part in ("weight", "bias")]
+    for part in ("conv1x1c.weight", "conv1x1c.bias", "conv1x1g.weight", "conv1x1g.bias"):
+        if any(f"conv_layers.{i}.{part}" in plain for i in range(layers)):
+            parts.append(part)
+    convs = [f"conv_layers.{i}.{part}" for i in range(layers) for part in parts]
+    convs += [f"{conv}.{part}" for conv in ("first_conv", "last_conv_layers.1", "last_conv_layers.3")
+              for part in ("weight", "bias")]  # fmt: skip
+    expected = {*convs, *_upsample_expected(plain)}
+    if "conv1x1g.weight" in parts:
+        expected.add("embed_speakers.weight")
+    missing = sorted(expected - plain)
+    for key in sorted(expected & plain - set(state)):  # of a weight, only the one half or the other
+        missing += [f"{key}{half}" for half in ("_g", "_v") if f"{key}{half}" not in state]
+    surplus = sorted(key for key in state if re.sub("_[gv]$", "", key) not in expected)
+    found = {"missing": missing, "surplus": surplus}
+    if missing or surplus:
+        lists = "; ".join(f"{kind}: {listed(keys)}" for kind, keys in found.items() if keys)
+        raise ValueError(f"from_wavenet_vocoder: the checkpoint's keys are not those of such a model: {lists}")
+
+
+def _upsample_expected(plain: Collection[str]) -> set[str]:
+    """The keys of upsampling, of either layout, as far as the layers go that there are."""
+    expected = set()
+    for pattern, first, parts in (
+        (r"(upsample_conv\.)(\d+)\.", 0, ("weight", "bias")),
+        (r"(upsample_net\.(?:upsample\.)?up_layers\.)(\d+)\.", 1, ("weight",)),
+    ):
+        found = [m for key in plain if (m := re.match(pattern, key))]
+        last = max((int(m[2]) for m in found), default=-1)
+        expected |= {f"{m[1]}{i}.{part}" for m in found for i in range(first, last + 1, 2) for part in parts}
+    if any(key.startswith(("upsample_net.conv_in.", "upsample_net.upsample.")) for key in plain):
+        expected.add("upsample_net.conv_in.weight")
+    return expected
+
+
+def _folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weight normalisation (g, v) multiplied out."""
     folded = {k: v for k, v in state.items() if not k.endswith(("_g", "_v"))}
     for key, v in state.items():
         if key.endswith("_v"):
-            g = state.get(key[:-2] + "_g")
-            if g is None:
-                raise ValueError(f"from_wavenet_vocoder: the checkpoint has {key!r} without {key[:-2] + '_g'!r}")
+            g = state[key[:-2] + "_g"]
             if g.shape != (v.shape[0], *[1] * (v.dim() - 1)):
                 raise ValueError(
                     f"from_wavenet_vocoder: {key[:-2] + '_g'!r} must have one element for each row of {key!r} "
@@ -191,34 +222,36 @@ def _folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
-def _upsample(
+def _upsampling(
     state: dict[str, Tensor], hparams: dict[str, Any], channels: int
-) -> TransposedUpsample | StretchUpsample | None:
+) -> tuple[list[int], dict[str, Any] | None]:
+    """The model's upsample_scales and upsample_options."""
     if any(k.startswith("upsample_conv.") for k in state):
-        count = sum(1 for k in state if re.fullmatch(r"upsample_conv\.\d+\.weight", k))
-        keys = [f"upsample_conv.{2 * i}.weight" for i in range(count)]
-        if not keys or any(k not in state or state[k].dim() != 4 for k in keys):
-            raise ValueError(f"from_wavenet_vocoder: upsampling needs the keys {keys or ['upsample_conv.0.weight']}")
-        weights = [state[k] for k in keys]
-        return TransposedUpsample([w.shape[3] for w in weights], weights[0].shape[2], relu=True)
+        weights = [v for _, v in sorted(_layers(state, "upsample_conv.").items())]
+        if any(w.dim() != 4 for w in weights):
+            raise ValueError("from_wavenet_vocoder: 'upsample_conv.*.weight' must be (1, 1, rows, scale)")
+        options = {"kind": "transposed", "freq_kernel_size": weights[0].shape[2], "relu": True}
+        return [w.shape[3] for w in weights], options
     if any(k.startswith("upsample_net.") for k in state):
         params = dict(hparams.get("upsample_params", {}))
         if params.get("upsample_activation", "none") != "none" or params.get("mode", "nearest") != "nearest":
             raise ValueError("from_wavenet_vocoder: only nearest upsampling without activations is supported")
-        prefix = "upsample_net.upsample." if "upsample_net.conv_in.weight" in state else "upsample_net."
-        weights = [v for _, v in sorted(_layers(state, prefix).items())]
         conv_in = state.get("upsample_net.conv_in.weight")
-        pad = int(hparams.get("cin_pad", 0)) if conv_in is None else (conv_in.shape[2] - 1) // 2
+        prefix = "upsample_net." if conv_in is None else "upsample_net.upsample."
+        weights = [v for _, v in sorted(_layers(state, prefix + "up_layers.").items())]
         if not weights or any(w.dim() != 4 for w in weights):
-            raise ValueError(f"from_wavenet_vocoder: upsampling needs the keys '{prefix}up_layers.1.weight' and so on")
-        scales = [(w.shape[3] - 1) // 2 for w in weights]
-        return StretchUpsample(scales, weights[0].shape[2], channels=0 if conv_in is None else channels, pad=pad)
-    return None
+            raise ValueError(f"from_wavenet_vocoder: upsampling needs '{prefix}up_layers.*.weight' of 4 dimensions")
+        pad = int(hparams.get("cin_pad", 0)) if conv_in is None else (conv_in.shape[2] - 1) // 2
+        options = {
+            "kind": "stretch", "freq_kernel_size": weights[0].shape[2], "pad": pad,
+            "channels": 0 if conv_in is None else channels,
+        }  # fmt: skip
+        return [(w.shape[3] - 1) // 2 for w in weights], options
+    return [], None
 
 
 def _layers(state: dict[str, Tensor], prefix: str) -> dict[int, Tensor]:
-    pattern = re.escape(prefix) + r"up_layers\.(\d+)\.weight"
-    return {int(m[1]): v for k, v in state.items() if (m := re.fullmatch(pattern, k))}
+    return {int(m[1]): v for k, v in state.items() if (m := re.fullmatch(re.escape(prefix) + r"(\d+)\.weight", k))}
 
 
 def _upsample_keys(state: dict[str, Tensor]) -> list[tuple[str, str]]:
