@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgen.audio import mu_law_encode
+from fastgen.checks import check_integer, check_positive, check_progress, listed
 from fastgen.files import whole_file
 from fastgen.models import WaveNet
 
@@ -94,6 +95,7 @@ def train_wavenet(
     FloatingPointError
         If the loss is not finite: the model keeps the parameters of the step before.
     """
+    check_progress("train_wavenet", progress)
     _check(model, steps, seconds, batch_size, segment, learning_rate, clip_norm, holdout, save_every)
     train, held_out = _split(model, clips, segment, holdout)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
@@ -233,7 +235,7 @@ def _load_parameters(path: str | os.PathLike[str], model: WaveNet, state: dict[s
             if k in state and state[k].shape != v.shape
         ],
     }
-    found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+    found = "; ".join(f"{kind}: {listed(keys)}" for kind, keys in faults.items() if keys)
     if found:
         raise ValueError(f"{os.fspath(path)}: the parameters do not fit the model of its config: {found}")
     model.load_state_dict(state)
@@ -302,11 +304,11 @@ def _check(
     if (steps is None) == (seconds is None):
         raise ValueError(f"train_wavenet: give steps or seconds, one of the two; got {steps} and {seconds}")
     for name, count in (("steps", steps), ("batch_size", batch_size), ("segment", segment), ("save_every", save_every)):
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ValueError(f"train_wavenet: {name} must be an integer >= 1, got {count!r}")
+        if count is not None:
+            check_integer("train_wavenet", name, count)
     for name, value in (("seconds", seconds), ("learning_rate", learning_rate), ("clip_norm", clip_norm)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"train_wavenet: {name} must be finite and > 0, got {value}")
+        if value is not None:
+            check_positive("train_wavenet", name, value)
     if not 0 <= holdout < 1:
         raise ValueError(f"train_wavenet: holdout must lie in [0, 1), got {holdout}")
 

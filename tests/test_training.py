@@ -157,6 +157,8 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         ({"seconds": math.nan}, "seconds must be finite"),
         ({"steps": 1, "batch_size": 0}, "batch_size"),
         ({"steps": 1, "learning_rate": 0.0}, "learning_rate"),
+        ({"steps": 1, "learning_rate": "a"}, "learning_rate must be finite and > 0, got 'a'"),
+        ({"steps": True}, "steps must be an integer >= 1, got True"),
         ({"steps": 1, "holdout": 1.0}, r"holdout must lie in \[0, 1\), got 1"),
         ({"steps": 1, "segment": 5000}, "at least one segment of 5000 samples to train on, got 3672"),
         ({"steps": 1, "resume": True}, "resume=True needs checkpoint"),
@@ -165,6 +167,11 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
 def test_bad_arguments(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(small(), **options)
+
+
+def test_progress_is_a_flag_or_a_function() -> None:
+    with pytest.raises(TypeError, match="progress must be True, False or a function, got 'x'"):
+        train(small(), steps=1, progress="x")
 
 
 def test_bad_clips_and_models() -> None:
