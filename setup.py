@@ -20,8 +20,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 ISAS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    BF16 = [*AVX512, "-mavx512bf16"]
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": BF16, "amx": [*BF16, "-mamx-tile", "-mamx-bf16"]}
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": [*AVX512, "-mavx512vnni"]}
 
 
 def skip(why: str) -> None:

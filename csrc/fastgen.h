@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -56,6 +57,22 @@ inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& size) {
   prefer_huge_pages(tensor);
   return tensor;
 }
+
+// For std::vector: on cache lines of its own, so that what one thread writes never costs another that reads something
+// else.
+template <class T>
+struct OwnLines {
+  using value_type = T;
+  static constexpr std::align_val_t kAlign{128};
+  OwnLines() = default;
+  template <class U>
+  OwnLines(const OwnLines<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(round_up(n * sizeof(T), 128), kAlign)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kAlign); }
+  bool operator==(const OwnLines&) const { return true; }
+};
+template <class T>
+using OwnVector = std::vector<T, OwnLines<T>>;
 
 // f(i) for i in [0, n), each on a thread of PyTorch's pool.
 template <class F>

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")  # slowest first
+ISAS = ("generic", "avx2", "avx512", "avx512_vnni")  # slowest first
 
 lib = torch.library.Library("fastgen", "FRAGMENT")
 lib.define("fma_peak() -> float")
@@ -88,8 +88,6 @@ def _load_cpu() -> tuple[str | None, str | None]:
     runnable = [isa for isa in built if features.get(isa, False)]
     if wanted:
         runnable = [isa for isa in runnable if isa == wanted]
-    elif not features.get("fast_bf16_dot", False):
-        runnable = [isa for isa in runnable if isa != "avx512_bf16"]
     if not runnable:
         return None, f"FASTGEN_CPU_ISA={wanted}, but this {platform.machine()} CPU or this build does not have it"
     try:

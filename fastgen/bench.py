@@ -33,7 +33,7 @@ def main(table_only: bool = False) -> int:
         runs: list[tuple[dict[str, str], Path]] = [({}, results)]
         from fastgen import backend
 
-        if backend.cpu_isa in ("avx512", "avx512_bf16", "amx"):
+        if backend.cpu_isa in ("avx512", "avx512_vnni"):
             runs.append(({"FASTGEN_CPU_ISA": "avx2"}, results.with_suffix(".avx2.json")))
         for env, path in runs:
             part = path.with_suffix(".part")

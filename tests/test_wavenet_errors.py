@@ -275,7 +275,7 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
         ({"kernel_size": 0}, r"kernel_size must be an integer >= 1, got 0"),
         ({"residual_channels": -4}, r"residual_channels must be an integer >= 1, got -4"),
         ({"skip_channels": 1.5}, r"skip_channels must be an integer >= 1, got 1\.5"),
-        ({"classes": 0}, r"classes must be an integer >= 1, got 0"),
+        ({"classes": 1}, r"classes must be an integer >= 2, got 1"),
         ({"mixtures": 0}, r"mixtures must be an integer >= 1, got 0"),
         ({"distribution": "poisson"}, r"distribution must be one of .*got 'poisson'"),
         ({"start": 256}, r"start must be a class in \[0, 256\), got 256"),

@@ -210,45 +210,38 @@ def test_given_prefix(backend: str, need: Need, ran: Ran) -> None:
         assert torch.equal(whole, samples)
 
 
-def test_bf16_weights_exact(need: Need, ran: Ran) -> None:
-    """Weights that bf16 holds exactly give what float32 gives: nothing is lost but the weights' last bits.
+@pytest.mark.parametrize("sizes", [(17, 10, 13, 19, 3), (130, 70, 75, 140, 2)])
+def test_bf16_weights_alone_are_rounded(sizes: tuple[int, ...], need: Need, ran: Ran) -> None:
+    """Weights that bf16 holds give what float64 gives with them, to the error of fixed point in blocks of 64 inputs.
 
-    One weight of each pair is 0, so that packing two in a word rounds nothing. CPUs with bf16 dot products also round
-    the activations, to 8 bits: there the bound is wider.
+    A row of 64 weights of similar size has units of a 1300th of their standard deviation, 2^-10, hence errors of 2^-12;
+    an activation keeps 14 bits or more of the block's largest.
     """
     need(OP, "cpu")
+    outputs, residual, gate, skip, kernel_size = sizes
     dilations, batch, steps = [1, 3, 16], 4, 80
-    for odd in (0, 1):
-        for threads, streams in ((1, 1), (2, 1), (1, batch)):
-            torch.set_num_threads(threads)
-            w = network(3, 17, 10, 13, 19, kernel_size=3).rounded(torch.bfloat16)
-            for name in ("conv", "residual", "skip", "hidden", "output"):
-                tensor = getattr(w, name)
-                columns = tensor.unbind(2 if name in ("conv", "residual", "skip") else 1)
-                for column in columns[odd::2]:
-                    column.zero_()
-            gate_bias, cond = conditioning(w, streams, steps)
-            u, state = draw("categorical", streams, steps), first(w, dilations, streams)
-            start = state.last.clone()
-            with ran(OP, "cpu"):
-                loop = Generator(w, dilations, backend="cpu", dtype=torch.bfloat16)
-                samples, parameters = loop.run(state, u, gate_bias, cond, parameters=True)
-            torch.set_num_threads(1)
-            exact = teacher_forced(w, dilations, start, samples, gate_bias, cond)
-            assert float(exact.std()) > 0.3
-            atol = 0.1 if fastgen.backend.cpu_isa in ("avx512_bf16", "amx") else 3e-5
-            torch.testing.assert_close(parameters.double(), exact, rtol=0, atol=atol)
-            inverted("categorical", parameters, u, samples)
+    for threads, streams in ((1, 1), (2, 1), (1, batch)):
+        torch.set_num_threads(threads)
+        w = network(3, residual, gate, skip, outputs, kernel_size).rounded(torch.bfloat16)
+        gate_bias, cond = conditioning(w, streams, steps)
+        u, state = draw("categorical", streams, steps), first(w, dilations, streams)
+        start = state.last.clone()
+        with ran(OP, "cpu"):
+            loop = Generator(w, dilations, backend="cpu", dtype=torch.bfloat16)
+            samples, parameters = loop.run(state, u, gate_bias, cond, parameters=True)
+        torch.set_num_threads(1)
+        exact = teacher_forced(w, dilations, start, samples, gate_bias, cond)
+        assert float(exact.std()) > 0.3
+        torch.testing.assert_close(parameters.double(), exact, rtol=0, atol=2e-3 * float(exact.std()))
+        inverted("categorical", parameters, u, samples)
 
 
 @pytest.mark.parametrize("batch", [1, 6])
 def test_bf16_weights(batch: int, need: Need, ran: Ran) -> None:
-    """bf16 weights disturb the parameters as much as rounding the weights in the reference does, and the KL is small.
+    """bf16 weights disturb the parameters as rounding the weights in the reference does, and the KL is small.
 
-    Rounding to bf16 and keeping the second weight of a pair with the first one's bits behind it both err by at most
-    half a bf16 ulp; so the two errors against float32 have the same size, and their difference is at most sqrt(2) that
-    if they are independent. Rounded activations (bf16 dot products) add as much again. Factor 2 covers both.
-    A disturbance d of the logits costs KL = Var_p(d) / 2 + O(d^3): with d of rms 0.01 to 0.03, some 1e-4.
+    Rounding to bf16 errs by 1.6e-3 of a weight, rms; fixed point adds some 2.2e-4 of the row's, a seventh. A change
+    d of the logits costs KL = Var_p(d) / 2 + O(d^3): with d of rms 0.01 to 0.03, some 1e-4.
     """
     need(OP, "cpu")
     w, dilations = default_network(seed=3)
@@ -265,8 +258,8 @@ def test_bf16_weights(batch: int, need: Need, ran: Ran) -> None:
     rounded = teacher_forced(w.rounded(torch.bfloat16), dilations, start, samples, gate_bias, cond)
     rounding = float((rounded - exact).pow(2).mean().sqrt())
     assert 1e-3 < rounding < 0.1
-    assert float((parameters - exact).pow(2).mean().sqrt()) < 2 * rounding
-    assert float((parameters - rounded).pow(2).mean().sqrt()) < 2 * rounding
+    assert float((parameters - exact).pow(2).mean().sqrt()) < 1.1 * rounding
+    assert float((parameters - rounded).pow(2).mean().sqrt()) < rounding / 5
     assert float((parameters - exact).abs().max()) < 2 * float((rounded - exact).abs().max())
     log_p = torch.log_softmax(exact, -1)
     divergence = (log_p.exp() * (log_p - torch.log_softmax(parameters.double(), -1))).sum(-1)

@@ -132,7 +132,7 @@ def test_without_biases():
     compare(wavenet_layer, args, torch.float32, 3)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", backend.ISAS)
 def test_every_instruction_set(isa):
     """The same tests under each instruction set that this CPU has."""
     if os.environ.get("FASTGEN_TEST_NESTED"):

@@ -2,10 +2,11 @@
 // SSE2, AVX2, AVX-512 and NEON. Everything is in an anonymous namespace, so that no two instruction sets mix.
 #pragma once
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -107,9 +108,25 @@ inline uint16_t to_bf16(float f) {
   return static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
-// min/max that let NaN in x through.
-inline VecF at_least(VecF x, float low) { return x < low ? splat(low) : x; }
-inline VecF at_most(VecF x, float high) { return x > high ? splat(high) : x; }
+// min/max that let NaN in x through, as the instructions do with their second operand.
+inline VecF at_least(VecF x, float low) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(_mm512_set1_ps(low), x);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(_mm256_set1_ps(low), x);
+#else
+  return x < low ? splat(low) : x;
+#endif
+}
+inline VecF at_most(VecF x, float high) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(_mm512_set1_ps(high), x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(_mm256_set1_ps(high), x);
+#else
+  return x > high ? splat(high) : x;
+#endif
+}
 
 // e^x = 2^n (1 + q), both within 2 ulp for x in [-87, 88]; q is small where x is (coefficients of Cephes).
 inline void exp_parts(VecF x, VecF& power, VecF& q) {
@@ -137,11 +154,23 @@ inline VecF expm1_bounded(VecF x) {
   return power * q + (power - 1.0f);
 }
 
+// a / b for b of ordinary size, within an ulp, in a third of the time of a division of 512 bits.
+inline VecF quotient(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  VecF r = _mm512_rcp14_ps(b);
+  r = r * (2.0f - b * r);
+  const VecF q = a * r;
+  return q + r * (a - b * q);
+#else
+  return a / b;
+#endif
+}
+
 // tanh(a) * sigmoid(b) with one division.
 inline VecF gate(VecF a, VecF b) {
   const VecF m = expm1_bounded(-2.0f * at_most(at_least(a, -9.02f), 9.02f));
   const VecF f = exp_bounded(-at_most(at_least(b, -60.0f), 80.0f));
-  return -m / ((2.0f + m) * (1.0f + f));
+  return quotient(-m, (2.0f + m) * (1.0f + f));
 }
 // tanh(a) and sigmoid(b) apart, for the backward pass.
 inline void gate_parts(VecF a, VecF b, VecF& t, VecF& s) {
@@ -160,6 +189,17 @@ inline Vec<double> gate(Vec<double> a, Vec<double> b) {
   Vec<double> t, s;
   gate_parts(a, b, t, s);
   return t * s;
+}
+
+// The largest lane, in every lane.
+inline VecU max_of_lanes(VecU v) {
+  unroll<std::countr_zero(unsigned{kF})>([&](auto i) FASTGEN_INLINE {
+    const VecU turned = [&]<int... L>(std::integer_sequence<int, L...>) FASTGEN_INLINE {
+      return __builtin_shufflevector(v, v, ((L + (kF >> (i + 1))) % kF)...);
+    }(std::make_integer_sequence<int, kF>{});
+    v = turned > v ? turned : v;
+  });
+  return v;
 }
 
 inline float horizontal_sum(VecF v) {

@@ -93,7 +93,9 @@ def stream(
     def run(done: int, n: int, cond: Tensor | None) -> Tensor:
         if uniforms is None:
             # drawn step by step, so that the samples do not depend on the size of the chunks
-            u = torch.rand(n, batch_size, *pair, generator=generator, dtype=torch.float32).transpose(0, 1)
+            where = None if generator is None else generator.device
+            u = torch.rand(n, batch_size, *pair, generator=generator, dtype=torch.float32, device=where)
+            u = u.transpose(0, 1).to(gate_bias.device)
         else:
             u = uniforms[:, done : done + n].float().clamp(max=1 - 2**-24)
         known = None if given is None or done >= given.shape[1] else given[:, done : done + n]

@@ -109,7 +109,7 @@ class Generator:
     log_scale_min
         Lower limit of a mixture's log scales.
     dtype
-        Of the weights inside the loop: float32, or bfloat16 (activations and sums stay float32).
+        Of the weights inside the loop: float32, or bfloat16 (sums stay float32).
     backend
         See `fastgen.backend`; "reference" is a queue in plain PyTorch.
 

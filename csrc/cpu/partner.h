@@ -1,0 +1,91 @@
+// Two threads that work on one thing together: how they meet, send each other word, and part again.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <limits>
+#include <thread>
+
+#include "../fastgen.h"
+
+namespace fastgen {
+namespace {
+
+constexpr int kPatience = 20000;       // polls before a waiting thread offers its core to others
+constexpr double kLostShare = 0.3;     // of the time spent waiting beyond patience, above which the two part
+constexpr double kLostAtLeast = 0.02;  // seconds
+constexpr double kMeetingTime = 5e-3;  // seconds to wait for a second thread
+constexpr double kSlowHandOff = 1e-6;  // seconds one way, above which two threads are slower than one
+
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// In place of a step: "go home" and "stay".
+constexpr int64_t kParted = std::numeric_limits<int64_t>::max(), kTogether = kParted - 1;
+
+// How far the thread that writes it has come; on cache lines of its own.
+struct alignas(128) Flag {
+  std::atomic<int64_t> step{-1};
+  void publish(int64_t t) { step.store(t, std::memory_order_release); }
+  // Returns the seconds lost once patience had run out: the other thread has probably lost its core.
+  double wait(int64_t t) const {
+    for (int spins = 0; spins < kPatience; ++spins)
+      if (step.load(std::memory_order_acquire) >= t) return 0;
+    const double start = now();
+    while (step.load(std::memory_order_acquire) < t) std::this_thread::yield();
+    return now() - start;
+  }
+};
+
+// Whether two threads are worth it: the other one is there, and messages between the two are fast. Which cores they
+// got, and what else runs there, shows only when they run. The pool may also run both, one after the other, on one
+// thread.
+class Meeting {
+ public:
+  // For the thread that leads.
+  bool helper_is_near() {
+    const double called = now();
+    while (state_.load(std::memory_order_acquire) == kNobody) {
+      int nobody = kNobody;
+      if (now() - called > kMeetingTime && state_.compare_exchange_strong(nobody, kLeftAlone)) return false;
+    }
+    constexpr int kRounds = 64;
+    double took[kRounds];
+    for (int i = 0; i < kRounds; ++i) {
+      const double start = now();
+      there_.publish(i);
+      back_.wait(i);
+      took[i] = (now() - start) / 2;
+    }
+    std::nth_element(took, took + kRounds / 2, took + kRounds);
+    const bool near = took[kRounds / 2] < kSlowHandOff;
+    there_.publish(near ? kTogether : kParted);
+    return near;
+  }
+
+  // For the thread that helps.
+  bool leader_stays() {
+    int nobody = kNobody;
+    if (!state_.compare_exchange_strong(nobody, kHelper)) return false;
+    for (int64_t i = 0;; ++i) {
+      there_.wait(i);
+      const int64_t word = there_.step.load(std::memory_order_acquire);
+      if (word >= kTogether) return word == kTogether;
+      back_.publish(i);
+    }
+  }
+
+  // The helper has put everything down.
+  void helper_leaves() { back_.publish(kParted); }
+  void wait_for_helper_to_leave() const { back_.wait(kParted); }
+
+ private:
+  enum State { kNobody, kHelper, kLeftAlone };
+  std::atomic<int> state_{kNobody};
+  Flag there_, back_;
+};
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,403 @@
+// The time loop of WaveNet sampling.
+//
+// Each step reads every weight of the current sample once; what bounds it is weight bytes, so:
+//   - products with past samples (the "old taps") are computed for several steps ahead, as far as the dilation allows,
+//     so that their weights are read once for up to kAhead samples;
+//   - many streams share each weight that is read; streams are divided over threads, which never wait for each other;
+//   - a single stream uses two threads with different roles. One walks the layers (current tap, gate, residual); the
+//     other takes each layer's gate output, adds the skips, runs the output layers, samples, and prepares old taps. All
+//     messages go one way at a time, so neither thread waits except at the turn of a step. What one thread writes lies
+//     on other cache lines than what both read.
+#pragma once
+
+#include <bit>
+#include <cstring>
+#include <memory>
+
+#include "partner.h"
+#include "sampling.h"
+#include "wavenet_weights.h"
+
+namespace fastgen {
+namespace {
+
+constexpr int kAhead = 8;       // samples for which old taps are computed together
+constexpr int kFewStreams = 2;  // up to here old taps are computed ahead; above, streams share the weights anyway
+
+// One call's arguments.
+struct Job {
+  Shape shape;
+  std::vector<int64_t> dilations;
+  Distribution distribution;
+  float temperature, log_scale_min;
+  int64_t streams, steps, given_steps, position, uniforms_per_step;
+  const float *gate_bias, *cond, *uniforms;
+  int64_t gate_bias_stride;  // 0 where all streams share it
+  float *history, *parameters;
+  const int64_t* given_class;
+  const float* given_value;
+  int64_t *classes, *last_class;
+  float *values, *last_value;
+};
+
+inline float* aligned(float* p) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 127) & ~uintptr_t{127});
+}
+
+// to += from; n is a multiple of kF.
+inline void add(float* to, const float* from, int n) {
+  for (int i = 0; i < n; i += kF) store(to + i, load(to + i) + load(from + i));
+}
+
+[[gnu::always_inline]] inline void prefetch(const float* p, int n) {
+  for (int i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+}
+
+inline void relu(float* p, int n) {
+  for (int i = 0; i < n; i += kF) store(p + i, at_least(load(p + i), 0.0f));
+}
+
+// The streams [first, first + count) of a job, advanced by one thread or by two.
+template <class W>
+class Streams {
+ public:
+  Streams(const Job& job, const Packed<W>& net, int64_t first, int64_t count, bool two_threads)
+      : job_(job),
+        net_(net),
+        first_(first),
+        n_(static_cast<int>(count)),
+        two_threads_(two_threads),
+        r_(job.shape.residual_padded()),
+        h_(job.shape.gate_padded()),
+        s_(static_cast<int>(round_up(job.shape.skip, 32))),
+        o_(static_cast<int>(round_up(job.shape.outputs, 16))),
+        x_in_(n_, job.shape.residual),
+        skip_in_(n_, job.shape.skip),
+        hidden_in_(n_, job.shape.skip),
+        leads_(n_ * kAhead, job.shape.residual),
+        helps_(two_threads ? n_ * kAhead : 0, job.shape.residual) {
+    const Shape& s = job.shape;
+    layers_.resize(s.layers);
+    int64_t pending = 0;
+    bool shared_pending = false;
+    for (int l = 0; l < s.layers; ++l) {
+      Layer& layer = layers_[l];
+      layer.dilation = job.dilations[l];
+      layer.length = (s.kernel_size - 1) * layer.dilation;
+      layer.history = rows_;
+      now_.push_back(layer.length ? job.position % layer.length : 0);
+      rows_ += layer.length;
+      layer.ahead =
+          n_ > kFewStreams ? 1 : std::bit_floor(static_cast<uint32_t>(std::min<int64_t>(kAhead, layer.dilation)));
+      layer.helped = two_threads && s.kernel_size > 1 && layer.dilation >= 2 * kAhead;
+      layer.offset = layer.helped ? l % kAhead : 0;
+      layer.pending = pending;
+      if (two_threads || layer.ahead > 1)
+        pending += int64_t{2} * layer.ahead * n_ * 2 * h_;
+      else
+        shared_pending = true;
+    }
+    share_skips();
+    // layers that prepare nothing ahead use their block at once, so they share one
+    for (Layer& layer : layers_)
+      if (!two_threads && layer.ahead == 1) layer.pending = pending;
+    if (shared_pending) pending += int64_t{2} * n_ * 2 * h_;
+    // two threads: a place for each layer's z, where the helper finds it; one: this layer's and the last one's
+    const int places = two_threads ? s.layers : 2;
+    z_in_.assign(places, Inputs<W>(n_, s.gate));
+    bias_rows_ = job.gate_bias_stride ? n_ : 1;
+    const int64_t floats =
+        pending + int64_t{n_} * (r_ + (2 + places) * h_ + 2 * s_ + o_) + s_ + bias_rows_ * s.layers * 2 * h_;
+    memory_.reset(new float[floats + 64 * 16]());
+    float* p = aligned(memory_.get());
+    const auto take = [&](int64_t n) {
+      float* q = p;
+      p = aligned(p + n);
+      return q;
+    };
+    pending_ = take(pending);
+    x_ = take(int64_t{n_} * r_);
+    a_ = take(int64_t{n_} * 2 * h_);
+    z_ = take(int64_t{places} * n_ * h_);
+    skip_ = take(int64_t{n_} * s_);
+    led_skip_ = take(s_);
+    hidden_ = take(int64_t{n_} * s_);
+    out_ = take(int64_t{n_} * o_);
+    bias_ = take(bias_rows_ * s.layers * 2 * h_);
+    const float* bias = job.gate_bias + job.gate_bias_stride * first * s.layers * 2 * s.gate;
+    for (int64_t row = 0; row < bias_rows_ * s.layers; ++row, bias += 2 * s.gate) {
+      std::memcpy(bias_ + row * 2 * h_, bias, s.gate * sizeof(float));
+      std::memcpy(bias_ + row * 2 * h_ + h_, bias + s.gate, s.gate * sizeof(float));
+    }
+    gated_ = std::vector<Flag>(two_threads ? s.layers : 0);
+    for (auto* at : {&x_at_, &a_at_, &skip_at_, &hidden_at_, &out_at_, &pre_at_}) at->resize(n_);
+    hidden_bias_at_.assign(n_, net.hidden_bias);
+    output_bias_at_.assign(n_, net.output_bias);
+    for (int i = 0; i < n_; ++i) {
+      x_at_[i] = x_ + int64_t{i} * r_;
+      a_at_[i] = a_ + int64_t{i} * 2 * h_;
+      skip_at_[i] = skip_ + int64_t{i} * s_;
+      hidden_at_[i] = hidden_ + int64_t{i} * s_;
+      out_at_[i] = out_ + int64_t{i} * o_;
+    }
+  }
+
+  void run() {
+    if (!two_threads_) return alone(0);
+    for_each_worker(2, [&](int64_t role) { role == 0 ? lead() : help(); });
+  }
+
+ private:
+  struct Layer {
+    int64_t dilation, length, history, pending;
+    int ahead, offset;
+    bool helped;    // its old taps are the helper's work: they are known more than a block of steps ahead
+    bool led_skip;  // its skip is the leader's
+  };
+
+  // What a thread needs to multiply several columns of the past.
+  struct Past {
+    Inputs<W> x;
+    OwnVector<const float*> in;
+    OwnVector<float*> out;
+    Past(int columns, int k) : x(columns, k), in(columns), out(columns) {}
+  };
+
+  // Where the helper has more to read in a step than the leader, some skips, never the last, move over. One thread sums
+  // them apart too, so that the same bits come out.
+  void share_skips() {
+    if (n_ > 1) return;
+    const Shape& s = job_.shape;
+    const double conv = 2.0 * s.gate * s.residual, skip = static_cast<double>(s.skip) * s.gate;
+    double leader = s.layers * (conv + static_cast<double>(s.gate) * s.residual);
+    double helper = s.layers * skip + static_cast<double>(s.skip) * (s.skip + s.outputs);
+    for (const Layer& layer : layers_)
+      (layer.dilation >= 2 * kAhead ? helper : leader) += (s.kernel_size - 1) * conv / layer.ahead;
+    const int moved = static_cast<int>(std::clamp((helper - leader) / (2 * skip), 0.0, s.layers / 2.0));
+    for (int i = 0; i < moved; ++i) layers_[i * s.layers / moved].led_skip = true;
+  }
+
+  bool begins_block(int l, int64_t t) const { return ((t - layers_[l].offset) & (layers_[l].ahead - 1)) == 0; }
+
+  void alone(int64_t begin) {
+    const int layers = job_.shape.layers;
+    for (Layer& layer : layers_) layer.offset = 0;
+    for (int64_t t = begin; t < job_.steps; ++t) {
+      embed();
+      start_skips();
+      std::fill_n(led_skip_, s_, 0.0f);
+      for (int l = 0; l < layers; ++l) {
+        if (t == begin || begins_block(l, t)) prepare(l, t, leads_);
+        gated(l, t);
+        remember(l);
+        // a layer late: the processor does it while it waits for the gate
+        if (l > 0) add_skip(l - 1);
+        if (l + 1 < layers) add_residual(l);
+      }
+      add_skip(layers - 1);
+      emit(t);
+    }
+  }
+
+  void lead() {
+    if (!meeting_.helper_is_near()) return alone(0);
+    const int64_t done = lead_together();
+    if (done == job_.steps) return;
+    meeting_.wait_for_helper_to_leave();
+    alone(done);
+  }
+
+  // Returns how many steps were made before the threads parted.
+  int64_t lead_together() {
+    const int layers = job_.shape.layers;
+    for (int l = 0; l < layers; ++l) prepare(l, 0, leads_);
+    const double start = now();
+    double lost = 0;
+    for (int64_t t = 0; t < job_.steps; ++t) {
+      const double more = t > 0 ? emitted_.wait(t - 1) : 0;
+      lost += more;
+      if (more > 0 && lost > kLostAtLeast && lost > kLostShare * (now() - start)) {
+        gated_[0].publish(kParted);
+        return t;
+      }
+      embed();
+      std::fill_n(led_skip_, s_, 0.0f);
+      for (int l = 0; l < layers; ++l) {
+        if (l + 1 < layers) prefetch(pending(l + 1, t, 0), 2 * h_);
+        gated(l, t);
+        gated_[l].publish(t);
+        remember(l);
+        if (layers_[l].led_skip) add_skip(l);
+        if (l + 1 < layers) add_residual(l);
+      }
+      for (int l = 0; l < layers; ++l)
+        if (!layers_[l].helped && begins_block(l, t + 1)) prepare(l, t + 1, leads_);
+    }
+    emitted_.wait(job_.steps - 1);
+    return job_.steps;
+  }
+
+  void help() {
+    if (!meeting_.leader_stays()) return;
+    const int layers = job_.shape.layers;
+    for (int64_t t = 0; t < job_.steps; ++t) {
+      for (int l = 0; l < layers; ++l)
+        if (layers_[l].helped && begins_block(l, t + 1)) prepare(l, t + 1, helps_);
+      start_skips();
+      for (int l = 0; l < layers; ++l) {
+        gated_[l].wait(t);
+        if (l == 0 && gated_[0].step.load(std::memory_order_relaxed) == kParted) return meeting_.helper_leaves();
+        if (!layers_[l].led_skip) add_skip(l);
+      }
+      emit(t);
+      emitted_.publish(t);
+    }
+  }
+
+  // Steps are counted from the start of the call; blocks of `ahead` steps, a power of two, begin at `offset`. Two
+  // blocks alternate.
+  float* pending(int l, int64_t t, int stream) {
+    const Layer& layer = layers_[l];
+    const int64_t slot = (t - layer.offset + kAhead) & (2 * layer.ahead - 1);
+    return pending_ + layer.pending + (slot * n_ + stream) * 2 * h_;
+  }
+
+  float* row(const Layer& layer, int stream, int64_t at) const {
+    return job_.history + ((first_ + stream) * rows_ + layer.history + at) * r_;
+  }
+
+  float* z(int l, int stream) { return z_ + (static_cast<int64_t>(l % z_in_.size()) * n_ + stream) * h_; }
+  Inputs<W>& z_in(int l) { return z_in_[l % z_in_.size()]; }
+
+  // bias + old taps for the whole block that holds step t, so that the same steps are always computed together and the
+  // same bits come out of one thread and of two.
+  void prepare(int l, int64_t t, Past& past) {
+    const Layer& layer = layers_[l];
+    t -= (t - layer.offset + kAhead) & (layer.ahead - 1);
+    int columns = 0;
+    for (int64_t i = 0; i < layer.ahead; ++i)
+      for (int s = 0; s < n_; ++s, ++columns) {
+        past.out[columns] = pending(l, t + i, s);
+        past.in[columns] = bias_ + ((bias_rows_ > 1 ? s : 0) * int64_t{job_.shape.layers} + l) * 2 * h_;
+      }
+    if (job_.shape.kernel_size == 1)
+      for (int c = 0; c < columns; ++c) std::memcpy(past.out[c], past.in[c], 2 * h_ * sizeof(float));
+    for (int j = 1; j < job_.shape.kernel_size; ++j) {
+      columns = 0;
+      int64_t at = (job_.position + t + 2 * layer.length - j * layer.dilation) % layer.length;
+      for (int64_t i = 0; i < layer.ahead; ++i, at = at + 1 < layer.length ? at + 1 : 0)
+        for (int s = 0; s < n_; ++s) past.x.set(columns++, row(layer, s, at));
+      product(net_.layers[l].old[j - 1], past.x, j == 1 ? past.in.data() : past.out.data(), past.out.data(), columns);
+    }
+  }
+
+  // x = the input layer's column of the last sample.
+  void embed() {
+    for (int s = 0; s < n_; ++s) {
+      float* x = x_at_[s];
+      const int64_t b = first_ + s;
+      const bool categorical = job_.distribution == Distribution::kCategorical;
+      const float* w = net_.input + (categorical ? job_.last_class[b] * r_ : 0);
+      const float value = categorical ? 1.0f : job_.last_value[b];
+      for (int i = 0; i < r_; i += kF) store(x + i, load(w + i) * value + load(net_.input_bias + i));
+      x_in_.set(s, x);
+    }
+  }
+
+  // z = tanh(a) * sigmoid(b).
+  void gated(int l, int64_t t) {
+    const Shape& s = job_.shape;
+    for (int i = 0; i < n_; ++i) {
+      float* a = pre_at_[i] = pending(l, t, i);
+      if (!job_.cond) continue;
+      const float* c = job_.cond + (((first_ + i) * job_.steps + t) * s.layers + l) * 2 * s.gate;
+      for (int j = 0; j < s.gate; ++j) a[j] += c[j];
+      for (int j = 0; j < s.gate; ++j) a[h_ + j] += c[s.gate + j];
+    }
+    product(net_.layers[l].current, x_in_, pre_at_.data(), a_at_.data(), n_);
+    for (int i = 0; i < n_; ++i) {
+      const float* a = a_at_[i];
+      float* to = z(l, i);
+      for (int j = 0; j < h_; j += kF) store(to + j, gate(load(a + j), load(a + h_ + j)));
+      z_in(l).set(i, to);
+    }
+  }
+
+  // The layer's input goes into the ring buffer.
+  void remember(int l) {
+    const Layer& layer = layers_[l];
+    if (layer.length == 0) return;
+    for (int i = 0; i < n_; ++i) std::memcpy(row(layer, i, now_[l]), x_at_[i], r_ * sizeof(float));
+    if (++now_[l] == layer.length) now_[l] = 0;
+  }
+
+  void add_residual(int l) {
+    for (int i = 0; i < n_; ++i) add(x_at_[i], net_.layers[l].residual_bias, r_);
+    product(net_.layers[l].residual, z_in(l), x_at_.data(), x_at_.data(), n_);
+    for (int i = 0; i < n_; ++i) x_in_.set(i, x_at_[i]);
+  }
+
+  void start_skips() {
+    for (int i = 0; i < n_; ++i) std::memcpy(skip_at_[i], net_.skip_bias, s_ * sizeof(float));
+  }
+  void add_skip(int l) {
+    float* const* to = layers_[l].led_skip ? &led_skip_ : skip_at_.data();
+    product(net_.layers[l].skip, z_in(l), to, to, n_);
+  }
+
+  // Output layers, the next sample, and what the caller asked to keep.
+  void emit(int64_t t) {
+    const Shape& s = job_.shape;
+    if (n_ == 1) add(skip_, led_skip_, s_);  // complete before the last layer's gate
+    for (int i = 0; i < n_; ++i) {
+      relu(skip_at_[i], s_);
+      skip_in_.set(i, skip_at_[i]);
+    }
+    product(net_.hidden, skip_in_, hidden_bias_at_.data(), hidden_at_.data(), n_);
+    for (int i = 0; i < n_; ++i) {
+      relu(hidden_at_[i], s_);
+      hidden_in_.set(i, hidden_at_[i]);
+    }
+    product(net_.output, hidden_in_, output_bias_at_.data(), out_at_.data(), n_);
+    for (int i = 0; i < n_; ++i) {
+      const int64_t b = first_ + i, at = b * job_.steps + t;
+      float* out = out_at_[i];
+      if (job_.parameters) std::memcpy(job_.parameters + at * s.outputs, out, s.outputs * sizeof(float));
+      const float* u = job_.uniforms + at * job_.uniforms_per_step;
+      const bool given = t < job_.given_steps;
+      if (job_.distribution == Distribution::kCategorical) {
+        const int64_t c = given ? job_.given_class[b * job_.given_steps + t]
+                                : sample_categorical(out, s.outputs, job_.temperature, u[0]);
+        job_.classes[at] = job_.last_class[b] = c;
+      } else {
+        const float v =
+            given ? job_.given_value[b * job_.given_steps + t]
+                  : sample_mixture(job_.distribution, out, s.outputs, job_.temperature, job_.log_scale_min, u[0], u[1]);
+        job_.values[at] = job_.last_value[b] = v;
+      }
+    }
+  }
+
+  const Job& job_;
+  const Packed<W>& net_;
+  const int64_t first_;
+  const int n_;
+  const bool two_threads_;
+  const int r_, h_, s_, o_;  // padded channels: residual, gate, skip, outputs
+  int64_t rows_ = 0, bias_rows_ = 1;
+  OwnVector<Layer> layers_;
+  OwnVector<int64_t> now_;  // for each layer, the row of its ring buffer where the step's input goes
+  std::unique_ptr<float[]> memory_;
+  float *pending_, *x_, *a_, *z_, *skip_, *led_skip_, *hidden_, *out_, *bias_;
+  OwnVector<float*> x_at_, a_at_, skip_at_, hidden_at_, out_at_, pre_at_;
+  OwnVector<const float*> hidden_bias_at_, output_bias_at_;
+  Inputs<W> x_in_, skip_in_, hidden_in_;
+  OwnVector<Inputs<W>> z_in_;
+  Past leads_, helps_;
+  std::vector<Flag> gated_;  // by the leader, for each layer: z is there
+  Flag emitted_;             // by the helper
+  Meeting meeting_;
+};
+
+}  // namespace
+}  // namespace fastgen
