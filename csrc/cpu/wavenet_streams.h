@@ -22,6 +22,7 @@ namespace fastgen {
 namespace {
 
 constexpr int kAhead = 8;       // samples for which old taps are computed together
+constexpr int kSoon = 6;        // streams whose histories are fetched while one is read
 constexpr int kFewStreams = 2;  // up to here old taps are computed ahead; above, streams share the weights anyway
 
 // One call's arguments.
@@ -286,7 +287,10 @@ class Streams {
       columns = 0;
       int64_t at = (job_.position + t + 2 * layer.length - j * layer.dilation) % layer.length;
       for (int64_t i = 0; i < layer.ahead; ++i, at = at + 1 < layer.length ? at + 1 : 0)
-        for (int s = 0; s < n_; ++s) past.x.set(columns++, row(layer, s, at));
+        for (int s = 0; s < n_; ++s) {
+          if (s + kSoon < n_) prefetch(row(layer, s + kSoon, at), r_);
+          past.x.set(columns++, row(layer, s, at));
+        }
       product(net_.layers[l].old[j - 1], past.x, j == 1 ? past.in.data() : past.out.data(), past.out.data(), columns);
     }
   }
