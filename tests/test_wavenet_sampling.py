@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from wavenet_helpers import BACKENDS, OP, Need, Ran, draw, loud, matches_forward, random_samples, small
 
-from fastgen.models import WaveNet
-from fastgen.ops import GenerationState, distributions
+from fastgen.models import WaveNet, wavenet_sampling
+from fastgen.ops import GenerationState, Generator, distributions
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -404,3 +404,25 @@ def test_double_and_bf16_models_generate() -> None:
     samples = model.double().generate(60, local=local.double(), speaker=speaker, uniforms=u)
     matches_forward(model, u, samples, local=local, speaker=speaker)
     assert model.bfloat16().generate(60, local=local, speaker=speaker, uniforms=u).shape == (1, 60)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_are_packed_once(backend: str, need: Need, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing is not repeated while the weights stay, for either dtype; a copy of the model packs its own."""
+    need(OP, backend)
+    made = []
+
+    class Counted(Generator):
+        def __init__(self, *args: object, **options: object) -> None:
+            made.append(self)
+            super().__init__(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(wavenet_sampling, "Generator", Counted)
+    model = small()
+    for _ in range(3):
+        for dtype in (torch.float32, torch.bfloat16):
+            model.generate(5, dtype=dtype, backend=backend)
+    assert len(made) == 2
+    copy.deepcopy(model).generate(5, backend=backend)
+    assert len(made) == 3
+    pickle.dumps(model)

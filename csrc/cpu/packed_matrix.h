@@ -62,25 +62,23 @@ template <class F>
 void pack_matrix(const PackedMatrix<int16_t>& m, int16_t* out, F&& weight) {
   // |activation| <= 2^15 and the block's |weight|, each rounded by up to 1/2, add up to less than 2^16
   constexpr double kMostSum = 65500 - kBlock / 2, kMost = 32767;
-  const auto at = [&](int r, int k) { return r < m.rows && k < m.k ? to_float(to_bf16(weight(r, k))) : 0.0f; };
   for (int begin = 0; begin < m.padded_k(); begin += kBlock) {
-    const int end = std::min(begin + kBlock, m.padded_k());
+    const int k = std::min(kBlock, m.padded_k() - begin);
     m.for_each_panel([&](int first, int vectors) {
-      float units[kPanelVectors * kF];
-      for (int r = 0; r < vectors * kF; ++r) {
-        double sum = 0, most = 0;
-        for (int k = begin; k < end; ++k) {
-          sum += std::fabs(at(first + r, k));
-          most = std::max<double>(most, std::fabs(at(first + r, k)));
+      const int width = vectors * kF;
+      for (int r = 0; r < width; ++r) {
+        double row[kBlock] = {}, sum = 0, most = 0;
+        for (int c = 0; c < k && first + r < m.rows && begin + c < m.k; ++c) {
+          row[c] = to_float(to_bf16(weight(first + r, begin + c)));
+          sum += std::fabs(row[c]);
+          most = std::max(most, std::fabs(row[c]));
         }
-        units[r] = std::max(static_cast<float>(std::max(sum / kMostSum, most / kMost)), 1e-37f);
+        const float unit = std::max(static_cast<float>(std::max(sum / kMostSum, most / kMost)), 1e-37f);
+        for (int c = 0; c < k; ++c)
+          out[(c / 2 * width + r) * 2 + c % 2] = static_cast<int16_t>(std::lrint(row[c] / unit));
+        std::memcpy(out + (k * width + 2 * r), &unit, sizeof unit);
       }
-      for (int k = begin; k < end; k += 2)
-        for (int r = 0; r < vectors * kF; ++r)
-          for (int i = 0; i < 2; ++i)
-            *out++ = static_cast<int16_t>(std::lrint(at(first + r, k + i) / static_cast<double>(units[r])));
-      std::memcpy(out, units, vectors * kF * sizeof(float));
-      out += vectors * kF * 2;
+      out += width * m.row_size(k);
     });
   }
 }

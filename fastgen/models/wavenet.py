@@ -234,9 +234,12 @@ class WaveNet(nn.Module):
 
     def initial_state(self, batch_size: int = 1) -> GenerationState:
         """The state before the first sample: empty queues. Pass it to `generate` to continue where a call ended."""
+        return initial_state(self.packed_weights(), self.dilations, self.start_samples(batch_size))
+
+    def start_samples(self, batch_size: int = 1) -> Tensor:
+        """(batch_size,) what stands before the first sample: int64 class or float32 value."""
         kind = torch.int64 if self.distribution == "categorical" else torch.float32
-        start = torch.full((batch_size,), self.start, dtype=kind, device=self.output.bias.device)  # type: ignore[union-attr]
-        return initial_state(self.packed_weights(), self.dilations, start)
+        return torch.full((batch_size,), self.start, dtype=kind, device=self.output.bias.device)  # type: ignore[union-attr]
 
     def packed_weights(self) -> WaveNetWeights:
         """The network's weights in the form that `fastgen.ops.Generator` takes: current, weight norm folded in."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypedDict
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.backend import resolve
 from fastgen.checks import check_integer, check_positive, check_progress, check_tensor
-from fastgen.ops import GenerationState, Generator
+from fastgen.ops import GenerationState, Generator, WaveNetWeights, initial_state
 
 if TYPE_CHECKING:
     from fastgen.models.wavenet import WaveNet
@@ -19,6 +22,9 @@ Progress = bool | Callable[[int, int], None]
 
 CHUNK_WORK = 4_000_000_000  # multiply-adds in one call of the generation op: some tenths of a second on a slow core
 CHUNK_CONDITIONING = 16_000_000  # floats of per-layer conditioning in one call
+
+
+_loops: WeakKeyDictionary[WaveNet, dict[object, Generator]] = WeakKeyDictionary()
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -70,15 +76,10 @@ def stream(
         given = given if model.distribution == "categorical" else given.float()
         if given.shape[0] != batch_size or given.shape[1] > steps:
             raise ValueError(f"generate: given must be ({batch_size}, at most {steps}), got {tuple(given.shape)}")
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"generate: the model's weights must be finite, {name} holds NaN or infinity")
-    loop = Generator(
-        model.packed_weights(), model.dilations, distribution=model.distribution, log_scale_min=model.log_scale_min,
-        dtype=dtype, backend=backend,
-    )  # fmt: skip
+    _check_parameters(model)
+    loop = _loop(model, dtype, backend)
     if state is None:
-        state = model.initial_state(batch_size)
+        state = initial_state(loop.weights, loop.dilations, model.start_samples(batch_size))
     elif isinstance(state, GenerationState) and state.last.shape[0] != batch_size:
         raise ValueError(f"generate: state is for {state.last.shape[0]} streams, batch_size is {batch_size}")
     loop.check_state(state, batch_size)
@@ -130,6 +131,29 @@ def stream(
                 yield torch.cat(parts, 1)
 
     return chunks()
+
+
+def _loop(model: WaveNet, dtype: torch.dtype, backend: str | None) -> Generator:
+    """The generation op with the model's weights as they are now, packed anew only where they have changed."""
+    weights = model.packed_weights()
+    chosen = resolve("wavenet_generate", backend, weights.conv.device)
+    key = (chosen, dtype, weights.conv.device, tuple(model.dilations), model.distribution, model.log_scale_min)
+    loops = _loops.setdefault(model, {})
+    # the values themselves are compared: version counters do not see what is written through `.data`
+    if key not in loops or not all(map(torch.equal, loops[key].weights, weights)):
+        loops[key] = Generator(
+            WaveNetWeights(*(w.clone() for w in weights)), model.dilations, distribution=model.distribution,
+            log_scale_min=model.log_scale_min, dtype=dtype, backend=chosen,
+        )  # fmt: skip
+    return loops[key]
+
+
+def _check_parameters(model: WaveNet) -> None:
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(model.parameters(), math.inf))):
+        return
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"generate: the model's weights must be finite, {name} holds NaN or infinity")
 
 
 def _blocks(model: WaveNet, local: Tensor | Iterable[Tensor] | None, batch: int, steps: int) -> Iterator[Tensor]:
