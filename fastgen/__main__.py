@@ -76,9 +76,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from fastgen.audio import mu_law_decode, save_audio
+    from fastgen.audio import check_output, mu_law_decode, save_audio
     from fastgen.training import load_wavenet
 
+    check_output(options.out)  # before an hour's work
     model, rate = load_wavenet(options.checkpoint)
     samples = model.generate(
         round(options.seconds * rate), temperature=options.temperature, dtype=DTYPES[options.dtype],

@@ -179,8 +179,7 @@ def save_audio(path: str | os.PathLike[str], x: Tensor, rate: int) -> None:
         If the name does not end in .wav; if x is not (T,), empty, or holds NaN or values outside [-1, 1].
     """
     check_integer("save_audio", "rate", rate, unit=", in Hz")
-    if Path(path).suffix.lower() != ".wav":
-        raise ValueError(f"save_audio: path must end in .wav, got {os.fspath(path)}")
+    check_output(path)
     if x.dim() != 1 or not x.numel() or not x.is_floating_point():
         raise ValueError(f"save_audio: x must be (T,) floating point, T >= 1, got {tuple(x.shape)} {x.dtype}")
     if not bool((x.abs() <= 1).all()):
@@ -188,6 +187,15 @@ def save_audio(path: str | os.PathLike[str], x: Tensor, rate: int) -> None:
     soundfile = _soundfile()
     with whole_file(path) as temporary:
         soundfile.write(temporary, x.detach().float().cpu().numpy(), rate, format="WAV", subtype="PCM_16")
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """ValueError unless `save_audio` could write there."""
+    path = Path(path)
+    if path.suffix.lower() != ".wav":
+        raise ValueError(f"save_audio: path must end in .wav, got {path}")
+    if path.is_dir():
+        raise ValueError(f"save_audio: path must be a file, {path} is a folder")
 
 
 def speech_path() -> Path:

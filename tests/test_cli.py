@@ -112,6 +112,7 @@ def test_sample(trained: Path, tmp_path: Path) -> None:
         ("sample wavenet missing.pt --out a.wav", r"missing\.pt: no such file"),
         ("sample wavenet text.pt --out a.wav", r"text\.pt: expected a checkpoint"),
         ("sample wavenet CHECKPOINT --out a.mp3", r"must end in \.wav"),
+        ("sample wavenet missing.pt --out a.mp3", r"must end in \.wav"),  # said before anything is done
         ("sample wavenet CHECKPOINT --out a.wav --seconds 1e-9", "steps must be an integer >= 1, got 0"),
         ("sample wavenet CHECKPOINT --out a.wav --temperature 0", "temperature must be finite and > 0"),
         ("sample wavenet CHECKPOINT --out a.wav --backend cuda", "'cuda' was requested but cannot run"),

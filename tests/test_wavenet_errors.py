@@ -181,6 +181,7 @@ BAD_GENERATE = [
     ),
     ({}, {"local": [torch.zeros(1, 3, 8)]}, ValueError, r"local was given.*local_channels=0"),
     ({}, {"state": "x"}, TypeError, r"state must be a GenerationState, got str"),
+    ({}, {"generator": 3}, TypeError, r"generator must be a torch\.Generator, got int"),
     ({}, {"progress": "x"}, TypeError, r"progress must be True, False or a function, got 'x'"),
 ]
 
@@ -302,3 +303,22 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
 def test_constructor_refuses(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WaveNet(**options)
+
+
+@pytest.mark.parametrize("position", [-390, 2**63 - 5, 3.5, None, True])
+def test_state_with_impossible_position(position: object) -> None:
+    """The kernels take the position as it is to find their place in the queues."""
+    model = small()
+    state = model.initial_state()
+    state.position = position  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"state\.position must be"):
+        model.generate(3, state=state)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_state_that_is_not_finite(value: float) -> None:
+    model = small()
+    state = model.initial_state()
+    state.history[0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"state\.history holds NaN"):
+        model.generate(3, state=state)

@@ -236,6 +236,22 @@ def test_bf16_weights_alone_are_rounded(sizes: tuple[int, ...], need: Need, ran:
         inverted("categorical", parameters, u, samples)
 
 
+def test_bf16_weights_of_extreme_channels(need: Need, ran: Ran) -> None:
+    """Channels 1e25 times as large, read with weights as much smaller, are lost in fixed point, but not NaN."""
+    need(OP, "cpu")
+    w, dilations, steps = network(), [1, 2, 4, 8], 40
+    for channel, factor in ((0, 1e25), (1, 1e-25)):
+        for tensor in (w.input[:, channel], w.input_bias[channel], w.residual[:, channel], w.residual_bias[:, channel]):
+            tensor.mul_(factor)
+        w.conv[:, :, channel] /= factor
+    u, state = draw("categorical", 1, steps), first(w, dilations, 1)
+    with ran(OP, "cpu"):
+        loop = Generator(w, dilations, backend="cpu", dtype=torch.bfloat16)
+        _, parameters = loop.run(state, u, torch.zeros(1, 4, 32), parameters=True)
+    assert parameters is not None
+    assert bool(torch.isfinite(parameters).all())
+
+
 @pytest.mark.parametrize("batch", [1, 6])
 def test_bf16_weights(batch: int, need: Need, ran: Ran) -> None:
     """bf16 weights disturb the parameters as rounding the weights in the reference does, and the KL is small.

@@ -73,7 +73,8 @@ void pack_matrix(const PackedMatrix<int16_t>& m, int16_t* out, F&& weight) {
           sum += std::fabs(row[c]);
           most = std::max(most, std::fabs(row[c]));
         }
-        const float unit = std::max(static_cast<float>(std::max(sum / kMostSum, most / kMost)), 1e-37f);
+        // rows of zeros too need a unit whose products are ordinary numbers: others cost a hundred cycles each
+        const float unit = most > 0 ? std::max(static_cast<float>(std::max(sum / kMostSum, most / kMost)), 1e-37f) : 1;
         for (int c = 0; c < k; ++c)
           out[(c / 2 * width + r) * 2 + c % 2] = static_cast<int16_t>(std::lrint(row[c] / unit));
         std::memcpy(out + (k * width + 2 * r), &unit, sizeof unit);
@@ -223,9 +224,9 @@ void panel_product(const int16_t* panel, int k, const Inputs<int16_t>& x, int bl
     unroll<NS>([&](auto s) FASTGEN_INLINE {
       unroll<NV>([&](auto v) FASTGEN_INLINE {
         unroll<kSplit - 1>([&](auto q) FASTGEN_INLINE { sum[0][s][v] += sum[q + 1][s][v]; });
-        const VecF unit = load(units + v * kF) * x.at(first + s, block).unit;
+        const VecF weighted = __builtin_convertvector((VecI)sum[0][s][v], VecF) * load(units + v * kF);
         const int at = row + v * kF;
-        store(y[first + s] + at, load(init[first + s] + at) + __builtin_convertvector((VecI)sum[0][s][v], VecF) * unit);
+        store(y[first + s] + at, load(init[first + s] + at) + weighted * x.at(first + s, block).unit);
       });
     });
   }

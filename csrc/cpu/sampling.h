@@ -8,17 +8,12 @@ namespace {
 
 enum class Distribution { kCategorical = 0, kLogisticMixture = 1, kGaussianMixture = 2 };
 
+// What sample_categorical needs to work in.
+inline int64_t sampling_scratch(int classes) { return 2 * round_up(classes, kF); }
+
 // The number of classes whose cumulative probability is <= u, for softmax(logits / temperature).
-inline int64_t sample_categorical(const float* logits, int classes, float temperature, float u) {
-  constexpr int kBlock = 4096;
-  float stack[kBlock];
-  std::vector<float> heap;
-  float* p = stack;
+inline int64_t sample_categorical(const float* logits, int classes, float temperature, float u, float* p) {
   const int padded = static_cast<int>(round_up(classes, kF));
-  if (padded > kBlock) {
-    heap.resize(padded);
-    p = heap.data();
-  }
   const float scale = 1.0f / temperature;
   for (int i = 0; i < classes; ++i) p[i] = logits[i] * scale;
   for (int i = classes; i < padded; ++i) p[i] = -INFINITY;
@@ -30,9 +25,7 @@ inline int64_t sample_categorical(const float* logits, int classes, float temper
   float top = tops[0];
   for (int i = 1; i < kF; ++i) top = tops[i] > top ? tops[i] : top;
   float total = 0;
-  float sums[kBlock / kF];
-  std::vector<float> more_sums(padded > kBlock ? padded / kF : 0);
-  float* sum = padded > kBlock ? more_sums.data() : sums;
+  float* sum = p + padded;
   for (int i = 0; i < padded; i += kF) {
     const VecF e = exp_bounded(at_least(load(p + i) - top, -87.0f));
     store(p + i, e);
@@ -135,10 +128,10 @@ inline double normal_quantile(double p) {
 // One value from a mixture of logistics or Gaussians, in [-1, 1]. parameters: [logits | means | log scales], without
 // logits where there is one component (outputs == 2). u chooses the component, v the value within it.
 inline float sample_mixture(Distribution kind, const float* parameters, int outputs, float temperature,
-                            float log_scale_min, float u, float v) {
+                            float log_scale_min, float u, float v, float* scratch) {
   const int mixtures = outputs == 2 ? 1 : outputs / 3;
   const float* means = parameters + outputs - 2 * mixtures;
-  const int64_t i = mixtures == 1 ? 0 : sample_categorical(parameters, mixtures, temperature, u);
+  const int64_t i = mixtures == 1 ? 0 : sample_categorical(parameters, mixtures, temperature, u, scratch);
   const double p = std::min(std::max(static_cast<double>(v), 1e-7), 1.0 - 1e-7);
   const double unit = kind == Distribution::kLogisticMixture ? std::log(p) - std::log1p(-p) : normal_quantile(p);
   const float log_scale = std::max(means[mixtures + i], log_scale_min);

@@ -107,8 +107,8 @@ class Streams {
     const int places = two_threads ? s.layers : 2;
     z_in_.assign(places, Inputs<W>(n_, s.gate));
     bias_rows_ = job.gate_bias_stride ? n_ : 1;
-    const int64_t floats =
-        pending + int64_t{n_} * (r_ + (2 + places) * h_ + 2 * s_ + o_) + s_ + bias_rows_ * s.layers * 2 * h_;
+    const int64_t floats = pending + int64_t{n_} * (r_ + (2 + places) * h_ + 2 * s_ + o_) + s_ +
+                           sampling_scratch(s.outputs) + bias_rows_ * s.layers * 2 * h_;
     memory_.reset(new float[floats + 64 * 16]());
     float* p = aligned(memory_.get());
     const auto take = [&](int64_t n) {
@@ -124,6 +124,7 @@ class Streams {
     led_skip_ = take(s_);
     hidden_ = take(int64_t{n_} * s_);
     out_ = take(int64_t{n_} * o_);
+    scratch_ = take(sampling_scratch(s.outputs));
     bias_ = take(bias_rows_ * s.layers * 2 * h_);
     const float* bias = job.gate_bias + job.gate_bias_stride * first * s.layers * 2 * s.gate;
     for (int64_t row = 0; row < bias_rows_ * s.layers; ++row, bias += 2 * s.gate) {
@@ -371,12 +372,12 @@ class Streams {
       const bool given = t < job_.given_steps;
       if (job_.distribution == Distribution::kCategorical) {
         const int64_t c = given ? job_.given_class[b * job_.given_steps + t]
-                                : sample_categorical(out, s.outputs, job_.temperature, u[0]);
+                                : sample_categorical(out, s.outputs, job_.temperature, u[0], scratch_);
         job_.classes[at] = job_.last_class[b] = c;
       } else {
-        const float v =
-            given ? job_.given_value[b * job_.given_steps + t]
-                  : sample_mixture(job_.distribution, out, s.outputs, job_.temperature, job_.log_scale_min, u[0], u[1]);
+        const float v = given ? job_.given_value[b * job_.given_steps + t]
+                              : sample_mixture(job_.distribution, out, s.outputs, job_.temperature, job_.log_scale_min,
+                                               u[0], u[1], scratch_);
         job_.values[at] = job_.last_value[b] = v;
       }
     }
@@ -392,7 +393,7 @@ class Streams {
   OwnVector<Layer> layers_;
   OwnVector<int64_t> now_;  // for each layer, the row of its ring buffer where the step's input goes
   std::unique_ptr<float[]> memory_;
-  float *pending_, *x_, *a_, *z_, *skip_, *led_skip_, *hidden_, *out_, *bias_;
+  float *pending_, *x_, *a_, *z_, *skip_, *led_skip_, *hidden_, *out_, *bias_, *scratch_;
   OwnVector<float*> x_at_, a_at_, skip_at_, hidden_at_, out_at_, pre_at_;
   OwnVector<const float*> hidden_bias_at_, output_bias_at_;
   Inputs<W> x_in_, skip_in_, hidden_in_;

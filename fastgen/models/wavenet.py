@@ -6,7 +6,7 @@ Sources: van den Oord et al., "WaveNet" (2016); Salimans et al., "PixelCNN++" (2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_classes, check_integer, check_tensor, check_unit_range, is_finite
-from fastgen.models.wavenet_sampling import SamplingOptions, stream
+from fastgen.models.wavenet_sampling import Progress, SamplingOptions, stream
 from fastgen.nn.causal_conv1d import WaveNetLayer, folded_weight
 from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
 from fastgen.ops import GenerationState, WaveNetWeights, distributions, initial_state
@@ -159,6 +159,8 @@ class WaveNet(nn.Module):
         """
         x = self._check_samples("x", x)
         batch, steps = x.shape
+        if not steps:
+            raise ValueError(f"WaveNet: x must hold at least one sample, got {tuple(x.shape)}")
         previous = torch.cat([torch.full_like(x[:, :1], self.start), x[:, :-1]], 1)
         h = self._embed(previous)
         local = self._upsampled(local, batch, steps)
@@ -182,17 +184,32 @@ class WaveNet(nn.Module):
         """-log2 p(x) / T, shape (B,)."""
         return -self.log_prob(x, local, speaker) / (math.log(2) * x.shape[1])
 
-    def generate(self, steps: int, **options: Unpack[SamplingOptions]) -> Tensor:
+    def generate(
+        self,
+        steps: int,
+        *,
+        batch_size: int = 1,
+        local: Tensor | Iterable[Tensor] | None = None,
+        speaker: Tensor | None = None,
+        temperature: float = 1.0,
+        uniforms: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        given: Tensor | None = None,
+        state: GenerationState | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+        progress: Progress = False,
+    ) -> Tensor:
         """Sample `steps` values for each of `batch_size` streams, with queues: O(layers) work for each.
 
         Parameters
         ----------
         batch_size
-            Number of streams, 1 by default.
+            Number of streams.
         local, speaker
             Conditioning, as in `forward`; local must reach over `steps`.
         temperature
-            > 0, 1 by default; below 1 samples are likelier and less varied.
+            > 0; below 1 samples are likelier and less varied.
         uniforms
             (B, steps) in [0, 1), or (B, steps, 2) for mixtures; the same uniforms give the same samples on every
             backend, save where a uniform falls within rounding of a boundary. Drawn from `generator` by default.
@@ -201,7 +218,7 @@ class WaveNet(nn.Module):
         state
             From `initial_state`, to continue an earlier call; it is advanced in place.
         dtype
-            Of the weights inside the loop: float32 (the default), or bfloat16, up to three times as fast. Sums stay
+            Of the weights inside the loop: float32, or bfloat16, up to three times as fast. Sums stay
             float32; on a CPU what enters a product has 15 bits, relative to the largest of 64 channels.
         backend
             See `fastgen.backend`.
@@ -219,7 +236,12 @@ class WaveNet(nn.Module):
         FloatingPointError
             If the weights are so large that the network could overflow float32.
         """
-        return torch.cat(list(stream(self, steps, steps, **options)), 1)
+        chunks = stream(
+            self, steps, steps, batch_size=batch_size, local=local, speaker=speaker, temperature=temperature,
+            uniforms=uniforms, generator=generator, given=given, state=state, dtype=dtype, backend=backend,
+            progress=progress,
+        )  # fmt: skip
+        return torch.cat(list(chunks), 1)
 
     sample = generate
 
@@ -238,6 +260,7 @@ class WaveNet(nn.Module):
 
     def start_samples(self, batch_size: int = 1) -> Tensor:
         """(batch_size,) what stands before the first sample: int64 class or float32 value."""
+        check_integer("WaveNet", "batch_size", batch_size)
         kind = torch.int64 if self.distribution == "categorical" else torch.float32
         return torch.full((batch_size,), self.start, dtype=kind, device=self.output.bias.device)  # type: ignore[union-attr]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Progress = bool | Callable[[int, int], None]
 
 CHUNK_WORK = 4_000_000_000  # multiply-adds in one call of the generation op: some tenths of a second on a slow core
+LAYER_WORK = 4000  # what a layer costs besides, and a narrow one's padding, in multiply-adds
 CHUNK_CONDITIONING = 16_000_000  # floats of per-layer conditioning in one call
 
 
@@ -64,6 +65,8 @@ def stream(
     """An iterator of samples (B, chunk); whatever is wrong is said at the call, not at the first chunk."""
     for name, count in (("steps", steps), ("batch_size", batch_size)):
         check_integer("generate", name, count)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generate: generator must be a torch.Generator, got {type(generator).__name__}")
     check_integer("stream", "chunk", chunk)
     check_positive("generate", "temperature", temperature)
     if not 1e-30 <= temperature <= 1e30:
@@ -83,11 +86,14 @@ def stream(
     elif isinstance(state, GenerationState) and state.last.shape[0] != batch_size:
         raise ValueError(f"generate: state is for {state.last.shape[0]} streams, batch_size is {batch_size}")
     loop.check_state(state, batch_size)
+    if not bool(torch.isfinite(state.history.sum())):
+        raise ValueError("generate: state.history holds NaN, infinity or values near float32's largest")
     blocks = _blocks(model, local, batch_size, steps)
     gate_bias, local_weight = model._gate_bias(speaker, batch_size), model._local_weight()
     pair = () if model.distribution == "categorical" else (2,)
     # fixed by the shapes alone, so that two runs make the same calls and give the same bits
-    call = max(1, min(16384, CHUNK_WORK // (sum(t.numel() for t in loop.weights) * batch_size)))
+    work = sum(t.numel() for t in loop.weights) + LAYER_WORK * len(model.layers)
+    call = max(1, min(16384, CHUNK_WORK // (work * batch_size)))
     if local_weight is not None:
         call = max(1, min(call, CHUNK_CONDITIONING // (local_weight.shape[0] * batch_size)))
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.checks import listed
+from fastgen.checks import check_integer, listed
 from fastgen.models.wavenet import WaveNet
 
 HPARAMS = {
@@ -78,7 +78,8 @@ def convert(source: nn.Module | dict[str, Tensor], **hparams: Any) -> WaveNet:
             raise ValueError(f"from_wavenet_vocoder: {key!r} must have shape {wanted}, got {got}")
         return state[key].float()
 
-    stacks = int(hparams.get("stacks", 2))
+    stacks = hparams.get("stacks", 2)
+    check_integer("from_wavenet_vocoder", "stacks", stacks)
     if layers % stacks:
         raise ValueError(f"from_wavenet_vocoder: stacks must divide {layers} layers, got {stacks}")
     first = take("first_conv.weight", None, None, 1)  # (R, classes or 1, 1)

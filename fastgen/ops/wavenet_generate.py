@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check_classes, check_positive, check_tensor, check_unit_range, is_finite
+from fastgen.checks import check_classes, check_integer, check_positive, check_tensor, check_unit_range, is_finite
 from fastgen.ops import distributions
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -235,6 +235,9 @@ class Generator:
             if not tensor.is_contiguous():
                 raise ValueError(f"wavenet_generate: state.{name} must be contiguous, got strides {tensor.stride()}")
         self._check_samples("state.last", state.last)
+        check_integer("wavenet_generate", "state.position", state.position, 0)
+        if state.position >= 2**62:
+            raise ValueError(f"wavenet_generate: state.position must be < 2**62, got {state.position}")
         if state.layout != self._layout:
             here, there = self._layout, state.layout
             different = [
