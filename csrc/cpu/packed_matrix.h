@@ -23,20 +23,22 @@ constexpr int kPanelVectors = 8;
 constexpr int kPanelColumns = kVectorRegisters == 32 ? 6 : 3;  // columns that share one pass over a panel
 constexpr int kBlock = 64;                                     // inputs that share a unit
 
+template <class W>
+constexpr bool kFixed = std::is_same_v<W, int16_t>;
+
 // A matrix of `rows` x `k` in units of W; rows are padded to whole vectors.
 template <class W>
 struct PackedMatrix {
-  static constexpr bool kFixed = sizeof(W) == 2;
   int rows = 0, k = 0;
   const W* data = nullptr;
 
   int padded_rows() const { return static_cast<int>(round_up(rows, kF)); }
-  int padded_k() const { return kFixed ? static_cast<int>(round_up(k, 16)) : k; }
-  int block() const { return kFixed ? kBlock : k; }
+  int padded_k() const { return kFixed<W> ? static_cast<int>(round_up(k, 16)) : k; }
+  int block() const { return kFixed<W> ? kBlock : k; }
   // Of W for each row of a block of k inputs; a unit is a float.
-  static int row_size(int k) { return kFixed ? k + 2 : k; }
+  static int row_size(int k) { return kFixed<W> ? k + 2 : k; }
   int64_t size() const {
-    const int64_t blocks = kFixed ? (padded_k() + kBlock - 1) / kBlock : 0;
+    const int64_t blocks = kFixed<W> ? (padded_k() + kBlock - 1) / kBlock : 0;
     return round_up(padded_rows() * (padded_k() + 2 * blocks), 64);
   }
   // f(first row, vectors of rows) for each panel: kPanelVectors, and at the end up to 4.
@@ -91,6 +93,8 @@ struct alignas(64) FixedBlock {
 
   void set(const float* from, int k) {
     using Narrow = VectorOf<int16_t, kVectorBytes / 2>::type;
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+    const VecI largest = splat(32767);
     VecU most = {};
     for (int c = 0; c < k; c += kF) {
       const VecU magnitude = (VecU)load(from + c) & 0x7fffffff;
@@ -101,10 +105,8 @@ struct alignas(64) FixedBlock {
     exponent = exponent > 32 ? exponent : 32 + VecU{};  // the unit is at least 2^-109
     const VecF scale = (VecF)((268 - exponent) << 23);
     for (int c = 0; c < k; c += kF) {
-      const VecI most_x = splat(32767);
-      constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
       const VecI i = (VecI)(load(from + c) * scale + kShift) - (VecI)splat(kShift);
-      const Narrow narrow = __builtin_convertvector(i < most_x ? i : most_x, Narrow);
+      const Narrow narrow = __builtin_convertvector(i < largest ? i : largest, Narrow);
       std::memcpy(x + c, &narrow, sizeof narrow);
     }
     unit = ((VecF)((exponent - 14) << 23) + ((VecF)most - (VecF)most))[0];
@@ -116,21 +118,21 @@ template <class W>
 class Inputs {
  public:
   Inputs(int columns, int k)
-      : blocks_((k + kBlock - 1) / kBlock), k_(k), fixed_(sizeof(W) == 2 ? columns * blocks_ : 0), x_(columns) {}
+      : blocks_((k + kBlock - 1) / kBlock), k_(k), fixed_(kFixed<W> ? columns * blocks_ : 0), x_(columns) {}
 
   // x[s] holds k values, up to the next multiple of 16.
   void set(const float* const* x, int columns) {
     for (int s = 0; s < columns; ++s) set(s, x[s]);
   }
   void set(int s, const float* x) {
-    if constexpr (sizeof(W) == 2)
+    if constexpr (kFixed<W>)
       for (int b = 0; b < blocks_; ++b)
         fixed_[s * blocks_ + b].set(x + b * kBlock, std::min(kBlock, static_cast<int>(round_up(k_ - b * kBlock, 16))));
     else
       x_[s] = x;
   }
   decltype(auto) at(int s, int block) const {
-    if constexpr (sizeof(W) == 2)
+    if constexpr (kFixed<W>)
       return (fixed_[s * blocks_ + block]);
     else
       return x_[s];

@@ -83,17 +83,6 @@ template <int N, class F>
       FASTGEN_INLINE { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
-// sum + a * b, in the register of sum. GCC likes to put the result where b was and to move it back, and a move costs as
-// much as a multiply-add.
-inline VecF add_product(VecF sum, VecF a, VecF b) {
-#if defined(__FMA__)
-  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#else
-  return sum + a * b;
-#endif
-}
-
 inline float to_float(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
   float f;

@@ -6,15 +6,16 @@ Sources: van den Oord et al., "WaveNet" (2016); Salimans et al., "PixelCNN++" (2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_classes, check_integer, check_tensor, check_unit_range, is_finite
-from fastgen.models.wavenet_sampling import Progress, SamplingOptions, stream
+from fastgen.models import wavenet_sampling
+from fastgen.models.wavenet_sampling import Progress
 from fastgen.nn.causal_conv1d import WaveNetLayer, folded_weight
 from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
 from fastgen.ops import GenerationState, WaveNetWeights, distributions, initial_state
@@ -236,7 +237,7 @@ class WaveNet(nn.Module):
         FloatingPointError
             If the weights are so large that the network could overflow float32.
         """
-        chunks = stream(
+        chunks = wavenet_sampling.stream(
             self, steps, steps, batch_size=batch_size, local=local, speaker=speaker, temperature=temperature,
             uniforms=uniforms, generator=generator, given=given, state=state, dtype=dtype, backend=backend,
             progress=progress,
@@ -245,20 +246,13 @@ class WaveNet(nn.Module):
 
     sample = generate
 
-    def stream(self, steps: int, chunk: int = 1024, **options: Unpack[SamplingOptions]) -> Iterator[Tensor]:
-        """`generate`, a chunk at a time: an iterator of (B, chunk), the last one perhaps shorter.
-
-        `local` may also be an iterable of blocks (B, local_channels, frames): a block is asked for when the samples
-        before it are out, so that generation starts while features still arrive; a block of 0 frames is skipped. The
-        weights are those at the start.
-        """
-        return stream(self, steps, chunk, **options)
+    stream = wavenet_sampling.stream
 
     def initial_state(self, batch_size: int = 1) -> GenerationState:
         """The state before the first sample: empty queues. Pass it to `generate` to continue where a call ended."""
-        return initial_state(self.packed_weights(), self.dilations, self.start_samples(batch_size))
+        return initial_state(self.packed_weights(), self.dilations, self._start_samples(batch_size))
 
-    def start_samples(self, batch_size: int = 1) -> Tensor:
+    def _start_samples(self, batch_size: int = 1) -> Tensor:
         """(batch_size,) what stands before the first sample: int64 class or float32 value."""
         check_integer("WaveNet", "batch_size", batch_size)
         kind = torch.int64 if self.distribution == "categorical" else torch.float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,27 +28,11 @@ CHUNK_CONDITIONING = 16_000_000  # floats of per-layer conditioning in one call
 _loops: WeakKeyDictionary[WaveNet, dict[object, Generator]] = WeakKeyDictionary()
 
 
-class SamplingOptions(TypedDict, total=False):
-    """What `WaveNet.generate` describes."""
-
-    batch_size: int
-    local: Tensor | Iterable[Tensor] | None
-    speaker: Tensor | None
-    temperature: float
-    uniforms: Tensor | None
-    generator: torch.Generator | None
-    given: Tensor | None
-    state: GenerationState | None
-    dtype: torch.dtype
-    backend: str | None
-    progress: Progress
-
-
 @torch.no_grad()
 def stream(
     model: WaveNet,
     steps: int,
-    chunk: int,
+    chunk: int = 1024,
     *,
     batch_size: int = 1,
     local: Tensor | Iterable[Tensor] | None = None,
@@ -62,7 +46,12 @@ def stream(
     backend: str | None = None,
     progress: Progress = False,
 ) -> Iterator[Tensor]:
-    """An iterator of samples (B, chunk); whatever is wrong is said at the call, not at the first chunk."""
+    """`generate`, a chunk at a time: an iterator of (B, chunk), the last one perhaps shorter.
+
+    `local` may also be an iterable of blocks (B, local_channels, frames): a block is asked for when the samples before
+    it are out, so that generation starts while features still arrive; a block of 0 frames is skipped. The weights are
+    those at the start. Whatever is wrong is said at the call, not at the first chunk.
+    """
     for name, count in (("steps", steps), ("batch_size", batch_size)):
         check_integer("generate", name, count)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -82,12 +71,9 @@ def stream(
     _check_parameters(model)
     loop = _loop(model, dtype, backend)
     if state is None:
-        state = initial_state(loop.weights, loop.dilations, model.start_samples(batch_size))
-    elif isinstance(state, GenerationState) and state.last.shape[0] != batch_size:
-        raise ValueError(f"generate: state is for {state.last.shape[0]} streams, batch_size is {batch_size}")
-    loop.check_state(state, batch_size)
-    if not bool(torch.isfinite(state.history.sum())):
-        raise ValueError("generate: state.history holds NaN, infinity or values near float32's largest")
+        state = initial_state(loop.weights, loop.dilations, model._start_samples(batch_size))
+    else:
+        _check_state(loop, state, batch_size)
     blocks = _blocks(model, local, batch_size, steps)
     gate_bias, local_weight = model._gate_bias(speaker, batch_size), model._local_weight()
     pair = () if model.distribution == "categorical" else (2,)
@@ -160,6 +146,14 @@ def _check_parameters(model: WaveNet) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"generate: the model's weights must be finite, {name} holds NaN or infinity")
+
+
+def _check_state(loop: Generator, state: GenerationState, batch: int) -> None:
+    if isinstance(state, GenerationState) and state.last.shape[0] != batch:
+        raise ValueError(f"generate: state is for {state.last.shape[0]} streams, batch_size is {batch}")
+    loop.check_state(state, batch)
+    if not bool(torch.isfinite(state.history.sum())):
+        raise ValueError("generate: state.history holds NaN, infinity or values near float32's largest")
 
 
 def _blocks(model: WaveNet, local: Tensor | Iterable[Tensor] | None, batch: int, steps: int) -> Iterator[Tensor]:
