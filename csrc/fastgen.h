@@ -82,5 +82,25 @@ void for_each_worker(int64_t n, F&& f) {
   });
 }
 
+// Contiguous shares of `items` for the threads of the pool: f(begin, end).
+template <class F>
+void share(int64_t items, F&& f) {
+  const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
+  for_each_worker(workers, [&](int64_t i) { f(i * items / workers, (i + 1) * items / workers); });
+}
+
+// Compute type of an element type.
+template <class E>
+using ComputeType = std::conditional_t<std::is_same_v<E, double>, double, float>;
+
+template <class E>
+const E* data_of(const Tensor& tensor) {
+  return static_cast<const E*>(tensor.data_ptr());
+}
+template <class E>
+const E* data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const E*>(tensor->data_ptr()) : nullptr;
+}
+
 }  // namespace
 }  // namespace fastgen

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LISTED = 8  # names in one message
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def check_integer(op: str, name: str, value: Any, least: int = 1, *, unit: str = "") -> None:
@@ -34,6 +36,30 @@ def check_tensor(op: str, name: str, value: Any, wanted: str = "") -> None:
         raise TypeError(f"{op}: {name} must be a tensor{wanted and ' '}{wanted}, got {type(value).__name__}")
 
 
+def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> None:
+    """Rank, sizes (None: any), dtype and device of one argument, against those of x."""
+    check_tensor(op, name, tensor)
+    wanted = tuple("any" if n is None else n for n in shape)
+    if tensor.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, tensor.shape, strict=True)):
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float64, got {tensor.dtype}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, x is {like.dtype}; all tensors must share one dtype")
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {like.device}")
+
+
+def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """x and the others; under torch.autocast, in its dtype."""
+    check_tensor(op, "x", x)
+    device, tensors = x.device, (x, *others)
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors)
+
+
 def check_unit_range(op: str, name: str, x: Tensor) -> None:
     """Values in [-1, 1]; NaN is outside."""
     if x.numel() and not bool((x.detach().abs() <= 1).all()):
@@ -49,6 +75,22 @@ def check_classes(op: str, name: str, x: Tensor, classes: int) -> None:
 def check_progress(op: str, progress: Any) -> None:
     if not isinstance(progress, bool) and not callable(progress):
         raise TypeError(f"{op}: progress must be True, False or a function, got {progress!r}")
+
+
+@contextlib.contextmanager
+def _value_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        _, mark, text = str(error).partition("fastgen: ")  # torch puts the place in the source before it
+        if not mark:
+            raise
+        raise ValueError(text.splitlines()[0]) from None
+
+
+def refused() -> contextlib.AbstractContextManager[None]:
+    """Within it, what a C++ kernel refuses is a ValueError; traced code keeps the kernel's RuntimeError."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _value_errors()
 
 
 def listed(names: Sequence[str]) -> str:

@@ -44,26 +44,6 @@ std::vector<T> pack_rows(int64_t n, int64_t k, int rows, F&& weight) {
   return packed;
 }
 
-// `count` values to or from the tensor's element type E; the rest of a tile is zero.
-template <class T, class E>
-inline void load_row(T* to, const E* from, int64_t count, int64_t tile) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
-  for (int64_t i = count; i < tile; ++i) to[i] = T(0);
-}
-template <class T>
-inline void load_row(T* to, const BFloat16* from, int64_t count, int64_t tile) {
-  const auto* bits = reinterpret_cast<const uint16_t*>(from);
-  for (int64_t i = 0; i < count; ++i) to[i] = to_float(bits[i]);
-  for (int64_t i = count; i < tile; ++i) to[i] = T(0);
-}
-template <class T>
-inline void store_row(T* to, const T* from, int64_t count) {
-  std::memcpy(to, from, count * sizeof(T));
-}
-inline void store_row(BFloat16* to, const float* from, int64_t count) {
-  auto* bits = reinterpret_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < count; ++i) bits[i] = to_bf16(from[i]);
-}
 // One row of a block of sums.
 template <class E, class T>
 inline void store_sums(E* to, const Vec<T> (&sum)[kWide], int64_t count, bool past_caches) {
@@ -165,13 +145,6 @@ T* tile_aligned(std::vector<T>& memory, int64_t count) {
   return reinterpret_cast<T*>(round_up(reinterpret_cast<uintptr_t>(memory.data()), 64));
 }
 
-// Contiguous shares of `items` for the threads of the pool: f(begin, end).
-template <class F>
-void share(int64_t items, F&& f) {
-  const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
-  for_each_worker(workers, [&](int64_t i) { f(i * items / workers, (i + 1) * items / workers); });
-}
-
 // z (B, H, T) if outs == 0, else residual (B, C, T) and skip (B, S, T).
 template <class T, class E>
 void layer_forward(const LayerShape& s, const LayerTensors<E>& in, E* z_out, E* residual, E* skip) {
@@ -234,43 +207,6 @@ void layer_forward(const LayerShape& s, const LayerTensors<E>& in, E* z_out, E* 
     fence_stores();
   });
 }
-
-// Compute type of an element type.
-template <class E>
-using ComputeType = std::conditional_t<std::is_same_v<E, double>, double, float>;
-
-template <class E>
-const E* data_of(const Tensor& tensor) {
-  return static_cast<const E*>(tensor.data_ptr());
-}
-template <class E>
-const E* data_of(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const E*>(tensor->data_ptr()) : nullptr;
-}
-
-// A result in the compute type: the tensor itself, or for bfloat16 a buffer that is rounded into it at the end.
-template <class E>
-class Result {
- public:
-  using T = ComputeType<E>;
-  explicit Result(const Tensor& tensor) : tensor_(tensor) {
-    if constexpr (!std::is_same_v<E, T>) buffer_.resize(tensor.numel());
-  }
-  T* data() {
-    if constexpr (std::is_same_v<E, T>)
-      return static_cast<T*>(tensor_.data_ptr());
-    else
-      return buffer_.data();
-  }
-  void finish() {
-    if constexpr (!std::is_same_v<E, T>)
-      store_row(static_cast<E*>(tensor_.data_ptr()), buffer_.data(), tensor_.numel());
-  }
-
- private:
-  const Tensor& tensor_;
-  std::vector<T> buffer_;
-};
 
 }  // namespace
 }  // namespace fastgen

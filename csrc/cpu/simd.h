@@ -97,6 +97,51 @@ inline uint16_t to_bf16(float f) {
   return static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
+// `count` values to or from the tensor's element type E; the rest of a tile is zero.
+template <class T, class E>
+inline void load_row(T* to, const E* from, int64_t count, int64_t tile) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+  for (int64_t i = count; i < tile; ++i) to[i] = T(0);
+}
+template <class T>
+inline void load_row(T* to, const BFloat16* from, int64_t count, int64_t tile) {
+  const auto* bits = reinterpret_cast<const uint16_t*>(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(bits[i]);
+  for (int64_t i = count; i < tile; ++i) to[i] = T(0);
+}
+template <class T>
+inline void store_row(T* to, const T* from, int64_t count) {
+  std::memcpy(to, from, count * sizeof(T));
+}
+inline void store_row(BFloat16* to, const float* from, int64_t count) {
+  auto* bits = reinterpret_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < count; ++i) bits[i] = to_bf16(from[i]);
+}
+
+// A result in the compute type: the tensor itself, or for bfloat16 a buffer that is rounded into it at the end.
+template <class E>
+class Result {
+ public:
+  using T = ComputeType<E>;
+  explicit Result(const Tensor& tensor) : tensor_(tensor) {
+    if constexpr (!std::is_same_v<E, T>) buffer_.resize(tensor.numel());
+  }
+  T* data() {
+    if constexpr (std::is_same_v<E, T>)
+      return static_cast<T*>(tensor_.data_ptr());
+    else
+      return buffer_.data();
+  }
+  void finish() {
+    if constexpr (!std::is_same_v<E, T>)
+      store_row(static_cast<E*>(tensor_.data_ptr()), buffer_.data(), tensor_.numel());
+  }
+
+ private:
+  const Tensor& tensor_;
+  std::vector<T> buffer_;
+};
+
 // min/max that let NaN in x through, as the instructions do with their second operand.
 inline VecF at_least(VecF x, float low) {
 #if defined(__AVX512F__)

@@ -1,17 +1,27 @@
 """The operators: each module holds one, from its mathematics to its public function."""
 
+from fastgen.ops.code_statistics import code_statistics, update_codebook_
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
+from fastgen.ops.nearest_code import nearest_code
+from fastgen.ops.vector_quantize import vector_quantize
 from fastgen.ops.wavenet_generate import GenerationState, Generator, WaveNetWeights, initial_state
 from fastgen.ops.wavenet_layer import wavenet_layer
 
-OPS = ("gated_causal_conv1d", "wavenet_layer", "wavenet_generate")
+OPS = (
+    "gated_causal_conv1d", "wavenet_layer", "wavenet_generate",
+    "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
+)  # fmt: skip
 
 __all__ = [
     "OPS",
     "GenerationState",
     "Generator",
     "WaveNetWeights",
+    "code_statistics",
     "gated_causal_conv1d",
     "initial_state",
+    "nearest_code",
+    "update_codebook_",
+    "vector_quantize",
     "wavenet_layer",
 ]

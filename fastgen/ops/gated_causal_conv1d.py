@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check_integer, check_tensor
+from fastgen.checks import autocast, check, check_integer
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 MOST_DILATION = 2**31 - 1  # (K - 1) * dilation stays far within 64 bits
 
 
@@ -99,30 +98,6 @@ def check_gate(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, cond: Te
     check_integer(op, "dilation", dilation)
     if dilation > MOST_DILATION:
         raise ValueError(f"{op}: dilation must be < 2**31, got {dilation}")
-
-
-def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> None:
-    """Rank, sizes (None: any), dtype and device of one argument, against those of x."""
-    check_tensor(op, name, tensor)
-    wanted = tuple("any" if n is None else n for n in shape)
-    if tensor.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, tensor.shape, strict=True)):
-        raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float64, got {tensor.dtype}")
-    if tensor.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} is {tensor.dtype}, x is {like.dtype}; all tensors must share one dtype")
-    if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {like.device}")
-
-
-def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """x and the others; under torch.autocast, in its dtype."""
-    check_tensor(op, "x", x)
-    device, tensors = x.device, (x, *others)
-    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors)
 
 
 def gated_causal_conv1d(

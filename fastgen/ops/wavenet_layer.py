@@ -17,13 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.ops.gated_causal_conv1d import (
-    autocast,
-    check,
-    check_gate,
-    empty_cond_grad,
-    gated_causal_conv1d_reference,
-)
+from fastgen.checks import autocast, check
+from fastgen.ops.gated_causal_conv1d import check_gate, empty_cond_grad, gated_causal_conv1d_reference
 
 
 def wavenet_layer_reference(

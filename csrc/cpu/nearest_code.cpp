@@ -1,0 +1,31 @@
+// nearest_code; arguments are checked in fastgen/ops/nearest_code.py.
+#include "nearest_code.h"
+
+namespace fastgen {
+namespace {
+
+std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, bool cosine, bool strict) {
+  const int64_t rows = x.size(0);
+  Tensor indices = empty_of(x, {rows}, ScalarType::Long);
+  Tensor distance;
+  dispatch_float(x.scalar_type(), "nearest_code", [&](auto zero) {
+    using E = decltype(zero);
+    using T = ComputeType<E>;
+    distance = empty_of(x, {rows}, kTypeOf<T>);
+    const CodebookRows<T> codebook_rows(codebook);
+    const Codes<T> codes(codebook_rows.data, codebook.size(0), codebook.size(1), cosine);
+    auto* index = static_cast<int64_t*>(indices.data_ptr());
+    auto* squared = static_cast<T*>(distance.data_ptr());
+    search<T, E>("nearest_code", x, codes, strict, workers_for(rows),
+                 [&](int64_t, int64_t row, const T*, int64_t code, T d) {
+                   index[row] = code;
+                   squared[row] = d;
+                 });
+  });
+  return {indices, distance};
+}
+
+}  // namespace
+}  // namespace fastgen
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) { m.impl("nearest_code", TORCH_BOX(&fastgen::nearest_code)); }

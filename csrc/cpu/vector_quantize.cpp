@@ -1,0 +1,117 @@
+// vector_quantize and its backward; arguments are checked in fastgen/ops/vector_quantize.py.
+#include <numeric>
+
+#include "nearest_code.h"
+
+namespace fastgen {
+namespace {
+
+// -> quantized (N, D), indices (N,), mean squared error (), counts (K,). Rows outside the mask: zeros, -1, not counted.
+std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor codebook, std::optional<Tensor> mask,
+                                                           bool cosine, bool strict) {
+  const int64_t rows = x.size(0), dim = x.size(1), count = codebook.size(0);
+  Tensor quantized = fresh(x, {rows, dim});
+  Tensor indices = empty_of(x, {rows}, ScalarType::Long);
+  Tensor error, counts;
+  dispatch_float(x.scalar_type(), "vector_quantize", [&](auto zero) {
+    using E = decltype(zero);
+    using T = ComputeType<E>;
+    error = empty_of(x, {}, kTypeOf<T>);
+    counts = empty_of(x, {count}, kTypeOf<T>);
+    const CodebookRows<T> codebook_rows(codebook);
+    const Codes<T> codes(codebook_rows.data, count, dim, cosine);
+    const bool* taken = data_of<bool>(mask);
+    auto* index = static_cast<int64_t*>(indices.data_ptr());
+    auto* to = static_cast<E*>(quantized.data_ptr());
+    const int64_t workers = workers_for(rows);
+    std::vector<T> squared(rows);
+    std::vector<OwnVector<int64_t>> histogram(workers, OwnVector<int64_t>(count));
+    search<T, E>("vector_quantize", x, codes, strict, workers,
+                 [&](int64_t worker, int64_t row, const T* values, int64_t code, T d) {
+                   E* q = to + row * dim;
+                   if (taken && !taken[row]) {
+                     index[row] = -1;
+                     std::fill_n(q, dim, E(0.0f));
+                     return;
+                   }
+                   const T* c = codes.rows + code * dim;
+                   index[row] = code;
+                   store_row(q, c, dim);
+                   if (cosine) {  // the search measured directions
+                     d = 0;
+                     for (int64_t k = 0; k < dim; ++k) d += (values[k] - c[k]) * (values[k] - c[k]);
+                   }
+                   squared[row] = d;
+                   ++histogram[worker][code];
+                 });
+    auto* number = static_cast<T*>(counts.data_ptr());
+    int64_t used = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      int64_t n = 0;
+      for (const auto& part : histogram) n += part[k];
+      number[k] = static_cast<T>(n);
+      used += n;
+    }
+    const double total = std::accumulate(squared.begin(), squared.end(), 0.0);
+    *static_cast<T*>(error.data_ptr()) = static_cast<T>(used > 0 ? total / (used * dim) : 0.0);
+  });
+  return {quantized, indices, error, counts};
+}
+
+// The gradient of one row through the quantizer by the rotation that takes x to q (arXiv:2410.06424, section 4.2):
+// g <- lambda (g - 2 <g, w> w + 2 <g, q^> u), with u = x / |x|, q^ = q / |q|, w = (u + q^) / |u + q^|, lambda = |q| /
+// |x|.
+template <class T>
+void rotate_back(T* g, const T* x, const T* q, int64_t dim) {
+  constexpr T kLeast = T(1e-6);
+  const T from = std::max(std::sqrt(squared_norm(x, dim)), kLeast), norm = std::sqrt(squared_norm(q, dim));
+  const T a = 1 / from, b = 1 / std::max(norm, kLeast);
+  T length = 0, gx = 0, gq = 0;
+  for (int64_t k = 0; k < dim; ++k) {
+    const T sum = x[k] * a + q[k] * b;
+    length += sum * sum;
+    gx += g[k] * x[k];
+    gq += g[k] * q[k];
+  }
+  const T w = 1 / std::max(std::sqrt(length), kLeast), gw = (gx * a + gq * b) * w, scale = norm * a;
+  for (int64_t k = 0; k < dim; ++k) g[k] = scale * (g[k] - 2 * gw * w * (x[k] * a + q[k] * b) + 2 * gq * b * x[k] * a);
+}
+
+// grad_x from the gradients of quantized and of the mean squared error.
+Tensor vector_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor quantized,
+                                std::optional<Tensor> mask, bool rotation) {
+  const int64_t rows = x.size(0), dim = x.size(1);
+  Tensor grad_x = fresh(x, {rows, dim});
+  const bool* taken = data_of<bool>(mask);
+  const int64_t used = taken ? std::count(taken, taken + rows, true) : rows;
+  dispatch_float(x.scalar_type(), "vector_quantize", [&](auto zero) {
+    using E = decltype(zero);
+    using T = ComputeType<E>;
+    const T scale = used ? *data_of<T>(grad_error) * T(2) / (static_cast<T>(used) * static_cast<T>(dim)) : T(0);
+    share(rows, [&](int64_t begin, int64_t end) {
+      std::vector<T> g(dim), from(dim), q(dim);
+      for (int64_t i = begin; i < end; ++i) {
+        E* to = static_cast<E*>(grad_x.data_ptr()) + i * dim;
+        if (taken && !taken[i]) {
+          std::fill_n(to, dim, E(0.0f));
+          continue;
+        }
+        load_row(g.data(), data_of<E>(grad_quantized) + i * grad_quantized.stride(0), dim, dim);
+        load_row(from.data(), data_of<E>(x) + i * x.stride(0), dim, dim);
+        load_row(q.data(), data_of<E>(quantized) + i * dim, dim, dim);
+        if (rotation) rotate_back(g.data(), from.data(), q.data(), dim);
+        for (int64_t k = 0; k < dim; ++k) g[k] += scale * (from[k] - q[k]);
+        store_row(to, g.data(), dim);
+      }
+    });
+  });
+  return grad_x;
+}
+
+}  // namespace
+}  // namespace fastgen
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("vector_quantize", TORCH_BOX(&fastgen::vector_quantize));
+  m.impl("vector_quantize_backward", TORCH_BOX(&fastgen::vector_quantize_backward));
+}

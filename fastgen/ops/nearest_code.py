@@ -1,0 +1,158 @@
+"""The nearest code of each row of a matrix: the search of every vector quantizer.
+
+    euclidean   k(x) = argmin_k |x - c_k|^2
+    cosine      k(x) = argmin_k |x / |x| - c_k / |c_k||^2 = argmax_k cos(x, c_k)        a zero vector's cosines are 0
+
+Among equals the lowest index. Distances do not change when the origin does: both sides are measured from the mean of
+the codebook, so that data far from zero loses no digits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.backend import lib, resolve
+from fastgen.checks import check, refused
+
+Metric = Literal["euclidean", "cosine"]
+SCORES = 1 << 24  # of the reference, in memory at a time
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to length 1; zero rows stay."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(norm == 0, 1, norm)
+
+
+def nearest_code_reference(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean") -> tuple[Tensor, Tensor]:
+    """The specification, in plain PyTorch: any device and dtype."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x, codebook = x.to(dtype), codebook.to(dtype)
+    if metric == "cosine":
+        codes, offset = unit(codebook), torch.zeros_like(codebook[:, 0])
+        rows = unit(x)
+    else:
+        mean = codebook.mean(0)
+        codes, rows = codebook - mean, x - mean
+        offset = codes.square().sum(1) / 2
+    step = x.shape[0] if torch.compiler.is_compiling() else max(1, SCORES // codebook.shape[0])
+    indices = [(r @ codes.T - offset).argmax(1) for r in rows.split(max(step, 1))]
+    index = torch.cat(indices)
+    index = torch.where(torch.isfinite(rows).all(1), index, 0)
+    distance = (rows - codes[index]).square().sum(1)
+    return index, distance
+
+
+lib.define("nearest_code(Tensor x, Tensor codebook, bool cosine, bool strict) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("fastgen::nearest_code", lib=lib)
+def _(x: Tensor, codebook: Tensor, cosine: bool, strict: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=compute_type(x))
+
+
+def compute_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """As the kernels take a matrix: any distance between rows, none between the elements of one."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def check_search(
+    op: str, x: Tensor, codebook: Tensor, metric: str, nonfinite: str | None, *, wide_codebook: bool = False
+) -> None:
+    """Raise on arguments that do not fit. With `wide_codebook`, a bfloat16 x may come with a float32 codebook."""
+    check(op, "x", x, x, (None, None))
+    wide = wide_codebook and x.dtype == torch.bfloat16 and codebook.dtype == torch.float32
+    check(op, "codebook", codebook, x.float() if wide else x, (None, x.shape[1]))
+    if x.shape[1] == 0:
+        raise ValueError(f"{op}: x needs at least one coordinate, got {tuple(x.shape)}")
+    if codebook.shape[0] == 0:
+        raise ValueError(f"{op}: codebook needs at least one code, got {tuple(codebook.shape)}")
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f"{op}: metric must be euclidean or cosine, got {metric!r}")
+    if nonfinite not in (None, "raise", "first"):
+        raise ValueError(f"{op}: nonfinite must be raise, first or None, got {nonfinite!r}")
+
+
+def is_strict(x: Tensor, nonfinite: str | None) -> bool:
+    """Whether NaN is an error: by default where finding out does not make the host wait."""
+    return x.device.type == "cpu" if nonfinite is None else nonfinite == "raise"
+
+
+def assert_finite(op: str, x: Tensor, codebook: Tensor) -> None:
+    """What the C++ kernels check, for the reference."""
+    for name, t in (("codebook", codebook), ("x", x)):
+        finite = torch.isfinite(t.to(compute_type(t)).square().sum(1))
+        if torch.compiler.is_compiling():
+            torch._assert_async(finite.all(), f"{op}: {name} must be finite")
+        elif t.device.type != "meta" and not bool(finite.all()):
+            what = "code" if name == "codebook" else "row"
+            raise ValueError(f"{op}: {name} must be finite, but {what} {int(finite.int().argmin())} is not")
+
+
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    nonfinite: Literal["raise", "first"] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The nearest code of each row, and how far it is.
+
+    On the CPU the code is the exact answer: none other is nearer in float64, and among equals the index is the lowest.
+    No matrix of N x K is ever in memory.
+
+    Parameters
+    ----------
+    x
+        (N, D) float32, bfloat16 or float64; any strides.
+    codebook
+        (K, D), K >= 1, same dtype.
+    metric
+        "euclidean", or "cosine": the largest cosine.
+    nonfinite
+        What a row with NaN or infinity gets: "raise", an error that names it; "first", code 0 and distance NaN, while
+        such codes are never chosen. None: raise on the CPU, first elsewhere, where raising would make the host wait.
+    backend
+        See `fastgen.backend`.
+
+    Returns
+    -------
+    indices (N,) int64; squared_distance (N,) float32 (float64 for float64), for cosine between the unit vectors.
+    squared_distance is differentiable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Shapes, dtypes or devices that do not fit, or values that are not finite: the message names the argument, what
+        was expected and what came.
+    BackendError
+        An explicit backend that cannot run here.
+    """
+    op = "nearest_code"
+    check_search(op, x, codebook, metric, nonfinite)
+    strict = is_strict(x, nonfinite)
+    rows, codes = x.detach(), codebook.detach()
+    if resolve(op, backend, x.device) == "reference":
+        if strict:
+            assert_finite(op, rows, codes)
+        index, distance = nearest_code_reference(rows, codes, metric=metric)
+    else:
+        with refused():
+            index, distance = torch.ops.fastgen.nearest_code(
+                by_rows(rows), codes.contiguous(), metric == "cosine", strict
+            )
+    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+        wide, chosen = x.to(distance.dtype), F.embedding(index, codebook).to(distance.dtype)
+        if metric == "cosine":
+            wide, chosen = unit(wide), unit(chosen)
+        distance = (wide - chosen).square().sum(1)
+    return index, distance
