@@ -24,7 +24,7 @@ double fma_peak() {
     }
     VecF total = sums[0];
     for (auto& sum : sums) total += sum;
-    volatile float keep = horizontal_sum(total);
+    volatile float keep = sum_of_lanes<float>(total);
     (void)keep;
   });
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

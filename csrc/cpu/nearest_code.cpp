@@ -12,8 +12,7 @@ std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, bool cosine, 
     using E = decltype(zero);
     using T = ComputeType<E>;
     distance = empty_of(x, {rows}, kTypeOf<T>);
-    const CodebookRows<T> codebook_rows(codebook);
-    const Codes<T> codes(codebook_rows.data, codebook.size(0), codebook.size(1), cosine);
+    const Codes<T> codes = codes_of<T>(codebook, cosine);
     auto* index = static_cast<int64_t*>(indices.data_ptr());
     auto* squared = static_cast<T*>(distance.data_ptr());
     search<T, E>("nearest_code", x, codes, strict, workers_for(rows),

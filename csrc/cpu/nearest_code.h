@@ -1,221 +1,76 @@
 // The nearest code of each row, exactly: the code whose distance is least in float64, the lowest index among equals.
 //
-// |x - c|^2 is least where <x', c'> - |c'|^2 / 2 is largest, x' and c' being measured from the codebook's mean, so that
-// data far from the origin loses no digits. A first pass scores all codes as a matrix product, a block of rows against
-// a panel of codes, and keeps in each lane the best score, the second best, and the panel of the best. The rounding
-// error of a score is bounded, so a row is decided when all scores within that bound of the best are of known codes:
-// those few are measured directly, coordinate by coordinate. The other rows are scored once more, and every code within
-// the bound is measured.
+// |x - c|^2 is least where <x, c> - |c|^2 / 2 is largest, both measured from the codebook's mean. A first pass scores
+// all codes with 16-bit integers (code_panels.h), whose products are exact and cost as little as half a float's; each
+// score is the most that the exact one can be. It keeps, in each lane, the best score, the second best, and the panel
+// of the best. Rounding to integers loses a known amount, so a row is decided when every score within reach of the best
+// is of a known code: those few are measured coordinate by coordinate. The other rows are scored once more, and every
+// code within reach is measured.
 #pragma once
 
 #include <atomic>
-#include <limits>
-#include <unordered_map>
 
-#include "simd.h"
+#include "code_panels.h"
 
 namespace fastgen {
 namespace {
 
-constexpr int kPanel = 2;                                // vectors of codes in a panel
-constexpr int kBlock = kVectorRegisters == 32 ? 12 : 6;  // rows of a block
+constexpr int kBlock = kVectorRegisters == 32 ? 12 : 5;  // rows of a block
 constexpr int kBlocks = 8;                               // blocks that share a pass over the codebook
-constexpr int64_t kDepth = 256, kStride = kDepth + 16;   // coordinates scored in one go; floats between rows
-template <class T>
-constexpr int kCodes = kPanel * kLanes<T>;
-template <class T>
-constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
-
-// One bit for each lane whose sign bit is set.
-template <class T>
-inline uint32_t sign_bits(Vec<T> v) {
-  if constexpr (sizeof(T) == 4) {
-#if defined(__AVX512F__)
-    return _mm512_movepi32_mask((__m512i)v);
-#elif defined(__AVX__)
-    return _mm256_movemask_ps((__m256)v);
-#endif
-  } else {
-#if defined(__AVX512F__)
-    return _mm512_movepi64_mask((__m512i)v);
-#elif defined(__AVX__)
-    return _mm256_movemask_pd((__m256d)v);
-#endif
-  }
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes<T>; ++i) bits |= static_cast<uint32_t>(std::signbit(v[i])) << i;
-  return bits;
-}
-template <class T>
-inline Vec<T> larger(Vec<T> a, Vec<T> b) {
-  return a > b ? a : b;
-}
-template <class T>
-inline Vec<T> smaller(Vec<T> a, Vec<T> b) {
-  return a < b ? a : b;
-}
-template <class T>
-inline T largest_lane(Vec<T> v) {
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int width = kLanes<T> / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = std::max(lanes[i], lanes[i + width]);
-  return lanes[0];
-}
-template <class T>
-inline T sum_of_lanes(Vec<T> v) {
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int width = kLanes<T> / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
-
-// sum (x a - c b)^2 in float64.
-template <class T>
-double exact_distance(const T* x, double a, const T* c, double b, int64_t dim) {
-  double sum = 0;
-  for (int64_t k = 0; k < dim; ++k) {
-    const double d = x[k] * a - c[k] * b;
-    sum += d * d;
-  }
-  return sum;
-}
-template <class T>
-double exact_inverse_norm(const T* x, int64_t dim) {
-  const double squared = exact_distance(x, 1.0, x, 0.0, dim);
-  return squared > 0 ? 1 / std::sqrt(squared) : 0.0;
-}
-template <class T>
-T squared_norm(const T* x, int64_t dim) {
-  Vec<T> sums{};
-  int64_t k = 0;
-  for (; k + kLanes<T> <= dim; k += kLanes<T>) sums += load(x + k) * load(x + k);
-  T sum = sum_of_lanes<T>(sums);
-  for (; k < dim; ++k) sum += x[k] * x[k];
-  return sum;
-}
-
-// A codebook laid out for scoring.
-template <class T>
-struct Codes {
-  int64_t count, dim, panels;
-  const T* rows;  // (count, dim)
-  bool cosine;
-  std::vector<T> mean;     // subtracted from rows and codes; zero for cosine
-  std::vector<T> inverse;  // 1 / |c| for cosine, else empty
-  OwnVector<T> scored;     // [panel]: kCodes offsets -|c'|^2 / 2, then [coordinate][code]
-  T radius = 0;            // largest |c'|
-  int64_t first_bad = -1;  // a code with NaN, infinity, or a norm that overflows: it is never chosen
-
-  int64_t panel_size() const { return (dim + 1) * kCodes<T>; }
-
-  Codes(const T* codes, int64_t count_, int64_t dim_, bool cosine_)
-      : count(count_),
-        dim(dim_),
-        panels((count_ + kCodes<T> - 1) / kCodes<T>),
-        rows(codes),
-        cosine(cosine_),
-        mean(dim) {
-    const std::vector<uint8_t> absent = find_absent();
-    if (!cosine) {
-      std::vector<double> sum(dim);
-      double present = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        if (absent[i]) continue;
-        ++present;
-        for (int64_t k = 0; k < dim; ++k) sum[k] += rows[i * dim + k];
-      }
-      for (int64_t k = 0; k < dim && present; ++k) mean[k] = static_cast<T>(sum[k] / present);
-    } else {
-      inverse.resize(count);
-    }
-    scored.resize(panels * panel_size());
-    std::vector<T> radii(panels);
-    share(panels, [&](int64_t begin, int64_t end) {
-      std::vector<T> code(dim);
-      for (int64_t p = begin; p < end; ++p) {
-        T* to = scored.data() + p * panel_size();
-        for (int64_t j = 0; j < kCodes<T>; ++j) {
-          const int64_t i = p * kCodes<T> + j;
-          if (i >= count || absent[i]) {
-            to[j] = -std::numeric_limits<T>::infinity();
-            for (int64_t k = 0; k < dim; ++k) to[(k + 1) * kCodes<T> + j] = 0;
-            continue;
-          }
-          const T* row = rows + i * dim;
-          if (cosine) inverse[i] = inverse_norm(squared_norm(row, dim));
-          for (int64_t k = 0; k < dim; ++k) code[k] = cosine ? row[k] * inverse[i] : row[k] - mean[k];
-          const T norm = squared_norm(code.data(), dim);
-          to[j] = cosine ? T(0) : T(-0.5) * norm;
-          for (int64_t k = 0; k < dim; ++k) to[(k + 1) * kCodes<T> + j] = code[k];
-          radii[p] = std::max(radii[p], std::sqrt(norm));
-        }
-      }
-    });
-    for (const T r : radii) radius = std::max(radius, r);
-  }
-
-  static T inverse_norm(T squared) { return squared > 0 ? 1 / std::sqrt(squared) : T(0); }
-
- private:
-  // Codes that cannot be chosen: not finite, or equal to an earlier one, which would only need a second look.
-  std::vector<uint8_t> find_absent() {
-    std::vector<uint8_t> absent(count);
-    std::vector<uint64_t> hash(count);
-    share(count, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        absent[i] = !std::isfinite(squared_norm(rows + i * dim, dim));
-        uint64_t h = 0;
-        for (int64_t k = 0; k < dim; ++k)
-          h = (h ^ std::bit_cast<std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>(rows[i * dim + k])) *
-              0x9e3779b97f4a7c15u;
-        hash[i] = h ^ (h >> 32);
-      }
-    });
-    std::unordered_map<uint64_t, int64_t> seen(count);
-    for (int64_t i = 0; i < count; ++i) {
-      if (absent[i] && first_bad < 0) first_bad = i;
-      if (absent[i]) continue;
-      const auto [other, fresh] = seen.emplace(hash[i], i);
-      absent[i] = !fresh && !std::memcmp(rows + i * dim, rows + other->second * dim, dim * sizeof(T));
-    }
-    return absent;
-  }
-};
 
 // Of one row, lane by lane.
-template <class T>
 struct Leaders {
-  Vec<T> best, second;
-  decltype(best > second) panel;
+  VecF best, second;
+  VecI panel;
 };
 
-// Scores of a block of rows with a panel of codes; finish(row, scores of the first vector, of the second). Scores of
-// earlier coordinates come from and go to `partial` where there are more than kDepth of them.
-template <class T, class F>
-[[gnu::noinline]] void score(const T* x, const T* panel, int64_t depth, bool first, bool last, Vec<T>* partial,
-                             const F& finish) {
-  Vec<T> sum[kBlock][kPanel];
+// Rows of a block on the grid: `integers` [pair of coordinates][row].
+struct Block {
+  const int32_t* integers;
+  int32_t allowance[kBlock];
+  float scale[kBlock];  // in units of 1 / R
+};
+
+// Integer products of a block of rows with a panel of codes, on top of the rows' allowances. Not inlined: among other
+// variables the compiler would keep sums in memory.
+[[gnu::noinline]] void multiply(const Block& block, const int32_t* codes, int64_t pairs,
+                                VecU (&result)[kBlock][kPanel]) {
+  VecU sum[kBlock][kPanel];
   unroll<kBlock>([&](auto i) FASTGEN_INLINE {
-    unroll<kPanel>([&](auto v)
-                       FASTGEN_INLINE { sum[i][v] = first ? load(panel + v * kLanes<T>) : partial[i * kPanel + v]; });
+    unroll<kPanel>([&](auto v) FASTGEN_INLINE { sum[i][v] = VecU{} + static_cast<uint32_t>(block.allowance[i]); });
   });
-  if (first) panel += kCodes<T>;
-  for (int64_t k = 0; k < depth; ++k, panel += kCodes<T>) {
-    Vec<T> code[kPanel];
-    unroll<kPanel>([&](auto v) FASTGEN_INLINE { code[v] = load(panel + v * kLanes<T>); });
+  const int32_t* rows = block.integers;
+  for (int64_t k = 0; k < pairs; ++k, codes += kCodes, rows += kBlock) {
+    VecU code[kPanel];
+    unroll<kPanel>([&](auto v) FASTGEN_INLINE { code[v] = (VecU)load(codes + v * kF); });
     unroll<kBlock>([&](auto i) FASTGEN_INLINE {
-      const Vec<T> value = splat(x[i * kStride + k]);
-      unroll<kPanel>([&](auto v) FASTGEN_INLINE { sum[i][v] += value * code[v]; });
+      const VecU row = VecU{} + static_cast<uint32_t>(rows[i]);
+      unroll<kPanel>([&](auto v) FASTGEN_INLINE { sum[i][v] = add_pairs(sum[i][v], code[v], row); });
     });
   }
-  if (last)
-    unroll<kBlock>([&](auto i) FASTGEN_INLINE { finish(i, sum[i][0], sum[i][1]); });
-  else
-    unroll<kBlock>([&](auto i) FASTGEN_INLINE {
-      unroll<kPanel>([&](auto v) FASTGEN_INLINE { partial[i * kPanel + v] = sum[i][v]; });
-    });
+  unroll<kBlock>([&](auto i)
+                     FASTGEN_INLINE { unroll<kPanel>([&](auto v) FASTGEN_INLINE { result[i][v] = sum[i][v]; }); });
+}
+
+// Scores of a block of rows with a panel of codes: finish(row, of the first vector, of the second).
+template <class F>
+inline void score(const Block& block, const Panel& panel, const int32_t* codes, int64_t pairs, const F& finish) {
+  VecU sum[kBlock][kPanel];
+  multiply(block, codes, pairs, sum);
+  VecF factor[kPanel], slack[kPanel], offset[kPanel];
+  for (int v = 0; v < kPanel; ++v) {
+    factor[v] = load(panel.factor + v * kF);
+    slack[v] = load(panel.slack + v * kF);
+    offset[v] = load(panel.offset + v * kF);
+  }
+  for (int i = 0; i < kBlock; ++i) {
+    VecF scores[kPanel];
+    for (int v = 0; v < kPanel; ++v) {
+      scores[v] = __builtin_convertvector((VecI)sum[i][v], VecF) * factor[v] + slack[v];
+      scores[v] += offset[v] * block.scale[i];
+    }
+    finish(i, scores[0], scores[1]);
+  }
 }
 
 // One worker's search. emit(row, the row's values, code, squared distance), code -1 for a row that holds NaN or
@@ -224,221 +79,198 @@ template <class T, class E, class Emit>
 class Search {
  public:
   Search(const Codes<T>& codes, const E* x, int64_t stride, Emit& emit)
-      : codes_(codes), x_(x), x_stride_(stride), emit_(emit), chunks_((codes.dim + kDepth - 1) / kDepth) {
-    centred_.resize(kBlocks * kBlock * kStride * chunks_);
-    open_rows_.resize(kBlock * kStride * chunks_);
-    if constexpr (!std::is_same_v<T, E>) converted_.resize(codes.dim);
+      : codes_(codes),
+        x_(x),
+        x_stride_(stride),
+        emit_(emit),
+        centred_(kBlocks * kBlock * codes.width),
+        converted_(codes.width),
+        integers_((kBlocks + 1) * kBlock * codes.pairs) {
+    for (int b = 0; b <= kBlocks; ++b) blocks_[b].integers = integers_.data() + b * kBlock * codes_.pairs;
   }
 
   void run(int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += kBlocks * kBlock) {
       const int64_t count = std::min<int64_t>(kBlocks * kBlock, end - first);
-      for (int64_t i = 0; i < kBlocks * kBlock; ++i) {
-        norm_[i] = i < count ? centre(row(first + i), centred_.data() + i * kStride, kBlocks * kBlock) : T(-1);
-        leaders_[i].best = leaders_[i].second = splat(-std::numeric_limits<T>::infinity());
-      }
-      scan((count + kBlock - 1) / kBlock, centred_.data(), [&](int64_t block, int64_t panel) {
-        Leaders<T>* leaders = leaders_ + block * kBlock;
-        const auto id = decltype(leaders->panel){} + static_cast<Index>(panel);
-        return [=](int i, Vec<T> a, Vec<T> b) FASTGEN_INLINE {
-          Leaders<T>& l = leaders[i];
-          const Vec<T> high = larger<T>(a, b), best = l.best;
-          l.second = larger<T>(l.second, smaller<T>(best, high));
-          l.panel = high > best ? id : l.panel;
-          l.best = larger<T>(best, high);
-        };
-      });
+      place(count, 0, [&](int64_t i) { return first + i; });
+      for (int64_t i = 0; i < count; ++i) leaders_[i].best = leaders_[i].second = splat(kAbsent);
+      for (int64_t p = 0; p < codes_.panels; ++p)
+        for (int64_t b = 0; b * kBlock < count; ++b) {
+          Leaders* leaders = leaders_ + b * kBlock;
+          const VecI id = VecI{} + static_cast<int32_t>(p);
+          score(blocks_[b], codes_.heads[p], panel(p), codes_.pairs, [&](int i, VecF a, VecF b) FASTGEN_INLINE {
+            Leaders& l = leaders[i];
+            const VecF high = larger<float>(a, b), best = l.best;
+            l.second = larger<float>(l.second, smaller<float>(best, high));
+            l.panel = high > best ? id : l.panel;
+            l.best = larger<float>(best, high);
+          });
+        }
       for (int64_t i = 0; i < count; ++i) settle(first + i, i);
+      while (open_ >= kBlock) look_again();
     }
-    look_again();
+    while (open_) look_again();
   }
 
  private:
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   struct Nearest {
     int64_t code = -1;
     T distance = std::numeric_limits<T>::infinity();
   };
 
+  const int32_t* panel(int64_t p) const { return codes_.integers.data() + p * codes_.pairs * kCodes; }
+
   const T* row(int64_t i) {
     const E* from = x_ + i * x_stride_;
-    if constexpr (std::is_same_v<T, E>) {
-      return from;
-    } else {
-      load_row(converted_.data(), from, codes_.dim, codes_.dim);
-      return converted_.data();
-    }
+    if constexpr (std::is_same_v<T, E>)
+      if (codes_.width == codes_.dim) return from;
+    load_row(converted_.data(), from, codes_.dim, codes_.dim);
+    return converted_.data();
   }
 
-  // x - mean in chunks of kDepth coordinates, `rows` rows to a chunk -> |x - mean|, or -1 and zeros if not finite.
-  T centre(const T* x, T* to, int64_t rows) {
-    Vec<T> sums{};
-    T sum = 0;
-    for (int64_t c = 0; c < chunks_; ++c) {
-      const T *from = x + c * kDepth, *mean = codes_.mean.data() + c * kDepth;
-      T* chunk = to + c * rows * kStride;
-      const int64_t depth = std::min(kDepth, codes_.dim - c * kDepth);
-      int64_t k = 0;
-      for (; k + kLanes<T> <= depth; k += kLanes<T>) {
-        const Vec<T> d = load(from + k) - load(mean + k);
-        store(chunk + k, d);
-        sums += d * d;
-      }
-      for (; k < depth; ++k) {
-        const T d = from[k] - mean[k];
-        chunk[k] = d;
-        sum += d * d;
-      }
-    }
-    sum += sum_of_lanes<T>(sums);
-    if (std::isfinite(sum)) return std::sqrt(sum);
-    for (int64_t c = 0; c < chunks_; ++c) std::fill_n(to + c * rows * kStride, kDepth, T(0));
-    return T(-1);
-  }
-
-  // All codes against `blocks` blocks of rows: finish(block, panel) gives what `score` calls with the scores.
+  // Puts rows index(0), ..., index(count - 1) on the grid, from the first row of block `first` on. Lengths from the
+  // mean go to norm_, -1 (and zeros on the grid) where a row is not finite.
   template <class F>
-  void scan(int64_t blocks, const T* rows, F&& finish) {
-    const int64_t chunk_size = blocks_of(rows) * kBlock * kStride;
-    for (int64_t p = 0; p < codes_.panels; ++p) {
-      const T* panel = codes_.scored.data() + p * codes_.panel_size();
-      for (int64_t c = 0; c < chunks_; ++c) {
-        const int64_t depth = std::min(kDepth, codes_.dim - c * kDepth);
-        for (int64_t b = 0; b < blocks; ++b)
-          score<T>(rows + c * chunk_size + b * kBlock * kStride, panel, depth, c == 0, c + 1 == chunks_,
-                   partial_ + b * kBlock * kPanel, finish(b, p));
-        panel += (depth + (c == 0)) * kCodes<T>;
-      }
+  void place(int64_t count, int64_t first, F&& index) {
+    T top[kBlocks * kBlock], scale[kBlocks * kBlock], lost[kBlocks * kBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      T* centred = centred_.data() + i * codes_.width;
+      const Extent<T> extent = subtract(row(index(i)), codes_.mean.data(), centred, codes_.width);
+      norm_[i] = extent.squared > T(1e-30) ? extent.squared : std::pow(exact_length(centred, codes_.width), 2);
+      top[i] = extent.top;
     }
-  }
-  int64_t blocks_of(const T* rows) const { return rows == centred_.data() ? kBlocks : 1; }
-
-  // How far a score may be from the exact one.
-  T bound(T norm) const {
-    return (T(1.1) * codes_.dim + 16) * kUnit<T> * codes_.radius * (codes_.cosine ? norm : norm + codes_.radius / 2);
+    for (int64_t i = 0; i < count; ++i) {
+      norm_[i] = std::sqrt(norm_[i]);
+      scale[i] = grid_scale(norm_[i], top[i], reach_, most_scale_);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      T* centred = centred_.data() + i * codes_.width;
+      if (!std::isfinite(norm_[i])) {
+        std::fill_n(centred, codes_.width, T(0));
+        norm_[i] = -1;
+        scale[i] = 0;
+      }
+      const int64_t block = first + i / kBlock;
+      lost[i] = round_to_grid(centred, scale[i], codes_.width, codes_.pairs,
+                              integers_.data() + block * codes_.pairs * kBlock + i % kBlock, kBlock);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      Block& block = blocks_[first + i / kBlock];
+      block.allowance[i % kBlock] = static_cast<int32_t>(rounding_error(lost[i]) * static_cast<float>(reach_)) + 1;
+      // a row at the mean itself is nearest to the code that is: offsets alone decide
+      block.scale[i % kBlock] = scale[i] > 0 ? static_cast<float>(scale[i] * codes_.radius) : 1e30f;
+    }
   }
 
   void settle(int64_t index, int64_t i) {
     const T* x = row(index);
-    const Leaders<T>& l = leaders_[i];
+    const Leaders& l = leaders_[i];
     if (norm_[i] < 0) return emit_(index, x, -1, std::numeric_limits<T>::quiet_NaN());
-    const T best = largest_lane<T>(l.best);
-    if (!(best > -std::numeric_limits<T>::infinity())) return emit_(index, x, 0, std::numeric_limits<T>::infinity());
-    const T inverse = codes_.cosine ? Codes<T>::inverse_norm(norm_[i] * norm_[i]) : T(1);
+    if (codes_.empty) return emit_(index, x, 0, std::numeric_limits<T>::quiet_NaN());
+    const T inverse = !codes_.cosine ? T(1) : norm_[i] > 0 ? 1 / norm_[i] : T(0);
     if (inverse == 0) return emit_(index, x, 0, T(2));  // no direction: all cosines are zero
-    const T limit = best - 2 * bound(norm_[i]);
-    if (sign_bits<T>((Vec<T>)(l.second >= limit))) {
+    const Block& block = blocks_[i / kBlock];
+    const float best = largest_lane<float>(l.best);
+    const int lane = std::countr_zero(sign_bits<float>((VecF)(l.best >= best)));
+    const Panel& head = codes_.heads[l.panel[lane]];
+    float limit = best;  // less twice what rounding may have cost the leader, one of the two codes of its lane
+    for (int v = 0; v < kPanel; ++v) {
+      const int j = v * kF + lane;
+      if (head.slack[j] == kAbsent) continue;
+      const float doubt = head.slack[j] + head.factor[j] * block.allowance[i % kBlock] -
+                          32 * kUnit<float> * head.offset[j] * block.scale[i % kBlock];
+      limit = std::min(limit, best - 2 * doubt * (1 + 1e-6f) - 8 * kUnit<float> * std::abs(best));
+    }
+    if (sign_bits<float>((VecF)(l.second >= limit))) {
       open_index_[open_] = index;
       open_limit_[open_] = limit;
       open_inverse_[open_] = inverse;
       open_nearest_[open_] = {};
-      centre(x, open_rows_.data() + open_ * kStride, kBlock);
-      if (++open_ == kBlock) look_again();
+      ++open_;
       return;
     }
     Nearest nearest;
-    for (uint32_t lanes = sign_bits<T>((Vec<T>)(l.best >= limit)); lanes; lanes &= lanes - 1) {
-      const int lane = std::countr_zero(lanes);
-      for (int v = 0; v < kPanel; ++v) measure(x, inverse, l.panel[lane] * kCodes<T> + v * kLanes<T> + lane, nearest);
+    for (uint32_t lanes = sign_bits<float>((VecF)(l.best >= limit)); lanes; lanes &= lanes - 1) {
+      const int at = std::countr_zero(lanes);
+      for (int v = 0; v < kPanel; ++v) measure(x, inverse, int64_t{l.panel[at]} * kCodes + v * kF + at, nearest);
     }
     emit_(index, x, nearest.code, nearest.distance);
   }
 
-  // Scores the open rows again and measures every code within their limits.
+  // Scores the last open rows again, a block of them, and measures every code within their limits.
   void look_again() {
-    if (open_ == 0) return;
-    scan(1, open_rows_.data(), [&](int64_t, int64_t panel) {
-      return [this, panel](int i, Vec<T> a, Vec<T> b) FASTGEN_INLINE {
-        if (i >= open_ || !sign_bits<T>((Vec<T>)(larger<T>(a, b) >= open_limit_[i]))) return;
-        measure_lanes(i, panel, 0, a);
-        measure_lanes(i, panel, 1, b);
-      };
-    });
-    for (int i = 0; i < open_; ++i)
+    const int count = std::min(open_, kBlock);
+    open_ -= count;
+    place(count, kBlocks, [&](int64_t i) { return open_index_[open_ + i]; });
+    for (int64_t p = 0; p < codes_.panels; ++p)
+      score(blocks_[kBlocks], codes_.heads[p], panel(p), codes_.pairs, [&](int i, VecF a, VecF b) FASTGEN_INLINE {
+        if (i >= count || !sign_bits<float>((VecF)(larger<float>(a, b) >= open_limit_[open_ + i]))) return;
+        measure_lanes(open_ + i, p * kCodes, a);
+        measure_lanes(open_ + i, p * kCodes + kF, b);
+      });
+    for (int i = open_; i < open_ + count; ++i)
       emit_(open_index_[i], row(open_index_[i]), open_nearest_[i].code, open_nearest_[i].distance);
-    open_ = 0;
   }
-  [[gnu::noinline]] void measure_lanes(int i, int64_t panel, int v, Vec<T> scores) {
-    for (uint32_t lanes = sign_bits<T>((Vec<T>)(scores >= open_limit_[i])); lanes; lanes &= lanes - 1)
-      measure(row(open_index_[i]), open_inverse_[i], panel * kCodes<T> + v * kLanes<T> + std::countr_zero(lanes),
-              open_nearest_[i]);
+  [[gnu::noinline]] void measure_lanes(int i, int64_t first, VecF scores) {
+    for (uint32_t lanes = sign_bits<float>((VecF)(scores >= open_limit_[i])); lanes; lanes &= lanes - 1)
+      measure(row(open_index_[i]), open_inverse_[i], first + std::countr_zero(lanes), open_nearest_[i]);
   }
 
   // Keeps `code` if it is nearer, or as near and of a lower index.
   void measure(const T* x, T a, int64_t code, Nearest& nearest) {
     if (code >= codes_.count) return;
-    const T* c = codes_.rows + code * codes_.dim;
-    const T b = codes_.cosine ? codes_.inverse[code] : T(1);
-    const T distance = this->distance(x, a, c, b);
+    const T* c = codes_.rows + code * codes_.width;
+    const T distance = this->distance(x, a, c, codes_.cosine ? codes_.inverse[code] : T(1));
     const T doubt = 4 * (codes_.dim + 8) * kUnit<T> * distance +
                     (codes_.cosine ? 16 * kUnit<T> * (std::sqrt(distance) + kUnit<T>) : T(0));
     bool nearer = distance < nearest.distance;
     if (nearest.code >= 0 && std::abs(distance - nearest.distance) <= doubt) {
-      const T* other = codes_.rows + nearest.code * codes_.dim;
-      const double one = exact(x, c), two = exact(x, other);
+      const double one = exact(x, c), two = exact(x, codes_.rows + nearest.code * codes_.width);
       nearer = one < two || (one == two && code < nearest.code);
     }
-    if (nearer) nearest = {code, distance};
+    nearest.code = nearer ? code : nearest.code;
+    nearest.distance = nearer ? distance : nearest.distance;
   }
   double exact(const T* x, const T* c) const {
-    if (!codes_.cosine) return exact_distance(x, 1.0, c, 1.0, codes_.dim);
-    const double inverse = exact_inverse_norm(c, codes_.dim);
-    return inverse == 0 ? 2.0 : exact_distance(x, exact_inverse_norm(x, codes_.dim), c, inverse, codes_.dim);
+    if (!codes_.cosine) return exact_distance(x, 1.0, c, 1.0, codes_.width);
+    const double length = exact_length(c, codes_.width);
+    return length == 0 ? 2.0 : exact_distance(x, 1 / exact_length(x, codes_.width), c, 1 / length, codes_.width);
   }
   T distance(const T* x, T a, const T* c, T b) const {
-    Vec<T> sums{};
-    int64_t k = 0;
     if (b == 0) return T(2);  // as for any two directions whose cosine is zero
-    if (codes_.cosine) {
-      for (; k + kLanes<T> <= codes_.dim; k += kLanes<T>) {
-        const Vec<T> d = load(x + k) * a - load(c + k) * b;
-        sums += d * d;
-      }
-    } else {
-      for (; k + kLanes<T> <= codes_.dim; k += kLanes<T>) {
-        const Vec<T> d = load(x + k) - load(c + k);
-        sums += d * d;
-      }
+    Vec<T> squares{};
+    for (int64_t k = 0; k < codes_.width; k += kLanes<T>) {
+      const Vec<T> d = codes_.cosine ? load(x + k) * a - load(c + k) * b : load(x + k) - load(c + k);
+      squares += d * d;
     }
-    T sum = k ? sum_of_lanes<T>(sums) : T(0);
-    for (; k < codes_.dim; ++k) {
-      const T d = x[k] * a - c[k] * b;
-      sum += d * d;
-    }
-    return sum;
+    return sum_of_lanes<T>(squares);
   }
 
   const Codes<T>& codes_;
   const E* x_;
   const int64_t x_stride_;
   Emit& emit_;
-  const int64_t chunks_;
-  OwnVector<T> centred_, open_rows_;
-  std::vector<T> converted_;
+  std::vector<T> centred_, converted_;
+  OwnVector<int32_t> integers_;
+  const T reach_{reach(codes_.dim)}, most_scale_{codes_.most_scale()};
+  Block blocks_[kBlocks + 1];  // the last: the open rows
   T norm_[kBlocks * kBlock];
-  Leaders<T> leaders_[kBlocks * kBlock];
-  Vec<T> partial_[kBlocks * kBlock * kPanel];
-  int open_ = 0;
-  int64_t open_index_[kBlock];
-  T open_limit_[kBlock], open_inverse_[kBlock];
-  Nearest open_nearest_[kBlock];
+  Leaders leaders_[kBlocks * kBlock];
+  int open_ = 0;  // rows that wait for a second look
+  int64_t open_index_[(kBlocks + 1) * kBlock];
+  float open_limit_[(kBlocks + 1) * kBlock];
+  T open_inverse_[(kBlocks + 1) * kBlock];
+  Nearest open_nearest_[(kBlocks + 1) * kBlock];
 };
 
-// The codebook in the compute type: the tensor's own memory where that is its type.
+// The codebook, of the dtype of x or of float32.
 template <class T>
-struct CodebookRows {
-  std::vector<T> buffer;
-  const T* data;
-
-  explicit CodebookRows(const Tensor& codebook) : data(static_cast<const T*>(codebook.data_ptr())) {
-    if constexpr (sizeof(T) == 4)
-      if (codebook.scalar_type() == ScalarType::BFloat16) {
-        buffer.resize(codebook.numel());
-        load_row(buffer.data(), static_cast<const BFloat16*>(codebook.data_ptr()), codebook.numel(), codebook.numel());
-        data = buffer.data();
-      }
-  }
-};
+Codes<T> codes_of(const Tensor& codebook, bool cosine) {
+  const int64_t count = codebook.size(0), dim = codebook.size(1);
+  if constexpr (sizeof(T) == 4)
+    if (codebook.scalar_type() == ScalarType::BFloat16) return {data_of<BFloat16>(codebook), count, dim, cosine};
+  return {data_of<T>(codebook), count, dim, cosine};
+}
 
 template <class T>
 constexpr ScalarType kTypeOf = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;

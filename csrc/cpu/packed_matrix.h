@@ -100,7 +100,7 @@ struct alignas(64) FixedBlock {
       const VecU magnitude = (VecU)load(from + c) & 0x7fffffff;
       most = magnitude > most ? magnitude : most;
     }
-    most = max_of_lanes(most);
+    most = fold_lanes<uint32_t>(most, [](VecU a, VecU b) FASTGEN_INLINE { return larger<uint32_t>(a, b); });
     VecU exponent = most >> 23;
     exponent = exponent > 32 ? exponent : 32 + VecU{};  // the unit is at least 2^-109
     const VecF scale = (VecF)((268 - exponent) << 23);
@@ -143,22 +143,6 @@ class Inputs {
   OwnVector<FixedBlock> fixed_;
   OwnVector<const float*> x_;
 };
-
-// sum + a0 * b0 + a1 * b1 in each lane, for pairs of 16-bit integers.
-inline VecU add_pairs(VecU sum, VecU a, VecU b) {
-#if defined(__AVX512VNNI__)
-  return (VecU)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
-  return sum + (VecU)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return sum + (VecU)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return sum + (VecU)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-  const VecU low = (VecU)((VecI)(a << 16) >> 16) * (VecU)((VecI)(b << 16) >> 16);
-  return sum + low + (VecU)((VecI)a >> 16) * (VecU)((VecI)b >> 16);
-#endif
-}
 
 // How many of a panel's vectors of rows are multiplied with a number of columns at once: the sums of a few columns and
 // all rows fill the registers; with more columns, half the rows, so that fewer weights are loaded for each product.

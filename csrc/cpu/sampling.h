@@ -29,7 +29,7 @@ inline int64_t sample_categorical(const float* logits, int classes, float temper
   for (int i = 0; i < padded; i += kF) {
     const VecF e = exp_bounded(at_least(load(p + i) - top, -87.0f));
     store(p + i, e);
-    total += sum[i / kF] = horizontal_sum(e);
+    total += sum[i / kF] = sum_of_lanes<float>(e);
   }
   const float threshold = u * total;
   float below = 0;

@@ -142,6 +142,22 @@ class Result {
   std::vector<T> buffer_;
 };
 
+// sum + a0 * b0 + a1 * b1 in each lane, for pairs of 16-bit integers.
+inline VecU add_pairs(VecU sum, VecU a, VecU b) {
+#if defined(__AVX512VNNI__)
+  return (VecU)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sum + (VecU)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sum + (VecU)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return sum + (VecU)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const VecU low = (VecU)((VecI)(a << 16) >> 16) * (VecU)((VecI)(b << 16) >> 16);
+  return sum + low + (VecU)((VecI)a >> 16) * (VecU)((VecI)b >> 16);
+#endif
+}
+
 // min/max that let NaN in x through, as the instructions do with their second operand.
 inline VecF at_least(VecF x, float low) {
 #if defined(__AVX512F__)
@@ -225,24 +241,52 @@ inline Vec<double> gate(Vec<double> a, Vec<double> b) {
   return t * s;
 }
 
-// The largest lane, in every lane.
-inline VecU max_of_lanes(VecU v) {
-  unroll<std::countr_zero(unsigned{kF})>([&](auto i) FASTGEN_INLINE {
-    const VecU turned = [&]<int... L>(std::integer_sequence<int, L...>) FASTGEN_INLINE {
-      return __builtin_shufflevector(v, v, ((L + (kF >> (i + 1))) % kF)...);
-    }(std::make_integer_sequence<int, kF>{});
-    v = turned > v ? turned : v;
+// One bit for each lane whose sign bit is set.
+template <class T>
+inline uint32_t sign_bits(Vec<T> v) {
+  if constexpr (sizeof(T) == 4) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)v);
+#elif defined(__AVX__)
+    return _mm256_movemask_ps((__m256)v);
+#endif
+  } else {
+#if defined(__AVX512F__)
+    return _mm512_movepi64_mask((__m512i)v);
+#elif defined(__AVX__)
+    return _mm256_movemask_pd((__m256d)v);
+#endif
+  }
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<T>; ++i) bits |= static_cast<uint32_t>(std::signbit(v[i])) << i;
+  return bits;
+}
+template <class T>
+inline Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+template <class T>
+inline Vec<T> smaller(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+// All lanes folded into each by f, in a tree.
+template <class T, class F>
+inline Vec<T> fold_lanes(Vec<T> v, F&& f) {
+  constexpr int kN = kLanes<T>;
+  unroll<std::countr_zero(unsigned{kN})>([&](auto i) FASTGEN_INLINE {
+    v = f(v, [&]<int... L>(std::integer_sequence<int, L...>) FASTGEN_INLINE {
+      return __builtin_shufflevector(v, v, ((L + (kN >> (i + 1))) % kN)...);
+    }(std::make_integer_sequence<int, kN>{}));
   });
   return v;
 }
-
-inline float horizontal_sum(VecF v) {
-  float lanes[kF], sum = 0;
-  store(lanes, v);
-  for (int width = kF / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  sum = lanes[0];
-  return sum;
+template <class T>
+inline T largest_lane(Vec<T> v) {
+  return fold_lanes<T>(v, [](Vec<T> a, Vec<T> b) FASTGEN_INLINE { return larger<T>(a, b); })[0];
+}
+template <class T>
+inline T sum_of_lanes(Vec<T> v) {
+  return fold_lanes<T>(v, [](Vec<T> a, Vec<T> b) FASTGEN_INLINE { return a + b; })[0];
 }
 
 }  // namespace

@@ -18,8 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor code
     using T = ComputeType<E>;
     error = empty_of(x, {}, kTypeOf<T>);
     counts = empty_of(x, {count}, kTypeOf<T>);
-    const CodebookRows<T> codebook_rows(codebook);
-    const Codes<T> codes(codebook_rows.data, count, dim, cosine);
+    const Codes<T> codes = codes_of<T>(codebook, cosine);
     const bool* taken = data_of<bool>(mask);
     auto* index = static_cast<int64_t*>(indices.data_ptr());
     auto* to = static_cast<E*>(quantized.data_ptr());
@@ -34,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor code
                      std::fill_n(q, dim, E(0.0f));
                      return;
                    }
-                   const T* c = codes.rows + code * dim;
+                   const T* c = codes.rows + code * codes.width;
                    index[row] = code;
                    store_row(q, c, dim);
                    if (cosine) {  // the search measured directions
@@ -64,15 +63,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor code
 template <class T>
 void rotate_back(T* g, const T* x, const T* q, int64_t dim) {
   constexpr T kLeast = T(1e-6);
-  const T from = std::max(std::sqrt(squared_norm(x, dim)), kLeast), norm = std::sqrt(squared_norm(q, dim));
-  const T a = 1 / from, b = 1 / std::max(norm, kLeast);
-  T length = 0, gx = 0, gq = 0;
+  T xx = 0, qq = 0, gx = 0, gq = 0;
   for (int64_t k = 0; k < dim; ++k) {
-    const T sum = x[k] * a + q[k] * b;
-    length += sum * sum;
+    xx += x[k] * x[k];
+    qq += q[k] * q[k];
     gx += g[k] * x[k];
     gq += g[k] * q[k];
   }
+  const T norm = std::sqrt(qq), a = 1 / std::max(std::sqrt(xx), kLeast), b = 1 / std::max(norm, kLeast);
+  T length = 0;
+  for (int64_t k = 0; k < dim; ++k) length += (x[k] * a + q[k] * b) * (x[k] * a + q[k] * b);
   const T w = 1 / std::max(std::sqrt(length), kLeast), gw = (gx * a + gq * b) * w, scale = norm * a;
   for (int64_t k = 0; k < dim; ++k) g[k] = scale * (g[k] - 2 * gw * w * (x[k] * a + q[k] * b) + 2 * gq * b * x[k] * a);
 }
