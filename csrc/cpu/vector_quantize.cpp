@@ -61,20 +61,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor code
 // g <- lambda (g - 2 <g, w> w + 2 <g, q^> u), with u = x / |x|, q^ = q / |q|, w = (u + q^) / |u + q^|, lambda = |q| /
 // |x|.
 template <class T>
-void rotate_back(T* g, const T* x, const T* q, int64_t dim) {
+void rotate_back(T* g, const T* x, const T* q, int64_t width) {
   constexpr T kLeast = T(1e-6);
-  T xx = 0, qq = 0, gx = 0, gq = 0;
-  for (int64_t k = 0; k < dim; ++k) {
-    xx += x[k] * x[k];
-    qq += q[k] * q[k];
-    gx += g[k] * x[k];
-    gq += g[k] * q[k];
+  Vec<T> xx{}, qq{}, gx{}, gq{};
+  for (int64_t k = 0; k < width; k += kLanes<T>) {
+    const Vec<T> from = load(x + k), to = load(q + k), grad = load(g + k);
+    xx += from * from;
+    qq += to * to;
+    gx += grad * from;
+    gq += grad * to;
   }
-  const T norm = std::sqrt(qq), a = 1 / std::max(std::sqrt(xx), kLeast), b = 1 / std::max(norm, kLeast);
-  T length = 0;
-  for (int64_t k = 0; k < dim; ++k) length += (x[k] * a + q[k] * b) * (x[k] * a + q[k] * b);
-  const T w = 1 / std::max(std::sqrt(length), kLeast), gw = (gx * a + gq * b) * w, scale = norm * a;
-  for (int64_t k = 0; k < dim; ++k) g[k] = scale * (g[k] - 2 * gw * w * (x[k] * a + q[k] * b) + 2 * gq * b * x[k] * a);
+  const T from_norm = std::sqrt(sum_of_lanes<T>(xx)), to_norm = std::sqrt(sum_of_lanes<T>(qq));
+  const T a = 1 / std::max(from_norm, kLeast), b = 1 / std::max(to_norm, kLeast);
+  Vec<T> sums{};
+  for (int64_t k = 0; k < width; k += kLanes<T>) {
+    const Vec<T> sum = load(x + k) * a + load(q + k) * b;
+    sums += sum * sum;
+  }
+  const T w = 1 / std::max(std::sqrt(sum_of_lanes<T>(sums)), kLeast);
+  const T g_u = sum_of_lanes<T>(gx) * a, g_q = sum_of_lanes<T>(gq) * b, g_w = (g_u + g_q) * w, scale = to_norm * a;
+  for (int64_t k = 0; k < width; k += kLanes<T>) {
+    const Vec<T> u = load(x + k) * a, v = load(q + k) * b;
+    store(g + k, scale * (load(g + k) - 2 * g_w * w * (u + v) + 2 * g_q * u));
+  }
 }
 
 // grad_x from the gradients of quantized and of the mean squared error.
@@ -89,7 +98,8 @@ Tensor vector_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor
     using T = ComputeType<E>;
     const T scale = used ? *data_of<T>(grad_error) * T(2) / (static_cast<T>(used) * static_cast<T>(dim)) : T(0);
     share(rows, [&](int64_t begin, int64_t end) {
-      std::vector<T> g(dim), from(dim), q(dim);
+      const int64_t width = padded<T>(dim);
+      std::vector<T> g(width), from(width), q(width);
       for (int64_t i = begin; i < end; ++i) {
         E* to = static_cast<E*>(grad_x.data_ptr()) + i * dim;
         if (taken && !taken[i]) {
@@ -99,7 +109,7 @@ Tensor vector_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor
         load_row(g.data(), data_of<E>(grad_quantized) + i * grad_quantized.stride(0), dim, dim);
         load_row(from.data(), data_of<E>(x) + i * x.stride(0), dim, dim);
         load_row(q.data(), data_of<E>(quantized) + i * dim, dim, dim);
-        if (rotation) rotate_back(g.data(), from.data(), q.data(), dim);
+        if (rotation) rotate_back(g.data(), from.data(), q.data(), width);
         for (int64_t k = 0; k < dim; ++k) g[k] += scale * (from[k] - q[k]);
         store_row(to, g.data(), dim);
       }

@@ -49,9 +49,7 @@ def _(*args: object) -> None:
     return None
 
 
-def code_statistics(
-    x: Tensor, indices: Tensor, num_codes: int, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """How many rows each code has, and their sum. Rows are summed in their order: the same bits every time.
 
     Parameters
@@ -81,9 +79,7 @@ def code_statistics(
     check_tensor(op, "indices", indices)
     check_integer(op, "num_codes", num_codes)
     if indices.dtype != torch.int64 or indices.shape != x.shape[:1]:
-        raise ValueError(
-            f"{op}: indices must be int64 ({x.shape[0]},), got {indices.dtype} {tuple(indices.shape)}"
-        )
+        raise ValueError(f"{op}: indices must be int64 ({x.shape[0]},), got {indices.dtype} {tuple(indices.shape)}")
     if indices.device != x.device:
         raise ValueError(f"{op}: indices is on {indices.device}, x is on {x.device}")
     x = x.detach()

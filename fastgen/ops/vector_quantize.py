@@ -54,23 +54,32 @@ def rotate(x: Tensor, q: Tensor) -> Tensor:
     return turned * (q_norm / x_norm)
 
 
-def quantize_reference(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: Metric, estimator: Estimator
+def quantize_given(
+    x: Tensor, codebook: Tensor, indices: Tensor, mask: Tensor | None, *, estimator: Estimator
 ) -> Quantized:
-    """The specification, in plain PyTorch: any device and dtype, differentiable."""
+    """What follows the search, in plain PyTorch: for codes (N,) chosen before, differentiable."""
     dtype = compute_type(x)
-    indices, _ = nearest_code_reference(x.detach(), codebook.detach(), metric=metric)
     codes, wide = F.embedding(indices, codebook.to(dtype)), x.to(dtype)
     moved = wide if estimator == "straight_through" else rotate(wide, codes.detach())
     quantized = (codes.detach() + (moved - moved.detach())).to(x.dtype)
     kept = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask
     used = (kept.sum() * x.shape[1]).clamp(min=1)
-    commitment = torch.where(kept[:, None], wide - codes.detach(), 0).square().sum() / used
-    codebook_error = torch.where(kept[:, None], wide.detach() - codes, 0).square().sum() / used
     counts = torch.zeros(codebook.shape[0], dtype=dtype, device=x.device).index_add(0, indices, kept.to(dtype))
     return Quantized(
-        torch.where(kept[:, None], quantized, 0), torch.where(kept, indices, -1), commitment, codebook_error, counts
+        quantized=torch.where(kept[:, None], quantized, 0),
+        indices=torch.where(kept, indices, -1),
+        commitment=torch.where(kept[:, None], wide - codes.detach(), 0).square().sum() / used,
+        codebook_error=torch.where(kept[:, None], wide.detach() - codes, 0).square().sum() / used,
+        counts=counts,
     )
+
+
+def quantize_reference(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, *, metric: Metric, estimator: Estimator
+) -> Quantized:
+    """The specification, in plain PyTorch: any device and dtype, differentiable."""
+    indices, _ = nearest_code_reference(x.detach(), codebook.detach(), metric=metric)
+    return quantize_given(x, codebook, indices, mask, estimator=estimator)
 
 
 lib.define(
@@ -218,7 +227,5 @@ def vector_quantize(
     op = "vector_quantize"
     if not is_finite(beta) or beta < 0:
         raise ValueError(f"{op}: beta must be finite and >= 0, got {beta!r}")
-    out = quantize(
-        op, x, codebook, mask=mask, metric=metric, estimator=estimator, nonfinite=nonfinite, backend=backend
-    )
+    out = quantize(op, x, codebook, mask=mask, metric=metric, estimator=estimator, nonfinite=nonfinite, backend=backend)
     return out.quantized, out.indices, out.codebook_error + beta * out.commitment

@@ -1,0 +1,274 @@
+"""Residual vector quantization: each quantizer codes what the ones before left over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.checks import check_integer, is_finite
+from fastgen.nn.codebook import world
+from fastgen.nn.vector_quantize import VectorQuantize, refuse_unoffered
+
+UNOFFERED = {
+    "diveq": False, "implicit_neural_codebook": False, "mlp_kwargs": {}, "beam_size": None, "eval_beam_size": None,
+    "beam_score_quantizer_weights": None,
+}  # fmt: skip
+UNOFFERED_IN_FORWARD = {"indices": None, "beam_size": None}
+
+
+class ResidualVQ(nn.Module):
+    """A chain of `VectorQuantize`: x is approximated by the sum of one code of each.
+
+    Parameters
+    ----------
+    dim
+        Features D of the input.
+    num_quantizers, codebook_size
+        Quantizers Q, and the codes of each: one number, or a tuple of Q.
+    codebook_dim
+        Features inside; D by default. Where it differs, linear maps lead in and out.
+    shared_codebook
+        Whether all quantizers have one codebook.
+    quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of
+        In training, use only the first quantizers: a random number of them, more than the cutoff index, rounded up to a
+        multiple. The others have indices -1 and loss 0.
+    quant_grad_frac
+        Share of the gradient that passes from a quantizer to those before it through the residual.
+    accept_image_fmap, return_zeros_for_masked_padding, options
+        As in `VectorQuantize`, which gets the other options.
+
+    Source: Zeghidour et al., "SoundStream" (2021), algorithm 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_quantizers: int | None = None,
+        codebook_size: int | tuple[int, ...],
+        codebook_dim: int | None = None,
+        shared_codebook: bool = False,
+        heads: int = 1,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        accept_image_fmap: bool = False,
+        quant_grad_frac: float = 0.0,
+        return_zeros_for_masked_padding: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        op = "ResidualVQ"
+        refuse_unoffered(op, {name: options.pop(name) for name in UNOFFERED if name in options}, UNOFFERED)
+        if heads != 1:
+            raise NotImplementedError(f"{op}: heads={heads!r} is not offered; leave it at 1")
+        check_integer(op, "dim", dim)
+        if num_quantizers is None and not isinstance(codebook_size, tuple):
+            raise ValueError(
+                f"{op}: give num_quantizers, or a tuple of codebook_size; got codebook_size={codebook_size!r}"
+            )
+        number = len(codebook_size) if num_quantizers is None and isinstance(codebook_size, tuple) else num_quantizers
+        check_integer(op, "num_quantizers", number)
+        assert number is not None
+        sizes = codebook_size if isinstance(codebook_size, tuple) else (codebook_size,) * number
+        if len(sizes) != number:
+            raise ValueError(f"{op}: codebook_size must have num_quantizers = {number} numbers, got {len(sizes)}")
+        if shared_codebook and len(set(sizes)) > 1:
+            raise ValueError(f"{op}: shared_codebook=True needs one codebook_size, got {sizes}")
+        check_integer(op, "quantize_dropout_cutoff_index", quantize_dropout_cutoff_index, 0)
+        check_integer(op, "quantize_dropout_multiple_of", quantize_dropout_multiple_of)
+        if quantize_dropout and quantize_dropout_cutoff_index >= number:
+            raise ValueError(
+                f"{op}: quantize_dropout_cutoff_index must be below num_quantizers = {number}, "
+                f"got {quantize_dropout_cutoff_index}"
+            )
+        if not is_finite(quant_grad_frac) or not 0 <= quant_grad_frac <= 1:
+            raise ValueError(f"{op}: quant_grad_frac must lie in [0, 1], got {quant_grad_frac!r}")
+        inner = dim if codebook_dim is None else codebook_dim
+        self.dim, self.num_quantizers, self.codebook_sizes = dim, number, sizes
+        self.project_in: nn.Module = nn.Linear(dim, inner) if inner != dim else nn.Identity()
+        self.project_out: nn.Module = nn.Linear(inner, dim) if inner != dim else nn.Identity()
+        self.accept_image_fmap, self.shared_codebook = accept_image_fmap, shared_codebook
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        self.quantize_dropout = quantize_dropout and number > 1
+        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
+        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self.quant_grad_frac = quant_grad_frac
+        if shared_codebook:
+            options["manual_ema_update"] = True
+        self.layers = nn.ModuleList(VectorQuantize(inner, size, codebook_dim=inner, **options) for size in sizes)
+        for layer in self.layers[1:] if shared_codebook else ():
+            layer._codebook = self.layers[0]._codebook
+
+    @property
+    def codebook_size(self) -> int:
+        """Codes of the first quantizer."""
+        return self.codebook_sizes[0]
+
+    @property
+    def codebooks(self) -> Tensor | tuple[Tensor, ...]:
+        """(Q, K, codebook_dim), or a tuple where sizes differ."""
+        books = tuple(layer.codebook for layer in self.layers)
+        return torch.stack(books) if len(set(self.codebook_sizes)) == 1 else books
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """indices (B, ..., Q' <= Q), -1 for none -> (Q', B, ..., codebook_dim)."""
+        if indices.shape[-1] > self.num_quantizers:
+            raise ValueError(
+                f"ResidualVQ: indices must have at most num_quantizers = {self.num_quantizers} in the last dimension, "
+                f"got {tuple(indices.shape)}"
+            )
+        codes = [
+            torch.where(i[..., None] < 0, 0, F.embedding(i.clamp(min=0), layer.codebook))
+            for i, layer in zip(indices.unbind(-1), self.layers, strict=False)
+        ]
+        return torch.stack(codes)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """The output for indices it returned; fewer quantizers give a coarser one."""
+        out = self.project_out(self.get_codes_from_indices(indices).sum(0))
+        return out.movedim(-1, 1) if self.accept_image_fmap else out
+
+    def last_quantizer(self, seed: int | None = None) -> int:
+        """The last quantizer that a training step uses: random with quantize_dropout, the same on all ranks."""
+        if not (self.training and self.quantize_dropout):
+            return self.num_quantizers - 1
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        draw = torch.randint(self.quantize_dropout_cutoff_index, self.num_quantizers, (), generator=generator)
+        if seed is None and world()[1] > 1:
+            draw = draw.to(self.layers[0].codebook.device)
+            torch.distributed.broadcast(draw, 0)
+        multiple = self.quantize_dropout_multiple_of
+        return min((int(draw) // multiple + 1) * multiple if multiple > 1 else int(draw) + 1, self.num_quantizers) - 1
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """Quantize a batch.
+
+        Parameters
+        ----------
+        x
+            (B, N, D), or with accept_image_fmap (B, D, H, W).
+        mask
+            (B, N) bool, False for padding.
+        return_all_codes
+            Whether to return the codes too.
+        sample_codebook_temp, freeze_codebook
+            As in `VectorQuantize`.
+        rand_quantize_dropout_fixed_seed
+            Of the number of quantizers under quantize_dropout.
+
+        Returns
+        -------
+        quantized, as x; indices (B, N, Q), or (B, H, W, Q); losses (Q,); with return_all_codes the codes
+        (Q, B, N, codebook_dim).
+        """
+        refuse_unoffered("ResidualVQ.forward", options, UNOFFERED_IN_FORWARD)
+        features = 1 if self.accept_image_fmap else -1
+        if x.dim() != (4 if self.accept_image_fmap else 3) or x.shape[features] != self.dim:
+            shape = "(B, D, H, W)" if self.accept_image_fmap else "(B, N, D)"
+            raise ValueError(f"ResidualVQ: x must have shape {shape} with D = {self.dim}, got {tuple(x.shape)}")
+        last_dim = x.movedim(1, -1) if self.accept_image_fmap else x
+        moved = last_dim.flatten(1, -2)
+        residual = self.project_in(moved)
+        total = torch.zeros_like(residual)
+        last = self.last_quantizer(rand_quantize_dropout_fixed_seed)
+        indices, losses, residuals = [], [], []
+        for number, layer in enumerate(self.layers):
+            if number > last:
+                indices.append(torch.full_like(indices[0], -1))
+                losses.append(torch.zeros_like(losses[0]))
+                continue
+            residuals.append(residual)
+            quantized, index, loss = layer(
+                residual, mask=mask, sample_codebook_temp=sample_codebook_temp, freeze_codebook=freeze_codebook
+            )
+            passed = quantized.detach()
+            if self.quant_grad_frac > 0:
+                passed = self.quant_grad_frac * quantized + (1 - self.quant_grad_frac) * passed
+            residual = residual - passed
+            total = total + quantized
+            indices.append(index)
+            losses.append(loss)
+        if self.training and self.shared_codebook and not freeze_codebook:
+            book = self.layers[0]._codebook
+            if book.ema_update:
+                book.update_ema()
+            masks = None if mask is None else torch.cat([mask] * len(residuals), 1)
+            self.layers[0].expire_codes_(torch.cat(residuals, 1), masks)
+        out = self.project_out(total)
+        if mask is not None:
+            padding = torch.zeros_like(out) if self.return_zeros_for_masked_padding else moved
+            out = torch.where(mask[..., None], out, padding)
+        out = out.reshape(last_dim.shape)
+        index = torch.stack(indices, -1).reshape(*last_dim.shape[:-1], self.num_quantizers)
+        result = (out.movedim(-1, 1) if self.accept_image_fmap else out, index, torch.stack(losses))
+        return (*result, self.get_codes_from_indices(index)) if return_all_codes else result
+
+
+class GroupedResidualVQ(nn.Module):
+    """A `ResidualVQ` for each of several groups of features.
+
+    Parameters
+    ----------
+    dim, groups
+        Features D of the input, and groups G, which must divide it.
+    accept_image_fmap, options
+        As in `ResidualVQ`, which gets the other options.
+
+    Source: Yang et al., "HiFi-Codec" (2023).
+    """
+
+    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **options: Any) -> None:
+        super().__init__()
+        check_integer("GroupedResidualVQ", "dim", dim)
+        check_integer("GroupedResidualVQ", "groups", groups)
+        if dim % groups:
+            raise ValueError(f"GroupedResidualVQ: groups must divide dim = {dim}, got {groups}")
+        self.dim, self.groups, self.accept_image_fmap = dim, groups, accept_image_fmap
+        self.rvqs = nn.ModuleList(
+            ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **options) for _ in range(groups)
+        )
+
+    @property
+    def codebooks(self) -> Tensor:
+        """(G, Q, K, codebook_dim)."""
+        return torch.stack([rvq.codebooks for rvq in self.rvqs])
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """(G, B, ..., Q) -> (G, Q, B, ..., codebook_dim)."""
+        return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """(G, B, ..., Q) -> the output for indices it returned."""
+        outputs = [rvq.get_output_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)]
+        return torch.cat(outputs, 1 if self.accept_image_fmap else -1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+        """As `ResidualVQ.forward`: quantized, as x; indices (G, B, N, Q); losses (G, Q); codes (G, Q, B, N, D / G)."""
+        features = 1 if self.accept_image_fmap else -1
+        if x.dim() != (4 if self.accept_image_fmap else 3) or x.shape[features] != self.dim:
+            shape = "(B, D, H, W)" if self.accept_image_fmap else "(B, N, D)"
+            raise ValueError(f"GroupedResidualVQ: x must have shape {shape} with D = {self.dim}, got {tuple(x.shape)}")
+        if self.training and options.get("rand_quantize_dropout_fixed_seed") is None:
+            seed = torch.randint(2**31, ())
+            if world()[1] > 1:
+                seed = seed.to(x.device)
+                torch.distributed.broadcast(seed, 0)
+            options["rand_quantize_dropout_fixed_seed"] = int(seed)
+        outs = [rvq(part, mask, **options) for rvq, part in zip(self.rvqs, x.chunk(self.groups, features), strict=True)]
+        quantized, *rest = zip(*outs, strict=True)
+        return torch.cat(quantized, features), *(torch.stack(part) for part in rest)
