@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -221,7 +220,7 @@ class Codebook(nn.Module):
         return F.pad(x[best.indices], (0, 0, 0, number - len(best.values))), there
 
     def _offer(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """A candidate for each code, from the rank whose turn it is, zeros elsewhere: [whether there is one, the row]."""
+        """A candidate for each code, from the rank whose turn it is: [whether there is one, the row], else zeros."""
         rank, ranks = world()
         turn = torch.arange(self.size, device=x.device) % ranks == rank
         rows, there = self._draw(x, mask, self.size)

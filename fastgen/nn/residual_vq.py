@@ -101,8 +101,12 @@ class ResidualVQ(nn.Module):
         if shared_codebook:
             options["manual_ema_update"] = True
         self.layers = nn.ModuleList(VectorQuantize(inner, size, codebook_dim=inner, **options) for size in sizes)
-        for layer in self.layers[1:] if shared_codebook else ():
-            layer._codebook = self.layers[0]._codebook
+        for layer in self._quantizers if shared_codebook else ():
+            layer._codebook = self._quantizers[0]._codebook
+
+    @property
+    def _quantizers(self) -> list[VectorQuantize]:
+        return list(self.layers)  # type: ignore[arg-type]
 
     @property
     def codebook_size(self) -> int:
@@ -112,7 +116,7 @@ class ResidualVQ(nn.Module):
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """(Q, K, codebook_dim), or a tuple where sizes differ."""
-        books = tuple(layer.codebook for layer in self.layers)
+        books = tuple(layer.codebook for layer in self._quantizers)
         return torch.stack(books) if len(set(self.codebook_sizes)) == 1 else books
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -124,13 +128,13 @@ class ResidualVQ(nn.Module):
             )
         codes = [
             torch.where(i[..., None] < 0, 0, F.embedding(i.clamp(min=0), layer.codebook))
-            for i, layer in zip(indices.unbind(-1), self.layers, strict=False)
+            for i, layer in zip(indices.unbind(-1), self._quantizers, strict=False)
         ]
         return torch.stack(codes)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The output for indices it returned; fewer quantizers give a coarser one."""
-        out = self.project_out(self.get_codes_from_indices(indices).sum(0))
+        out: Tensor = self.project_out(self.get_codes_from_indices(indices).sum(0))
         return out.movedim(-1, 1) if self.accept_image_fmap else out
 
     def last_quantizer(self, seed: int | None = None) -> int:
@@ -140,7 +144,7 @@ class ResidualVQ(nn.Module):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         draw = torch.randint(self.quantize_dropout_cutoff_index, self.num_quantizers, (), generator=generator)
         if seed is None and world()[1] > 1:
-            draw = draw.to(self.layers[0].codebook.device)
+            draw = draw.to(self._quantizers[0].codebook.device)
             torch.distributed.broadcast(draw, 0)
         multiple = self.quantize_dropout_multiple_of
         return min((int(draw) // multiple + 1) * multiple if multiple > 1 else int(draw) + 1, self.num_quantizers) - 1
@@ -186,8 +190,10 @@ class ResidualVQ(nn.Module):
         residual = self.project_in(moved)
         total = torch.zeros_like(residual)
         last = self.last_quantizer(rand_quantize_dropout_fixed_seed)
-        indices, losses, residuals = [], [], []
-        for number, layer in enumerate(self.layers):
+        indices: list[Tensor] = []
+        losses: list[Tensor] = []
+        residuals: list[Tensor] = []
+        for number, layer in enumerate(self._quantizers):
             if number > last:
                 indices.append(torch.full_like(indices[0], -1))
                 losses.append(torch.zeros_like(losses[0]))
@@ -204,19 +210,19 @@ class ResidualVQ(nn.Module):
             indices.append(index)
             losses.append(loss)
         if self.training and self.shared_codebook and not freeze_codebook:
-            book = self.layers[0]._codebook
+            book = self._quantizers[0]._codebook
             if book.ema_update:
                 book.update_ema()
             masks = None if mask is None else torch.cat([mask] * len(residuals), 1)
-            self.layers[0].expire_codes_(torch.cat(residuals, 1), masks)
+            self._quantizers[0].expire_codes_(torch.cat(residuals, 1), masks)
         out = self.project_out(total)
         if mask is not None:
             padding = torch.zeros_like(out) if self.return_zeros_for_masked_padding else moved
             out = torch.where(mask[..., None], out, padding)
         out = out.reshape(last_dim.shape)
         index = torch.stack(indices, -1).reshape(*last_dim.shape[:-1], self.num_quantizers)
-        result = (out.movedim(-1, 1) if self.accept_image_fmap else out, index, torch.stack(losses))
-        return (*result, self.get_codes_from_indices(index)) if return_all_codes else result
+        codes = (self.get_codes_from_indices(index),) if return_all_codes else ()
+        return out.movedim(-1, 1) if self.accept_image_fmap else out, index, torch.stack(losses), *codes
 
 
 class GroupedResidualVQ(nn.Module):
@@ -244,17 +250,21 @@ class GroupedResidualVQ(nn.Module):
         )
 
     @property
+    def _parts(self) -> list[ResidualVQ]:
+        return list(self.rvqs)  # type: ignore[arg-type]
+
+    @property
     def codebooks(self) -> Tensor:
         """(G, Q, K, codebook_dim)."""
-        return torch.stack([rvq.codebooks for rvq in self.rvqs])
+        return torch.stack([torch.stack(list(rvq.codebooks)) for rvq in self._parts])
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """(G, B, ..., Q) -> (G, Q, B, ..., codebook_dim)."""
-        return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)])
+        return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self._parts, indices, strict=True)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """(G, B, ..., Q) -> the output for indices it returned."""
-        outputs = [rvq.get_output_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)]
+        outputs = [rvq.get_output_from_indices(i) for rvq, i in zip(self._parts, indices, strict=True)]
         return torch.cat(outputs, 1 if self.accept_image_fmap else -1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
@@ -269,6 +279,8 @@ class GroupedResidualVQ(nn.Module):
                 seed = seed.to(x.device)
                 torch.distributed.broadcast(seed, 0)
             options["rand_quantize_dropout_fixed_seed"] = int(seed)
-        outs = [rvq(part, mask, **options) for rvq, part in zip(self.rvqs, x.chunk(self.groups, features), strict=True)]
+        outs = [
+            rvq(part, mask, **options) for rvq, part in zip(self._parts, x.chunk(self.groups, features), strict=True)
+        ]
         quantized, *rest = zip(*outs, strict=True)
         return torch.cat(quantized, features), *(torch.stack(part) for part in rest)

@@ -131,8 +131,8 @@ class VectorQuantize(nn.Module):
         op = "VectorQuantize"
         refuse_unoffered(op, options, UNOFFERED)
         for name, size in (
-            ("dim", dim), ("codebook_size", codebook_size), ("codebook_dim", 1 if codebook_dim is None else codebook_dim),
-            ("heads", heads), ("kmeans_iters", kmeans_iters),
+            ("dim", dim), ("codebook_size", codebook_size), ("heads", heads), ("kmeans_iters", kmeans_iters),
+            ("codebook_dim", dim if codebook_dim is None else codebook_dim),
         ):  # fmt: skip
             check_integer(op, name, size)
         if codebook_dim is None and dim % heads:
@@ -277,7 +277,7 @@ class VectorQuantize(nn.Module):
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
         **options: Any,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """Quantize a batch.
 
         Parameters
@@ -332,8 +332,8 @@ class VectorQuantize(nn.Module):
         if mask is not None:
             padding = quantized.new_zeros(()) if self.return_zeros_for_masked_padding else moved
             quantized = torch.where(mask[..., None], quantized, padding)
-        result = (self._features_back(quantized), indices, loss)
-        return (*result, LossBreakdown(commitment, zero, zero, zero)) if return_loss_breakdown else result
+        parts_of_loss = (LossBreakdown(commitment, zero, zero, zero),) if return_loss_breakdown else ()
+        return self._features_back(quantized), indices, loss, *parts_of_loss
 
     def _outputs(self, quantized: list[Tensor], x: Tensor, embed: Tensor, indices: list[Tensor]) -> Tensor:
         """(N, codebook_dim * heads). An input without gradient passes them on to codes that are learned."""

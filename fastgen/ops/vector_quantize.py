@@ -51,7 +51,7 @@ def rotate(x: Tensor, q: Tensor) -> Tensor:
     u, v = x.detach() / x_norm, q / q_norm.clamp(min=1e-6)
     w = F.normalize(u + v, dim=-1, eps=1e-6)
     turned = x - 2 * (x * w).sum(-1, keepdim=True) * w + 2 * (x * u).sum(-1, keepdim=True) * v
-    return turned * (q_norm / x_norm)
+    return turned * (q_norm / x_norm)  # type: ignore[no-any-return]
 
 
 def quantize_given(
