@@ -1,0 +1,177 @@
+"""Images: MNIST's IDX files, npz archives, folders of pictures, the digits that scikit-learn ships; grids as PNG."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.checks import check_integer
+from fastgen.files import whole_file
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+NAMES = ("train", "images", "x_train", "x")  # of an array of images in an npz, the first that is there
+
+
+def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None = None) -> Tensor:
+    """Images as uint8 (N, C, H, W).
+
+    Parameters
+    ----------
+    path
+        An IDX file of images (.gz or not), a folder that holds MNIST's `train-images-idx3-ubyte`, an npz archive with a
+        uint8 array (N, H, W), (N, H, W, C) or (N, C, H, W), or a folder of pictures, searched with its subfolders and
+        read in the order of their names. None: the 1797 digits of 8 x 8 pixels that come with scikit-learn.
+    size
+        Side to which pictures of a folder are cropped and resized; without it they must all have one size.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it does not hold images: the message says what was expected and what came.
+    ImportError
+        Where pillow (folders) or scikit-learn (digits) is missing.
+    """
+    if size is not None:
+        check_integer("load_images", "size", size)
+    if path is None:
+        return _digits()
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected IDX, npz, or a folder of pictures")
+    if path.is_dir():
+        idx = [path / f"train-images-idx3-ubyte{suffix}" for suffix in ("", ".gz")]
+        found = next((p for p in idx if p.is_file()), None)
+        return _folder(path, size) if found is None else _idx(found)
+    if path.suffix == ".npz":
+        return _npz(path)
+    return _idx(path)
+
+
+def _digits() -> Tensor:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("load_images: the default digits need scikit-learn: pip install fastgen-kernels[demo]") from error
+    return torch.from_numpy(load_digits().images * (255 / 16)).round().to(torch.uint8)[:, None]
+
+
+def _idx(path: Path) -> Tensor:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: expected a gzip file, unreadable: {error}") from error
+    if len(data) < 16 or data[:4] != b"\0\0\x08\x03":
+        raise ValueError(
+            f"{path}: expected an IDX file of images (uint8, three dimensions), an npz archive or a folder; "
+            f"it begins with {data[:4].hex(' ') or 'nothing'}"
+        )
+    number, height, width = struct.unpack(">III", data[4:16])
+    if len(data) != 16 + number * height * width:
+        raise ValueError(
+            f"{path}: expected {number} images of {height} x {width}, {16 + number * height * width} bytes in all, "
+            f"got {len(data)}"
+        )
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=16).copy()).reshape(number, 1, height, width)
+
+
+def _npz(path: Path) -> Tensor:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            shapes = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path}: expected an npz archive, unreadable: {error}") from error
+    images = {name: a for name, a in shapes.items() if a.dtype == np.uint8 and a.ndim in (3, 4)}
+    if not images:
+        came = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in shapes.items()) or "nothing"
+        raise ValueError(f"{path}: expected a uint8 array (N, H, W), (N, H, W, C) or (N, C, H, W), got {came}")
+    name = next((n for n in NAMES if n in images), next(iter(images)))
+    x = torch.from_numpy(images[name])
+    if x.dim() == 3:
+        return x[:, None]
+    if x.shape[3] in (1, 3):
+        return x.movedim(3, 1).contiguous()
+    if x.shape[1] not in (1, 3):
+        raise ValueError(f"{path}: expected 1 or 3 channels, got {name} {tuple(x.shape)}")
+    return x
+
+
+def _folder(path: Path, size: int | None) -> Tensor:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError("load_images: folders need pillow: pip install fastgen-kernels[demo]") from error
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+    if not files:
+        raise ValueError(f"{path}: expected pictures ({', '.join(PICTURES)}) or MNIST's IDX files, found none")
+    images: list[Tensor] = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                picture.load()
+                gray = picture.mode in ("1", "L", "I;16", "I")
+                converted = picture.convert("L" if gray else "RGB")
+        except OSError as error:
+            raise ValueError(f"{file}: expected a picture, unreadable: {error}") from error
+        if size is not None:
+            converted = ImageOps.fit(converted, (size, size))
+        x = torch.from_numpy(np.asarray(converted).copy())
+        images.append(x[None] if x.dim() == 2 else x.movedim(2, 0))
+        if images[-1].shape[1:] != images[0].shape[1:]:
+            raise ValueError(
+                f"{file}: is {images[-1].shape[2]} x {images[-1].shape[1]} pixels, {files[0]} is "
+                f"{images[0].shape[2]} x {images[0].shape[1]}; give a size to crop and resize to"
+            )
+    channels = max(x.shape[0] for x in images)
+    return torch.stack([x.expand(channels, -1, -1) for x in images])
+
+
+def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
+    """(N, C, H, W) with zeros around it, so that `factor` divides H and W."""
+    height, width = -x.shape[2] % factor, -x.shape[3] % factor
+    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+def save_grid(path: str | os.PathLike[str], rows: Sequence[Tensor], *, scale: int | None = None) -> None:
+    """Write images as a PNG grid, whole or not at all.
+
+    Parameters
+    ----------
+    rows
+        Each (n, C, H, W) floating point in [0, 1] (what lies outside is clipped), C = 1 or 3, all of one shape.
+    scale
+        Pixels of the PNG for each of the images'; by default what makes images at least 48 pixels high.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, or are none of images.
+    ImportError
+        Where pillow is missing.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("save_grid: needs pillow: pip install fastgen-kernels[demo]") from error
+    shapes = {tuple(row.shape) for row in rows}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[1] not in (1, 3):
+        raise ValueError(f"save_grid: rows must be images of one shape (n, 1 or 3, H, W), got {sorted(map(str, shapes))}")
+    if scale is None:
+        scale = max(1, -(-48 // shape[2]))
+    check_integer("save_grid", "scale", scale)
+    x = torch.stack(list(rows)).detach().float().clamp(0, 1)  # (rows, n, C, H, W)
+    x = x.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    x = F.pad(x, (1, 1, 1, 1), value=1.0)
+    grid = x.permute(0, 3, 1, 4, 2).reshape(len(rows) * x.shape[3], shape[0] * x.shape[4], shape[1])
+    pixels: Any = (grid * 255).round().to(torch.uint8).numpy()
+    with whole_file(path) as temporary:
+        Image.fromarray(pixels[:, :, 0] if shape[1] == 1 else pixels).save(temporary, format="PNG")
