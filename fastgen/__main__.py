@@ -19,6 +19,11 @@ SIZES = {
     "layers": 20, "cycles": 2, "residual-channels": 64, "skip-channels": 128, "kernel-size": 2,
     "distribution": "categorical", "classes": 256, "mixtures": 10,
 }  # fmt: skip
+VQVAE_SIZES = {
+    "hidden-channels": 128, "residual-layers": 2, "residual-channels": 32, "codebook-size": 512, "code-dim": 64,
+    "downsample": 2,
+}  # fmt: skip
+GRID_IMAGES = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +48,7 @@ def _info(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from fastgen.demo import demo
 
-    demo(options.data, options.out, options.seconds)
+    demo(options.data, options.out, options.seconds, options.only)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -73,6 +78,44 @@ def _train(options: argparse.Namespace) -> None:
     )  # fmt: skip
     held_out = f", held out {log.validation[-1][1]:.3f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.3f} bits per sample{held_out}")
+
+
+def _train_vqvae(options: argparse.Namespace) -> None:
+    from fastgen.images import load_images, pad_to_multiple, save_grid
+    from fastgen.training_images import MODELS, as_floats, code_perplexities, load_vqvae, train_vqvae
+
+    chosen = {name: getattr(options, name) for name in (size.replace("-", "_") for size in VQVAE_SIZES)}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    grid = options.grid or options.out.with_suffix(".png")
+    if options.resume:
+        model = load_vqvae(options.out)
+        different = [f"--{n.replace('_', '-')} {v}" for n, v in given.items() if model.config[n] != v]
+        if different or type(model) is not MODELS[options.model.upper()]:
+            what = ", ".join(different) or f"the model is a {type(model).__name__}"
+            raise ValueError(f"{options.out}: is of another model: leave out {what}, or --resume")
+    elif options.out.exists():  # said before any image is read
+        raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+    images = load_images(options.data, size=options.size)
+    if not options.resume:
+        torch.manual_seed(options.seed)
+        sizes = {n.replace("-", "_"): v for n, v in VQVAE_SIZES.items()} | given
+        model = MODELS[options.model.upper()](
+            image_channels=images.shape[1], kmeans_init=True, threshold_ema_dead_code=1.0,
+            variance=max(float(as_floats(images[:4096]).var()), 1e-6), **sizes,
+        )  # type: ignore[arg-type]  # fmt: skip
+    images = pad_to_multiple(images, model.factor)
+    log = train_vqvae(
+        model, images, steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate,
+        seed=options.seed, checkpoint=options.out, save_every=options.save_every, resume=options.resume,
+    )  # fmt: skip
+    shown = as_floats(images[-GRID_IMAGES:])
+    model.eval()
+    with torch.no_grad():
+        save_grid(grid, [shown, model(shown).reconstruction])
+    used = ", ".join(f"{p:.1f}" for p in code_perplexities(model, images[-1024:]))
+    held_out = f", held out {log.validation[-1][1]:.4f} of the variance" if log.validation else ""
+    print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f}{held_out}, perplexity of the codes {used}")
+    print(f"{grid}: images above, reconstructions below")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -115,14 +158,18 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added  # type: ignore[no-any-return]
 
+    def training(parser: argparse.ArgumentParser, options: dict[str, int]) -> None:
+        for option, value in {**options, "save-every": 500, "seed": 0, "learning-rate": 1e-3}.items():
+            parser.add_argument(f"--{option}", type=type(value), default=value, help="default: %(default)s")
+
     command("info", _info, "versions, the machine, and the live backends of every op")
 
-    demo = command(
-        "demo", _demo, "train a small WaveNet on speech and generate a second of it, timed against other ways"
-    )
+    demo = command("demo", _demo, "train a small WaveNet on speech and a VQ-VAE on digits, timed against other ways")
     demo.add_argument("--data", type=Path, metavar="FOLDER_OR_FILE", help="WAV or FLAC, instead of the speech included")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="default: %(default)s")
     demo.add_argument("--seconds", type=_seconds, default=60, help="of training, default: %(default)s")
+
+    demo.add_argument("--only", choices=("wavenet", "vqvae"), help="one part alone, default: both")
 
     train = commands.add_parser("train", help="train a model").add_subparsers(
         dest="model", required=True, metavar="MODEL"
@@ -135,14 +182,22 @@ def _parser() -> argparse.ArgumentParser:
     wavenet.add_argument("--rate", type=int, help="of the model's audio in Hz, default: 16000")
     for size, default in SIZES.items():
         wavenet.add_argument(f"--{size}", type=type(default), help=f"default: {default}")
-    for option, value in {
-        "batch-size": 8,
-        "segment": 4096,
-        "save-every": 500,
-        "seed": 0,
-        "learning-rate": 1e-3,
-    }.items():
-        wavenet.add_argument(f"--{option}", type=type(value), default=value, help="default: %(default)s")
+    training(wavenet, {"batch-size": 8, "segment": 4096})
+
+    for name, text in (("vqvae", "one map of codes"), ("vqvae2", "a top and a bottom map of codes")):
+        vqvae = command(name, _train_vqvae, f"train a VQ-VAE with {text} on images", train)
+        vqvae.add_argument(
+            "--data", type=Path, metavar="PATH",
+            help="MNIST's IDX files, npz, or a folder of pictures; default: scikit-learn's digits",
+        )  # fmt: skip
+        vqvae.add_argument("--size", type=int, help="side to crop and resize a folder's pictures to")
+        vqvae.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+        vqvae.add_argument("--grid", type=Path, metavar="FILE.png", help="reconstructions, default: beside --out")
+        vqvae.add_argument("--steps", type=int, required=True, help="step to train up to")
+        vqvae.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
+        for size, default in VQVAE_SIZES.items():
+            vqvae.add_argument(f"--{size}", type=int, help=f"default: {default}")
+        training(vqvae, {"batch-size": 64})
 
     sample = commands.add_parser("sample", help="sample from a checkpoint").add_subparsers(
         dest="model", required=True, metavar="MODEL"

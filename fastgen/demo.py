@@ -1,4 +1,4 @@
-"""`python -m fastgen demo`: train a small WaveNet, generate a second of audio, and time the ways to do so.
+"""`python -m fastgen demo`: train a small WaveNet, generate a second of audio, time the ways to do so; then a VQ-VAE.
 
 The teacher-forced forward in float64 on the generated samples is the truth that each way's logits are held against.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastgen.audio import load_folder, mu_law_decode, save_audio, speech_path
 from fastgen.backend import cpu_isa, why_not
+from fastgen.demo_vqvae import demo_vqvae
 from fastgen.files import whole_file
 from fastgen.models import WaveNet
 from fastgen.ops import Generator, distributions
@@ -42,24 +43,40 @@ class Row(NamedTuple):
 
 
 def demo(
-    data: str | os.PathLike[str] | None = None, out: str | os.PathLike[str] = "out", seconds: float = 60.0
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] = "out",
+    seconds: float = 60.0,
+    only: str | None = None,
 ) -> None:
-    """Train for `seconds`, write sample.wav, sample.png and wavenet.pt into the folder `out`, and print the table.
+    """Train a WaveNet for `seconds` and a VQ-VAE for half of that, and print tables of speeds.
+
+    Writes sample.wav, sample.png, wavenet.pt, reconstructions.png and vqvae.pt into the folder `out`.
 
     Parameters
     ----------
     data
         A WAV or FLAC file or a folder of them, any rate, mono or stereo; by default the speech that comes with fastgen.
+    only
+        "wavenet" or "vqvae": that part alone.
 
     Raises
     ------
     ImportError
-        Where rich, matplotlib or soundfile is missing.
+        Where rich, matplotlib, soundfile, pillow or scikit-learn is missing.
     ValueError, FileNotFoundError
         As `fastgen.audio.load_folder` and `fastgen.training.train_wavenet`.
     """
-    console, plot = _rich_console(), _plot_function()
-    out = Path(out)
+    if only not in (None, "wavenet", "vqvae"):
+        raise ValueError(f"demo: only must be wavenet, vqvae or None, got {only!r}")
+    console = _rich_console()
+    if only != "vqvae":
+        _demo_wavenet(console, data, Path(out), seconds)
+    if only != "wavenet":
+        demo_vqvae(console, out, seconds / 2)
+
+
+def _demo_wavenet(console: Any, data: str | os.PathLike[str] | None, out: Path, seconds: float) -> None:
+    plot = _plot_function()
     clips = load_folder(speech_path() if data is None else data, RATE)
     torch.manual_seed(0)
     model = WaveNet()

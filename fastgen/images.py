@@ -61,7 +61,9 @@ def _digits() -> Tensor:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("load_images: the default digits need scikit-learn: pip install fastgen-kernels[demo]") from error
+        raise ImportError(
+            "load_images: the default digits need scikit-learn: pip install fastgen-kernels[demo]"
+        ) from error
     return torch.from_numpy(load_digits().images * (255 / 16)).round().to(torch.uint8)[:, None]
 
 
@@ -164,7 +166,9 @@ def save_grid(path: str | os.PathLike[str], rows: Sequence[Tensor], *, scale: in
         raise ImportError("save_grid: needs pillow: pip install fastgen-kernels[demo]") from error
     shapes = {tuple(row.shape) for row in rows}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[1] not in (1, 3):
-        raise ValueError(f"save_grid: rows must be images of one shape (n, 1 or 3, H, W), got {sorted(map(str, shapes))}")
+        raise ValueError(
+            f"save_grid: rows must be images of one shape (n, 1 or 3, H, W), got {sorted(map(str, shapes))}"
+        )
     if scale is None:
         scale = max(1, -(-48 // shape[2]))
     check_integer("save_grid", "scale", scale)
