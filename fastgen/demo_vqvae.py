@@ -55,8 +55,8 @@ def _print_speeds(console: Any) -> None:
     from rich.table import Table
 
     table = Table(title=f"vector quantization, {torch.get_num_threads()} threads, instruction set {cpu_isa or 'none'}")
-    table.add_column("rows x codes x features")
-    for heading in ("nearest code: PyTorch", "fastgen", "ratio", "training step: PyTorch", "fastgen", "ratio"):
+    table.add_column("rows x codes x features", no_wrap=True)
+    for heading in ("search: PyTorch", "fastgen", "ratio", "training step: PyTorch", "fastgen", "ratio"):
         table.add_column(heading, justify="right")
     reason = why_not("nearest_code", "cpu")
     for shape in SHAPES if reason is None else ():

@@ -58,7 +58,7 @@ inline Extent<T> subtract(const T* x, const T* origin, T* to, int64_t width) {
   }
   return {sum_of_lanes<T>(squares), largest_lane<T>(tops)};
 }
-// ... its length; small squares may have vanished.
+// ... its length, also where small squares have vanished.
 template <class T>
 T length_of(const T* x, T squared, int64_t width) {
   return squared > T(1e-30) ? std::sqrt(squared) : static_cast<T>(exact_length(x, width));

@@ -6,7 +6,7 @@
 namespace fastgen {
 namespace {
 
-// Rows summed before they are added to the sum of all: a hot code loses no digits to its own size.
+// Rows summed before they are added to a float64 total: a hot code loses no digits to its own size.
 constexpr int64_t kRun = 64;
 
 // counts (K,), sums (K, D) of x (N, D), less `minus` if it is given, by code. Rows of one code are summed by one thread
@@ -42,10 +42,10 @@ std::tuple<Tensor, Tensor> code_statistics(Tensor x, std::optional<Tensor> minus
     };
     for_each_worker(workers, [&](int64_t worker) {
       std::vector<T> run(dim), row(dim);
+      std::vector<double> total(dim);
       for (int64_t code = first_code(worker), end = first_code(worker + 1); code < end; ++code) {
-        T* total = sum + code * dim;
         count[code] = static_cast<T>(begin[code + 1] - begin[code]);
-        std::fill_n(total, dim, T(0));
+        std::fill(total.begin(), total.end(), 0.0);
         for (int64_t i = begin[code]; i < begin[code + 1]; i += kRun) {
           std::fill(run.begin(), run.end(), T(0));
           for (int64_t j = i; j < std::min(i + kRun, begin[code + 1]); ++j) {
@@ -64,6 +64,7 @@ std::tuple<Tensor, Tensor> code_statistics(Tensor x, std::optional<Tensor> minus
           }
           for (int64_t k = 0; k < dim; ++k) total[k] += run[k];
         }
+        for (int64_t k = 0; k < dim; ++k) sum[code * dim + k] = static_cast<T>(total[k]);
       }
     });
   });

@@ -136,7 +136,7 @@ class Search {
     for (int64_t i = 0; i < count; ++i) {
       T* centred = centred_.data() + i * codes_.width;
       const Extent<T> extent = subtract(row(index(i)), codes_.mean.data(), centred, codes_.width);
-      norm_[i] = extent.squared > T(1e-30) ? extent.squared : std::pow(exact_length(centred, codes_.width), 2);
+      norm_[i] = extent.squared;
       top[i] = extent.top;
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -145,6 +145,10 @@ class Search {
     }
     for (int64_t i = 0; i < count; ++i) {
       T* centred = centred_.data() + i * codes_.width;
+      if (norm_[i] < T(1e-15)) {  // small squares may have vanished
+        norm_[i] = static_cast<T>(exact_length(centred, codes_.width));
+        scale[i] = grid_scale(norm_[i], top[i], reach_, most_scale_);
+      }
       if (!std::isfinite(norm_[i])) {
         std::fill_n(centred, codes_.width, T(0));
         norm_[i] = -1;
@@ -218,7 +222,7 @@ class Search {
 
   // Keeps `code` if it is nearer, or as near and of a lower index.
   void measure(const T* x, T a, int64_t code, Nearest& nearest) {
-    if (code >= codes_.count) return;
+    if (codes_.heads[code / kCodes].slack[code % kCodes] == kAbsent) return;
     const T* c = codes_.rows + code * codes_.width;
     const T distance = this->distance(x, a, c, codes_.cosine ? codes_.inverse[code] : T(1));
     const T doubt = 4 * (codes_.dim + 8) * kUnit<T> * distance +

@@ -84,6 +84,10 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: str 
         raise ValueError(f"{op}: indices is on {indices.device}, x is on {x.device}")
     x = x.detach()
     if resolve(op, backend, x.device) == "reference":
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel():
+            least, most = int(indices.min()), int(indices.max())
+            if least < -1 or most >= num_codes:
+                raise ValueError(f"{op}: indices must lie in [-1, {num_codes}), got {least} to {most}")
         return code_statistics_reference(x, indices, num_codes)
     with refused():
         return torch.ops.fastgen.code_statistics(by_rows(x), None, indices.contiguous(), num_codes)  # type: ignore[no-any-return]

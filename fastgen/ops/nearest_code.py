@@ -1,7 +1,7 @@
 """The nearest code of each row of a matrix: the search of every vector quantizer.
 
     euclidean   k(x) = argmin_k |x - c_k|^2
-    cosine      k(x) = argmin_k |x / |x| - c_k / |c_k||^2 = argmax_k cos(x, c_k)        a zero vector's cosines are 0
+    cosine      k(x) = argmax_k cos(x, c_k) = argmin_k |x / |x| - c_k / |c_k||^2        a zero vector's cosines are 0
 
 Among equals the lowest index. Distances do not change when the origin does: both sides are measured from the mean of
 the codebook, so that data far from zero loses no digits.
@@ -28,13 +28,20 @@ def unit(x: Tensor) -> Tensor:
     return x / torch.where(norm == 0, 1, norm)
 
 
+def squared_distance(x: Tensor, codes: Tensor, metric: Metric) -> Tensor:
+    """Row by row; for cosine 2 - 2 cos, from the difference of the unit vectors."""
+    if metric == "euclidean":
+        return (x - codes).square().sum(1)
+    nothing = (x == 0).all(1) | (codes == 0).all(1)
+    return torch.where(nothing, 2, (unit(x) - unit(codes)).square().sum(1))
+
+
 def nearest_code_reference(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean") -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch: any device and dtype."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, codebook = x.to(dtype), codebook.to(dtype)
     if metric == "cosine":
-        codes, offset = unit(codebook), torch.zeros_like(codebook[:, 0])
-        rows = unit(x)
+        codes, offset, rows = unit(codebook), torch.zeros_like(codebook[:, 0]), unit(x)
     else:
         mean = codebook.mean(0)
         codes, rows = codebook - mean, x - mean
@@ -43,8 +50,7 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, *, metric: Metric = "euc
     indices = [(r @ codes.T - offset).argmax(1) for r in rows.split(max(step, 1))]
     index = torch.cat(indices)
     index = torch.where(torch.isfinite(rows).all(1), index, 0)
-    distance = (rows - codes[index]).square().sum(1)
-    return index, distance
+    return index, squared_distance(x, codebook[index], metric)
 
 
 lib.define("nearest_code(Tensor x, Tensor codebook, bool cosine, bool strict) -> (Tensor, Tensor)")
@@ -126,8 +132,8 @@ def nearest_code(
 
     Returns
     -------
-    indices (N,) int64; squared_distance (N,) float32 (float64 for float64), for cosine between the unit vectors.
-    squared_distance is differentiable.
+    indices (N,) int64; squared_distance (N,) float32 (float64 for float64), for cosine between the unit
+    vectors, which is 2 - 2 cos. squared_distance is differentiable.
 
     Raises
     ------
@@ -151,8 +157,5 @@ def nearest_code(
                 by_rows(rows), codes.contiguous(), metric == "cosine", strict
             )
     if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
-        wide, chosen = x.to(distance.dtype), F.embedding(index, codebook).to(distance.dtype)
-        if metric == "cosine":
-            wide, chosen = unit(wide), unit(chosen)
-        distance = (wide - chosen).square().sum(1)
+        distance = squared_distance(x.to(distance.dtype), F.embedding(index, codebook).to(distance.dtype), metric)
     return index, distance
