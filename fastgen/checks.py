@@ -21,8 +21,9 @@ def check_integer(op: str, name: str, value: Any, least: int = 1, *, unit: str =
 
 
 def is_finite(value: Any) -> bool:
-    """Whether `value` is a finite number; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite number (or one while tracing); True and False are none."""
+    number = isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
+    return number and -math.inf < value < math.inf
 
 
 def check_positive(op: str, name: str, value: Any) -> None:

@@ -230,7 +230,9 @@ class Search {
     bool nearer = distance < nearest.distance;
     if (nearest.code >= 0 && std::abs(distance - nearest.distance) <= doubt) {
       const double one = exact(x, c), two = exact(x, codes_.rows + nearest.code * codes_.width);
-      nearer = one < two || (one == two && code < nearest.code);
+      // directions are rounded even in float64
+      const double same = codes_.cosine ? 4e-16 * codes_.dim * (std::sqrt(std::max(one, two)) + 4e-16) : 0.0;
+      nearer = one < two - same || (one <= two + same && code < nearest.code);
     }
     nearest.code = nearer ? code : nearest.code;
     nearest.distance = nearer ? distance : nearest.distance;

@@ -318,12 +318,16 @@ class VectorQuantize(nn.Module):
         if self.training and not frozen:
             book.update(rows, [p.indices for p in parts], kept, ema_update=ema_update, accumulate=accum_ema_update)
 
-        zero = torch.zeros((), dtype=torch.float32, device=x.device, requires_grad=self.training)
+        zero = torch.zeros((), dtype=torch.float32, device=x.device)
         commitment = torch.stack([p.commitment for p in parts]).mean()
         if embed.requires_grad:  # one value, two gradients
             error = torch.stack([p.codebook_error for p in parts]).mean()
             commitment = commitment + (error - error.detach())
-        loss = commitment * self.commitment_weight if self.training and self.commitment_weight > 0 else zero
+        loss = zero
+        if self.training and not torch.compiler.is_compiling():
+            loss = zero.clone().requires_grad_()  # backward() of a loss without commitment does nothing, but works
+        if self.training and self.commitment_weight > 0:
+            loss = loss + commitment * self.commitment_weight
 
         quantized = self._outputs([p.quantized for p in parts], x, embed, [p.indices for p in parts])
         quantized = self.project_out(quantized.to(x.dtype)).reshape(moved.shape)

@@ -227,5 +227,6 @@ def vector_quantize(
     op = "vector_quantize"
     if not is_finite(beta) or beta < 0:
         raise ValueError(f"{op}: beta must be finite and >= 0, got {beta!r}")
+    check_search(op, x, codebook, metric, nonfinite)
     out = quantize(op, x, codebook, mask=mask, metric=metric, estimator=estimator, nonfinite=nonfinite, backend=backend)
     return out.quantized, out.indices, out.codebook_error + beta * out.commitment

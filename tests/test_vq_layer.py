@@ -1,0 +1,413 @@
+"""VectorQuantize and its residual kin: against vector-quantize-pytorch, and where that has nothing to say."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgen.nn import GroupedResidualVQ, ResidualVQ, VectorQuantization, VectorQuantize, VectorQuantizer2
+from fastgen.nn.vector_quantize import UNOFFERED
+from fastgen.ops import nearest_code
+
+peer = pytest.importorskip("vector_quantize_pytorch", reason="pip install vector-quantize-pytorch==1.32")
+
+OPTIONS = {
+    "default": ({}, (4, 50, 32)),
+    "vectors": ({}, (40, 32)),
+    "straight through": ({"rotation_trick": False}, (4, 50, 32)),
+    "cosine": ({"use_cosine_sim": True}, (4, 50, 32)),
+    "learned": ({"learnable_codebook": True, "ema_update": False}, (4, 50, 32)),
+    "heads": ({"heads": 4, "codebook_dim": 8}, (4, 50, 32)),
+    "separate heads": ({"heads": 4, "codebook_dim": 8, "separate_codebook_per_head": True}, (4, 50, 32)),
+    "projection": ({"codebook_dim": 8}, (4, 50, 32)),
+    "projection and norm": ({"heads": 2, "layernorm_after_project_in": True, "codebook_dim": 32}, (4, 9, 32)),
+    "image": ({"accept_image_fmap": True}, (4, 32, 7, 5)),
+    "image, heads": ({"accept_image_fmap": True, "heads": 4, "codebook_dim": 8}, (4, 32, 7, 5)),
+    "volume": ({"accept_3d_fmap": True}, (2, 32, 3, 4, 5)),
+    "channels first": ({"channel_last": False}, (3, 32, 9)),
+    "no commitment": ({"commitment_weight": 0.0}, (4, 50, 32)),
+    "slow decay": ({"decay": 0.99, "eps": 1e-3}, (4, 50, 32)),
+    "manual": ({"manual_ema_update": True}, (4, 50, 32)),
+    "frozen": ({"freeze_codebook": True}, (4, 50, 32)),
+    "dead codes, none": ({"threshold_ema_dead_code": 1e-6}, (4, 50, 32)),
+}
+
+
+def pair(options, dim=32, size=64, ours=VectorQuantize, theirs=None, **more):
+    a = (theirs or peer.VectorQuantize)(dim=dim, codebook_size=size, **options, **more)
+    b = ours(dim=dim, codebook_size=size, **options, **more)
+    b.load_state_dict(a.state_dict(), strict=True)
+    a.load_state_dict(b.state_dict(), strict=True)
+    return a, b
+
+
+def close(a, b, scale=1.0):
+    if a.is_floating_point():
+        torch.testing.assert_close(a, b, atol=2e-5 * scale, rtol=1e-4)
+    else:
+        assert torch.equal(a, b)
+
+
+def follow(a, b, shape, steps=4, **call):
+    """The same outputs, gradients and states through some steps of training, then in evaluation."""
+    for step in range(steps + 1):
+        training = step < steps
+        a.train(training)
+        b.train(training)
+        x = torch.randn(shape)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outs = [m(i, **call) for m, i in zip((a, b), inputs, strict=True)]
+        for u, v in zip(*outs, strict=True):
+            assert u.shape == v.shape
+            assert u.dtype == v.dtype
+            close(u, v)
+        if training:
+            cotangent = torch.randn(outs[0][0].shape)
+            grads = []
+            for module, i, out in zip((a, b), inputs, outs, strict=True):
+                module.zero_grad()
+                ((out[0] * cotangent).sum() + 3 * out[2].sum()).backward()
+                grads.append([i.grad, *(p.grad for p in module.parameters())])
+            for u, v in zip(*grads, strict=True):
+                if u is not None and v is not None:
+                    close(u, v, scale=float(u.abs().max()) + 1)
+        for key, value in a.state_dict().items():
+            close(value, b.state_dict()[key])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_follows_the_peer(name):
+    options, shape = OPTIONS[name]
+    follow(*pair(options), shape)
+
+
+def test_follows_the_peer_with_masks():
+    a, b = pair({})
+    mask = torch.rand(4, 50) < 0.7
+    follow(a, b, (4, 50, 32), mask=mask)
+    follow(a, b, (4, 50, 32), lens=torch.tensor([50, 1, 0, 20]))
+    a, b = pair({"return_zeros_for_masked_padding": False})
+    follow(a, b, (4, 50, 32), mask=mask)
+
+
+def test_follows_the_peer_with_half_the_precision():
+    a, b = pair({"rotation_trick": False})
+    x = torch.randn(4, 50, 32).bfloat16()
+    for u, v in zip(a(x), b(x), strict=True):
+        assert u.dtype == v.dtype
+        close(u.float(), v.float(), scale=100)
+    quantized, *_ = b(torch.randn(2, 5, 32).half())
+    assert quantized.dtype == torch.float16
+
+
+def test_default_is_the_peers():
+    a, b = peer.VectorQuantize(16, 32), VectorQuantize(16, 32)
+    assert {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in b.state_dict().items()}
+    assert b._codebook.decay == a._codebook.decay
+    assert b.eval()(torch.randn(2, 3, 16))[2] == 0
+
+
+RESIDUAL = {
+    "default": ({"num_quantizers": 3, "codebook_size": 64}, (4, 50, 32)),
+    "shared": ({"num_quantizers": 3, "codebook_size": 64, "shared_codebook": True}, (4, 50, 32)),
+    "sizes": ({"codebook_size": (64, 32, 16)}, (4, 50, 32)),
+    "projection": ({"num_quantizers": 2, "codebook_size": 64, "codebook_dim": 8}, (4, 50, 32)),
+    "gradient share": ({"num_quantizers": 2, "codebook_size": 64, "quant_grad_frac": 0.5}, (4, 50, 32)),
+    "cosine": ({"num_quantizers": 2, "codebook_size": 64, "use_cosine_sim": True}, (4, 50, 32)),
+    "groups": ({"num_quantizers": 2, "codebook_size": 64, "groups": 4}, (4, 50, 32)),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_residual_follows_the_peer(name):
+    options, shape = RESIDUAL[name]
+    grouped = "groups" in options
+    theirs, ours = (
+        (peer.GroupedResidualVQ, GroupedResidualVQ) if grouped else (peer.ResidualVQ, ResidualVQ)
+    )  # fmt: skip
+    a, b = theirs(dim=32, **options), ours(dim=32, **options)
+    b.load_state_dict(a.state_dict(), strict=True)
+    follow(a, b, shape)
+    a.eval(), b.eval()
+    x = torch.randn(shape)
+    indices = b(x)[1]
+    close(a.get_output_from_indices(indices), b.get_output_from_indices(indices))
+    close(b(x)[0], b.get_output_from_indices(indices))
+
+
+def test_residual_of_images_is_that_of_their_pixels():
+    b = ResidualVQ(dim=8, num_quantizers=2, codebook_size=16)
+    image = ResidualVQ(dim=8, num_quantizers=2, codebook_size=16, accept_image_fmap=True)
+    image.load_state_dict(b.state_dict())
+    x = torch.randn(2, 8, 3, 5)
+    q, indices, losses = image(x)
+    plain, plain_indices, plain_losses = b(x.flatten(2).mT)
+    assert indices.shape == (2, 3, 5, 2)
+    close(q.flatten(2).mT, plain)
+    assert torch.equal(indices.flatten(1, 2), plain_indices)
+    close(losses, plain_losses)
+    close(image.eval().get_output_from_indices(image(x)[1]), image(x)[0])
+
+
+def test_quantize_dropout():
+    b = ResidualVQ(
+        dim=8, num_quantizers=8, codebook_size=16, quantize_dropout=True, quantize_dropout_cutoff_index=2,
+        quantize_dropout_multiple_of=2,
+    )  # fmt: skip
+    x = torch.randn(2, 9, 8)
+    used = set()
+    for seed in range(40):
+        _, indices, losses = b(x, rand_quantize_dropout_fixed_seed=seed)
+        number = int((indices[0, 0] >= 0).sum())
+        assert bool((indices[..., :number] >= 0).all())
+        assert bool((indices[..., number:] == -1).all())
+        assert bool((losses[number:] == 0).all())
+        used.add(number)
+    assert used == {4, 6, 8}
+    assert bool((b.eval()(x)[1] >= 0).all())
+    coarse = b(x)[1][..., :3]
+    close(b.get_output_from_indices(coarse), b.get_codes_from_indices(coarse).sum(0))
+
+
+def test_codes_and_outputs_from_indices():
+    for options, shape in OPTIONS.values():
+        a, b = pair(options)
+        a.eval(), b.eval()
+        x = torch.randn(shape)
+        quantized, indices, _ = b(x)
+        if "heads" not in options and "channel_last" not in options:
+            close(a.get_codes_from_indices(indices), b.get_codes_from_indices(indices))
+        close(b.get_output_from_indices(indices), quantized)
+
+
+def test_gradient_accumulation_updates_once():
+    torch.manual_seed(0)
+    b = VectorQuantize(8, 16)
+    whole = copy.deepcopy(b)
+    x = torch.randn(4, 30, 8)
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    for part in x[:3]:
+        b(part[None], accum_ema_update=True)
+        for key, value in b.state_dict().items():
+            assert torch.equal(value, before[key])
+    b(x[3:])
+    whole(x)
+    for key, value in b.state_dict().items():
+        close(value, whole.state_dict()[key])
+
+
+def test_update_indices_is_a_call_in_training():
+    b = VectorQuantize(8, 16)
+    other = copy.deepcopy(b)
+    x, mask = torch.randn(3, 20, 8), torch.rand(3, 20) < 0.5
+    indices = nearest_code(x.flatten(0, 1), b.codebook)[0].reshape(3, 20)
+    b(x, mask=mask)
+    other.update_indices(x, indices, mask)
+    for key, value in b.state_dict().items():
+        close(value, other.state_dict()[key])
+
+
+def test_kmeans_finds_the_clusters():
+    centres = 20 * torch.randn(8, 5)
+    x = (centres[:, None] + 0.1 * torch.randn(8, 50, 5)).flatten(0, 1)[torch.randperm(400)]
+    for options in ({}, {"use_cosine_sim": True}):
+        torch.manual_seed(3)
+        b = VectorQuantize(5, 32, kmeans_init=True, **options)
+        assert not bool(b._codebook.initted)
+        loss = b(x[None])[2]
+        assert bool(b._codebook.initted)
+        assert float(loss) < 0.05
+        again = VectorQuantize(5, 32, kmeans_init=True, **options)
+        again.load_state_dict(b.state_dict())
+        assert torch.equal(again.eval()(x[None])[1], b.eval()(x[None])[1])
+    few = VectorQuantize(5, 32, kmeans_init=True)
+    few(x[None, :3])  # fewer vectors than codes
+    assert bool(few._codebook.initted)
+    none = VectorQuantize(5, 32, kmeans_init=True)
+    none(x[None, :0])
+    assert not bool(none._codebook.initted)
+
+
+def test_dead_codes_are_replaced_by_vectors_of_the_batch():
+    b = VectorQuantize(4, 16, threshold_ema_dead_code=0.5, decay=0.5)
+    with torch.no_grad():
+        b._codebook.embed[0, 8:] = 1e3  # far from everything
+    x = torch.randn(1, 200, 4)
+    for _ in range(3):
+        b(x)
+    moved = b.codebook[8:]
+    assert float(torch.cdist(moved, x[0]).min(1).values.max()) < 2
+    assert len(moved.unique(dim=0)) == 8
+    mask = torch.zeros(1, 200, dtype=torch.bool)
+    mask[:, :3] = True  # three candidates only
+    c = VectorQuantize(4, 16, threshold_ema_dead_code=1e9)
+    before = c.codebook.clone()
+    c(x, mask=mask)
+    rows = (torch.cdist(c.codebook, x[0, :3]) < 1e-6).any(1)
+    assert int(rows.sum()) == 3
+    assert before.shape == c.codebook.shape
+
+
+def test_sampled_codes_follow_the_temperature():
+    b = VectorQuantize(2, 4, stochastic_sample_codes=True, sample_codebook_temp=1.0, rotation_trick=False)
+    b.codebook = torch.tensor([[0.0, 0], [1, 0], [0, 2], [3, 3]])
+    x = torch.zeros(1, 20000, 2)
+    probabilities = F.softmax(-b.codebook.norm(dim=1), 0)
+    counts = torch.bincount(b(x, freeze_codebook=True)[1].flatten(), minlength=4) / 20000
+    torch.testing.assert_close(counts, probabilities, atol=0.02, rtol=0)
+    assert set(b(x, sample_codebook_temp=0.0, freeze_codebook=True)[1].unique().tolist()) == {0}
+    assert set(b.eval()(x)[1].unique().tolist()) == {0}
+
+
+def test_compile_fullgraph_and_no_recompilation():
+    torch._dynamo.reset()
+    b = VectorQuantize(8, 16)
+    plain = copy.deepcopy(b)
+    compiled = torch.compile(b, fullgraph=True, dynamic=True)
+    for rows in (20, 31, 7):
+        x = torch.randn(2, rows, 8).requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=rows != 20):
+            got = compiled(x)
+        want = plain(x)
+        close(got[0], want[0])
+        close(torch.autograd.grad(got[0].sum() + got[2], x)[0], torch.autograd.grad(want[0].sum() + want[2], x)[0])
+    for key, value in plain.state_dict().items():
+        close(value, b.state_dict()[key])
+    torch._dynamo.reset()
+    replacing = VectorQuantize(8, 16, threshold_ema_dead_code=1e9)
+    torch.compile(replacing, fullgraph=True)(torch.full((2, 20, 8), 3.0))
+    assert bool((replacing.codebook == 3).all())
+
+
+def test_no_value_is_read_in_training():
+    """Nothing in a step asks a tensor for its value, which on a GPU would make the host wait."""
+    b = VectorQuantize(8, 16, threshold_ema_dead_code=1).to("meta")
+    x = torch.zeros(2, 20, 8, device="meta", requires_grad=True)
+    quantized, indices, loss = b(x, mask=torch.ones(2, 20, dtype=torch.bool, device="meta"))
+    (quantized.sum() + loss).backward()
+    assert indices.shape == (2, 20)
+
+
+@pytest.mark.parametrize("name", sorted(UNOFFERED))
+def test_options_that_are_not_offered(name):
+    VectorQuantize(8, 16, **{name: UNOFFERED[name]})
+    with pytest.raises(NotImplementedError, match=name):
+        VectorQuantize(8, 16, **{name: "something"})
+
+
+def test_options_of_calls_that_are_not_offered():
+    b, x = VectorQuantize(8, 16), torch.randn(2, 5, 8)
+    with pytest.raises(NotImplementedError, match="topk"):
+        b(x, topk=3)
+    with pytest.raises(TypeError, match="unexpected option 'tpok'"):
+        b(x, tpok=3)
+    with pytest.raises(TypeError, match="unexpected option 'codebok_dim'"):
+        VectorQuantize(8, 16, codebok_dim=3)
+    with pytest.raises(NotImplementedError, match="beam_size"):
+        ResidualVQ(dim=8, num_quantizers=2, codebook_size=16, beam_size=3)
+    with pytest.raises(NotImplementedError, match="remap"):
+        VectorQuantizer2(8, 4, 0.25, remap="file")
+    *_, parts = b(x, return_loss_breakdown=True)
+    assert float(parts.commitment) > 0
+
+
+BAD = {
+    "heads must divide dim": lambda: VectorQuantize(8, 16, heads=3),
+    "codebook_size must be an integer >= 1": lambda: VectorQuantize(8, 0),
+    "decay must lie in": lambda: VectorQuantize(8, 16, decay=1.1),
+    "eps must be finite": lambda: VectorQuantize(8, 16, eps=0),
+    "commitment_weight must be": lambda: VectorQuantize(8, 16, commitment_weight=-1.0),
+    "excludes ema_update": lambda: VectorQuantize(8, 16, learnable_codebook=True, ema_update=True),
+    "x must have shape": lambda: VectorQuantize(8, 16)(torch.zeros(2, 3, 7)),
+    "with D = 8, got": lambda: VectorQuantize(8, 16, accept_image_fmap=True)(torch.zeros(2, 3, 8)),
+    "x must be floating point": lambda: VectorQuantize(8, 16)(torch.zeros(2, 3, 8, dtype=torch.int64)),
+    "x is on meta": lambda: VectorQuantize(8, 16)(torch.zeros(2, 3, 8, device="meta")),
+    "mask must be bool": lambda: VectorQuantize(8, 16)(torch.zeros(2, 3, 8), mask=torch.ones(2, 4, dtype=torch.bool)),
+    "lens must be integers": lambda: VectorQuantize(8, 16)(torch.zeros(2, 3, 8), lens=torch.ones(3, dtype=torch.int64)),
+    "give mask or lens": lambda: VectorQuantize(8, 16)(
+        torch.zeros(2, 3, 8), mask=torch.ones(2, 3, dtype=torch.bool), lens=torch.ones(2, dtype=torch.int64)
+    ),
+    "x must be finite": lambda: VectorQuantize(8, 16)(torch.full((2, 3, 8), float("nan"))),
+    "size mismatch for _codebook.embed": lambda: VectorQuantize(8, 16).load_state_dict(
+        VectorQuantize(8, 17).state_dict()
+    ),
+    "groups must divide dim": lambda: GroupedResidualVQ(dim=8, groups=3, num_quantizers=2, codebook_size=4),
+    "give num_quantizers": lambda: ResidualVQ(dim=8, codebook_size=4),
+    "at most num_quantizers": lambda: ResidualVQ(dim=8, num_quantizers=2, codebook_size=4).get_codes_from_indices(
+        torch.zeros(1, 2, 3, dtype=torch.int64)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        BAD[message]()
+
+
+def test_nothing_is_half_done_by_bad_input():
+    b = VectorQuantize(8, 16)
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    with pytest.raises(ValueError, match="x must be finite"):
+        b(torch.full((2, 3, 8), float("inf")))
+    for key, value in b.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_empty_batches():
+    for training in (True, False):
+        b = VectorQuantize(8, 16, threshold_ema_dead_code=1).train(training)
+        for shape in ((0, 8), (0, 5, 8), (3, 0, 8)):
+            x = torch.zeros(shape, requires_grad=True)
+            quantized, indices, loss = b(x)
+            assert quantized.shape == shape
+            assert indices.shape == shape[:-1]
+            (quantized.sum() + loss).backward() if training else None
+            assert float(loss) == 0
+
+
+def test_taming_quantizer():
+    v = VectorQuantizer2(16, 4, beta=0.3)
+    assert list(v.state_dict()) == ["embedding.weight"]
+    z = torch.randn(2, 4, 3, 5).requires_grad_()
+    quantized, loss, (perplexity, encodings, indices) = v(z)
+    assert perplexity is None
+    assert encodings is None
+    assert indices.shape == (30,)
+    codes = v.get_codebook_entry(indices, (2, 3, 5, 4))
+    close(quantized, codes)
+    expected = (codes.detach() - z).square().mean() + 0.3 * (codes - z.detach()).square().mean()
+    close(loss, expected)
+    params = (z, v.embedding.weight)
+    for a, b in zip(torch.autograd.grad(loss, params), torch.autograd.grad(expected, params), strict=True):
+        close(a, b)
+    right = VectorQuantizer2(16, 4, beta=0.3, legacy=False, sane_index_shape=True)
+    right.load_state_dict(v.state_dict())
+    _, other, (_, _, indices) = right(z)
+    assert indices.shape == (2, 3, 5)
+    close(other, 0.3 * (codes.detach() - z).square().mean() + (codes - z.detach()).square().mean())
+
+
+def test_encodec_quantizer():
+    v = VectorQuantization(6, 16, kmeans_iters=5)
+    shapes = {k: tuple(t.shape) for k, t in v.state_dict().items()}
+    book = "_codebook."
+    assert shapes == {
+        book + "inited": (1,), book + "cluster_size": (16,), book + "embed": (16, 6), book + "embed_avg": (16, 6),
+    }  # fmt: skip
+    x = torch.randn(2, 6, 50).requires_grad_()
+    quantized, indices, loss = v(x)
+    assert quantized.shape == (2, 6, 50)
+    assert indices.shape == (2, 50)
+    assert loss.shape == (1,)
+    (grad,) = torch.autograd.grad(quantized.sum(), x)
+    assert torch.equal(grad, torch.ones_like(grad))
+    other = VectorQuantization(6, 16)
+    other.load_state_dict(v.state_dict(), strict=True)
+    other.eval(), v.eval()
+    assert torch.equal(other(x)[1], v(x)[1])
+    assert torch.equal(v.decode(v.encode(x)), v(x)[0])
+    assert float(v(x)[2]) == 0
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({}, strict=True)
