@@ -102,7 +102,7 @@ def render(results: list[dict[str, Any]]) -> str:
             ratio = "" if peer is None else f"{rate['float32'] / peer:.0f}x, {rate['bfloat16'] / peer:.0f}x"
             cells = [_count(rate.get(k)) for k in ("float32", "bfloat16", "PyTorch queue", "wavenet_vocoder")]
             lines.append(f"| {b['case'].removeprefix('generate ')} | {' | '.join(cells)} | {ratio} |")
-        layers = [b for b in result["benchmarks"] if "gflops" in b]
+        layers = [b for b in result["benchmarks"] if "gflops" in b and "search" not in b]
         if layers:
             lines += [
                 "",
@@ -114,12 +114,48 @@ def render(results: list[dict[str, Any]]) -> str:
             ms = {k: f"{1e3 * v:.1f}" for k, v in b["seconds"].items()}
             memory = b["peak_extra_bytes"]
             cells = [ms["fastgen"], ms.get("fastgen, reused outputs", ""), ms["eager"], ms["torch.compile"]]
-            megabytes = " / ".join(f"{memory[k] / 1e6:.0f}" for k in ("fastgen", "eager") if memory.get(k) is not None)
+            megabytes = _megabytes(memory, ("fastgen", "eager"))
             lines.append(
                 f"| {b['case'].removeprefix('layer ')} | {' | '.join(cells)} | {b['of_fma_peak']:.0%} | {megabytes} |"
             )
+        lines += _quantization(result["benchmarks"])
         lines.append("")
     return "\n".join(lines).strip()
+
+
+def _quantization(benchmarks: list[dict[str, Any]]) -> list[str]:
+    """The tables of the search and of the layer around it."""
+    lines = []
+    searches = [b for b in benchmarks if b.get("search")]
+    if searches:
+        lines += [
+            "",
+            "| nearest code, ms | fastgen | faiss | eager | torch.compile | cdist | of FMA peak | "
+            "extra memory, MB: fastgen / eager |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+    for b in searches:
+        ms = [f"{1e3 * b['seconds'][k]:.1f}" for k in ("fastgen", "faiss", "eager", "torch.compile", "cdist")]
+        megabytes = _megabytes(b["peak_extra_bytes"], ("fastgen", "eager"))
+        lines.append(
+            f"| {b['case'].removeprefix('search ')} | {' | '.join(ms)} | {b['of_fma_peak']:.0%} | {megabytes} |"
+        )
+    layers = [b for b in benchmarks if b.get("layer")]
+    if layers:
+        lines += [
+            "",
+            "| `VectorQuantize`, ms | fastgen | vector-quantize-pytorch | ratio | extra memory, MB |",
+            "|---|---:|---:|---:|---:|",
+        ]
+    for b in layers:
+        ours, theirs = b["seconds"]["fastgen"], b["seconds"]["vector-quantize-pytorch"]
+        megabytes = _megabytes(b["peak_extra_bytes"], ("fastgen", "vector-quantize-pytorch"))
+        lines.append(f"| {b['case']} | {1e3 * ours:.1f} | {1e3 * theirs:.0f} | {theirs / ours:.0f}x | {megabytes} |")
+    return lines
+
+
+def _megabytes(memory: dict[str, float | None], names: tuple[str, ...]) -> str:
+    return " / ".join(f"{value / 1e6:.0f}" for name in names if (value := memory.get(name)) is not None)
 
 
 def _count(rate: float | None) -> str:

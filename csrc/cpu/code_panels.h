@@ -16,7 +16,11 @@ constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
 
 // Integer vectors are at most this long before rounding, so that no sum of products, nor one with the allowance for
 // rounding on top, leaves 32 bits.
-inline float reach(int64_t dim) { return 46339.0f - std::sqrt(static_cast<float>(dim)); }
+constexpr int64_t kFewPairs = 8;  // of coordinates: vectors so short are scored by a kernel of their own
+inline float reach(int64_t dim) {
+  if ((dim + 1) / 2 <= kFewPairs) return 32767.0f;  // short of what would do, so that no coordinate can be too large
+  return 46339.0f - std::sqrt(static_cast<float>(dim));
+}
 // ... and after rounding.
 inline float reach_rounded(int64_t dim) { return reach(dim) + 0.5f * std::sqrt(static_cast<float>(dim)); }
 
@@ -41,40 +45,33 @@ double exact_length(const T* x, int64_t width) {
   return std::sqrt(exact_distance(x, 1.0, x, 0.0, width));
 }
 
-// Of a vector: its squared length, and the largest of its absolute values.
+// to = x - origin -> its squared length.
 template <class T>
-struct Extent {
-  T squared, top;
-};
-// to = x - origin.
-template <class T>
-inline Extent<T> subtract(const T* x, const T* origin, T* to, int64_t width) {
-  Vec<T> squares{}, tops{};
+inline T subtract(const T* x, const T* origin, T* to, int64_t width) {
+  Vec<T> squares{};
   for (int64_t k = 0; k < width; k += kLanes<T>) {
     const Vec<T> d = load(x + k) - load(origin + k);
     store(to + k, d);
     squares += d * d;
-    tops = larger<T>(tops, larger<T>(d, -d));
   }
-  return {sum_of_lanes<T>(squares), largest_lane<T>(tops)};
+  return sum_of_lanes<T>(squares);
 }
 // ... its length, also where small squares have vanished.
 template <class T>
 T length_of(const T* x, T squared, int64_t width) {
   return squared > T(1e-30) ? std::sqrt(squared) : static_cast<T>(exact_length(x, width));
 }
-
-// The scale that brings a vector to the grid.
 template <class T>
-T grid_scale(T length, T top, T longest, T most_scale) {
-  const T scale = std::min(longest / length, 32767 / top);
-  return length > 0 ? std::min(scale, most_scale) : T(0);
+inline T largest_magnitude(const T* x, int64_t width) {
+  Vec<T> tops{};
+  for (int64_t k = 0; k < width; k += kLanes<T>) tops = larger<T>(tops, larger<T>(load(x + k), -load(x + k)));
+  return largest_lane<T>(tops);
 }
 
 // v * scale, rounded, to pairs of integers: to[i * step] holds coordinates 2 i and 2 i + 1, the first `pairs` of them.
-// -> the squared length of what rounding took.
+// -> the squares, lane by lane, of what rounding took.
 template <class T>
-inline T round_to_grid(const T* v, T scale, int64_t width, int64_t pairs, int32_t* to, int64_t step) {
+inline Vec<T> round_to_grid(const T* v, T scale, int64_t width, int64_t pairs, int32_t* to, int64_t step) {
   constexpr T kShift = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 * 2^23 or 2^52: adding it rounds
   constexpr int kPairs = kLanes<T> / 2;
   Vec<T> errors{};
@@ -82,18 +79,29 @@ inline T round_to_grid(const T* v, T scale, int64_t width, int64_t pairs, int32_
     const Vec<T> scaled = load(v + k) * scale, shifted = scaled + kShift;
     const Vec<T> lost = scaled - (shifted - kShift);
     errors += lost * lost;
-    uint64_t words[kLanes<T> * sizeof(T) / 8];
-    std::memcpy(words, &shifted, sizeof shifted);
-    for (int64_t i = 0; i < std::min<int64_t>(kPairs, pairs); ++i, to += step)  // the integer is in the low 16 bits
-      *to = static_cast<int32_t>(sizeof(T) == 4 ? (words[i] & 0xffff) | (words[i] >> 16 & 0xffff0000u)
-                                                : (words[2 * i] & 0xffff) | (words[2 * i + 1] & 0xffff) << 16);
+    // the integer is in the low 16 bits
+    if constexpr (sizeof(T) == 4) {
+      const auto words = (Vec<uint64_t>)shifted;
+      const auto pair = (words & 0xffffu) | (words >> 16 & 0xffff0000u);
+      uint64_t pair_of[kPairs];
+      std::memcpy(pair_of, &pair, sizeof pair);
+      if (pairs >= kPairs)
+        for (int i = 0; i < kPairs; ++i, to += step) *to = static_cast<int32_t>(pair_of[i]);
+      else
+        for (int64_t i = 0; i < pairs; ++i, to += step) *to = static_cast<int32_t>(pair_of[i]);
+    } else {
+      uint64_t words[kLanes<T>];
+      std::memcpy(words, &shifted, sizeof shifted);
+      for (int64_t i = 0; i < std::min<int64_t>(kPairs, pairs); ++i, to += step)
+        *to = static_cast<int32_t>((words[2 * i] & 0xffff) | (words[2 * i + 1] & 0xffff) << 16);
+    }
   }
-  return sum_of_lanes<T>(errors);
+  return errors;
 }
-// A bound of its length.
+// A bound of the length of what it took.
 template <class T>
-float rounding_error(T squared) {
-  return static_cast<float>(std::sqrt(squared)) * (1 + 1e-3f);
+float rounding_error(Vec<T> squares) {
+  return static_cast<float>(std::sqrt(sum_of_lanes<T>(squares))) * (1 + 1e-3f);
 }
 
 // With R the largest length of a code, s and g the scales of a row and a code on the grid, and all lengths in units of
@@ -116,6 +124,7 @@ struct Codes {
   OwnVector<Panel> heads;       // [panel]
   OwnVector<int32_t> integers;  // [panel][pair of coordinates][code]
   T radius = 0;                 // R
+  T most_scale = 1;             // keeps factors and s offset far from overflow
   int64_t first_bad = -1;       // a code with NaN, infinity, or a norm that overflows: it is never chosen
   bool empty = true;            // no code can be chosen
 
@@ -151,7 +160,7 @@ struct Codes {
       std::vector<T> code(width);
       for (int64_t i = begin; i < end; ++i) {
         if (absent[i]) continue;
-        const T squared = subtract(rows + i * width, mean.data(), code.data(), width).squared;
+        const T squared = subtract(rows + i * width, mean.data(), code.data(), width);
         length[i] = length_of(code.data(), squared, width);
         if (!cosine) continue;
         inverse[i] = length[i] > 0 ? 1 / length[i] : T(0);
@@ -159,6 +168,7 @@ struct Codes {
       }
     });
     for (const T l : length) radius = std::max(radius, l);
+    most_scale = radius > 0 ? std::min(T(1e30) / radius, std::numeric_limits<T>::max()) : T(1);
 
     const float longest = reach(dim);
     heads.resize(panels);
@@ -171,25 +181,27 @@ struct Codes {
         head.factor[j] = head.offset[j] = 0;
         head.slack[j] = kAbsent;
         if (i >= count || absent[i]) continue;
-        T top = 0;
-        for (int64_t k = 0; k < width; ++k) {
+        for (int64_t k = 0; k < width; ++k)
           code[k] = cosine ? rows[i * width + k] * inverse[i] : rows[i * width + k] - mean[k];
-          top = std::max(top, std::abs(code[k]));
-        }
-        const T scale = grid_scale(length[i], top, T(longest), most_scale());
-        const T lost =
+        const T scale = grid_scale(length[i], few() ? T(0) : largest_magnitude(code.data(), width));
+        const Vec<T> lost =
             round_to_grid(code.data(), scale, width, pairs, integers.data() + i / kCodes * pairs * kCodes + j, kCodes);
         const T relative = radius > 0 ? length[i] / radius : T(0);
         head.factor[j] = scale > 0 ? static_cast<float>(1 / (scale * radius)) : 0.0f;
         head.slack[j] =
-            head.factor[j] * (rounding_error(lost) * reach_rounded(dim) + 16 * kUnit<float> * longest * longest);
+            head.factor[j] * (rounding_error<T>(lost) * reach_rounded(dim) + 16 * kUnit<float> * longest * longest);
         head.offset[j] = cosine ? 0.0f : static_cast<float>(T(-0.5) * relative * relative) * (1 - 16 * kUnit<float>);
       }
     });
   }
 
-  // The largest scale on the grid: keeps factors and s offset far from overflow.
-  T most_scale() const { return radius > 0 ? std::min(T(1e30) / radius, std::numeric_limits<T>::max()) : T(1); }
+  // The scale that brings a vector of this length to the grid; `top` is its largest magnitude, or 0 if there are few
+  // coordinates.
+  T grid_scale(T length, T top) const {
+    const T scale = std::min(std::min(reach(dim) / length, 32767 / top), most_scale);
+    return length > 0 ? scale : T(0);
+  }
+  bool few() const { return pairs <= kFewPairs; }
 
  private:
   // Codes that cannot be chosen: not finite, or equal to an earlier one, which would only need a second look.

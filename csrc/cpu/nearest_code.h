@@ -15,7 +15,8 @@
 namespace fastgen {
 namespace {
 
-constexpr int kBlock = kVectorRegisters == 32 ? 12 : 5;  // rows of a block
+constexpr int kBlock = kVectorRegisters == 32 ? 12 : 4;  // rows of a block
+constexpr int kFew = kVectorRegisters == 32 ? 4 : 2;     // of them at a time, where vectors are short
 constexpr int kBlocks = 8;                               // blocks that share a pass over the codebook
 
 // Of one row, lane by lane.
@@ -52,26 +53,67 @@ struct Block {
                      FASTGEN_INLINE { unroll<kPanel>([&](auto v) FASTGEN_INLINE { result[i][v] = sum[i][v]; }); });
 }
 
-// Scores of a block of rows with a panel of codes: finish(row, of the first vector, of the second).
-template <class F>
-inline void score(const Block& block, const Panel& panel, const int32_t* codes, int64_t pairs, const F& finish) {
-  VecU sum[kBlock][kPanel];
-  multiply(block, codes, pairs, sum);
+// A panel's head in registers.
+struct PanelVectors {
   VecF factor[kPanel], slack[kPanel], offset[kPanel];
-  for (int v = 0; v < kPanel; ++v) {
-    factor[v] = load(panel.factor + v * kF);
-    slack[v] = load(panel.slack + v * kF);
-    offset[v] = load(panel.offset + v * kF);
+
+  explicit PanelVectors(const Panel& panel) {
+    unroll<kPanel>([&](auto v) FASTGEN_INLINE {
+      factor[v] = load(panel.factor + v * kF);
+      slack[v] = load(panel.slack + v * kF);
+      offset[v] = load(panel.offset + v * kF);
+    });
   }
-  for (int i = 0; i < kBlock; ++i) {
-    VecF scores[kPanel];
-    for (int v = 0; v < kPanel; ++v) {
-      scores[v] = __builtin_convertvector((VecI)sum[i][v], VecF) * factor[v] + slack[v];
-      scores[v] += offset[v] * block.scale[i];
+  // The largest that the exact scores of vector v can be.
+  VecF score(VecU products, int v, float scale) const {
+    return __builtin_convertvector((VecI)products, VecF) * factor[v] + slack[v] + offset[v] * scale;
+  }
+};
+
+inline void keep_leaders(Leaders& l, VecF a, VecF b, VecI panel) {
+  const VecF high = larger<float>(a, b), best = l.best;
+  l.second = larger<float>(l.second, smaller<float>(best, high));
+  l.panel = high > best ? panel : l.panel;
+  l.best = larger<float>(best, high);
+}
+
+// The leaders of a block among `panels` panels of codes. With few coordinates the leaders cost more than the products,
+// and stay in registers, a few rows at a time.
+template <int Pairs>
+void scan_few_coordinates(const Block& block, const Panel* heads, const int32_t* codes, int64_t panels,
+                          Leaders* result) {
+  for (int first = 0; first < kBlock; first += kFew) {
+    Leaders leaders[kFew];
+    unroll<kFew>([&](auto i) FASTGEN_INLINE { leaders[i] = result[first + i]; });
+    for (int64_t p = 0; p < panels; ++p) {
+      VecU sum[kFew][kPanel];
+      unroll<kFew>([&](auto i) FASTGEN_INLINE {
+        unroll<kPanel>([&](auto v)
+                           FASTGEN_INLINE { sum[i][v] = VecU{} + static_cast<uint32_t>(block.allowance[first + i]); });
+      });
+      unroll<Pairs>([&](auto k) FASTGEN_INLINE {
+        unroll<kFew>([&](auto i) FASTGEN_INLINE {
+          const VecU row = VecU{} + static_cast<uint32_t>(block.integers[k * kBlock + first + i]);
+          unroll<kPanel>([&](auto v) FASTGEN_INLINE {
+            sum[i][v] = add_pairs(sum[i][v], (VecU)load(codes + ((p * Pairs + k) * kPanel + v) * kF), row);
+          });
+        });
+      });
+      const PanelVectors head(heads[p]);
+      const VecI id = VecI{} + static_cast<int32_t>(p);
+      unroll<kFew>([&](auto i) FASTGEN_INLINE {
+        const float scale = block.scale[first + i];
+        keep_leaders(leaders[i], head.score(sum[i][0], 0, scale), head.score(sum[i][1], 1, scale), id);
+      });
     }
-    finish(i, scores[0], scores[1]);
+    unroll<kFew>([&](auto i) FASTGEN_INLINE { result[first + i] = leaders[i]; });
   }
 }
+using ScanFew = void (*)(const Block&, const Panel*, const int32_t*, int64_t, Leaders*);
+constexpr ScanFew kScanFew[] = {scan_few_coordinates<1>, scan_few_coordinates<2>, scan_few_coordinates<3>,
+                                scan_few_coordinates<4>, scan_few_coordinates<5>, scan_few_coordinates<6>,
+                                scan_few_coordinates<7>, scan_few_coordinates<8>};
+static_assert(std::size(kScanFew) == kFewPairs);
 
 // One worker's search. emit(row, the row's values, code, squared distance), code -1 for a row that holds NaN or
 // infinity; in no particular order.
@@ -94,18 +136,17 @@ class Search {
       const int64_t count = std::min<int64_t>(kBlocks * kBlock, end - first);
       place(count, 0, [&](int64_t i) { return first + i; });
       for (int64_t i = 0; i < count; ++i) leaders_[i].best = leaders_[i].second = splat(kAbsent);
-      for (int64_t p = 0; p < codes_.panels; ++p)
-        for (int64_t b = 0; b * kBlock < count; ++b) {
-          Leaders* leaders = leaders_ + b * kBlock;
-          const VecI id = VecI{} + static_cast<int32_t>(p);
-          score(blocks_[b], codes_.heads[p], panel(p), codes_.pairs, [&](int i, VecF a, VecF b) FASTGEN_INLINE {
-            Leaders& l = leaders[i];
-            const VecF high = larger<float>(a, b), best = l.best;
-            l.second = larger<float>(l.second, smaller<float>(best, high));
-            l.panel = high > best ? id : l.panel;
-            l.best = larger<float>(best, high);
-          });
-        }
+      const int64_t blocks = (count + kBlock - 1) / kBlock;
+      if (codes_.pairs <= kFewPairs)
+        for (int64_t b = 0; b < blocks; ++b)
+          kScanFew[codes_.pairs - 1](blocks_[b], codes_.heads.data(), codes_.integers.data(), codes_.panels,
+                                     leaders_ + b * kBlock);
+      else
+        for (int64_t p = 0; p < codes_.panels; ++p)
+          for (int64_t b = 0; b < blocks; ++b)
+            scan_panel(blocks_[b], p, [&](int i, VecF high, VecF low) FASTGEN_INLINE {
+              keep_leaders(leaders_[b * kBlock + i], high, low, VecI{} + static_cast<int32_t>(p));
+            });
       for (int64_t i = 0; i < count; ++i) settle(first + i, i);
       while (open_ >= kBlock) look_again();
     }
@@ -118,7 +159,15 @@ class Search {
     T distance = std::numeric_limits<T>::infinity();
   };
 
-  const int32_t* panel(int64_t p) const { return codes_.integers.data() + p * codes_.pairs * kCodes; }
+  // Scores of a block with a panel: finish(row, of the first vector, of the second).
+  template <class F>
+  void scan_panel(const Block& block, int64_t p, F&& finish) const {
+    VecU sum[kBlock][kPanel];
+    multiply(block, codes_.integers.data() + p * codes_.pairs * kCodes, codes_.pairs, sum);
+    const PanelVectors head(codes_.heads[p]);
+    for (int i = 0; i < kBlock; ++i)
+      finish(i, head.score(sum[i][0], 0, block.scale[i]), head.score(sum[i][1], 1, block.scale[i]));
+  }
 
   const T* row(int64_t i) {
     const E* from = x_ + i * x_stride_;
@@ -132,35 +181,34 @@ class Search {
   // mean go to norm_, -1 (and zeros on the grid) where a row is not finite.
   template <class F>
   void place(int64_t count, int64_t first, F&& index) {
-    T top[kBlocks * kBlock], scale[kBlocks * kBlock], lost[kBlocks * kBlock];
+    T top[kBlocks * kBlock] = {}, scale[kBlocks * kBlock];
     for (int64_t i = 0; i < count; ++i) {
       T* centred = centred_.data() + i * codes_.width;
-      const Extent<T> extent = subtract(row(index(i)), codes_.mean.data(), centred, codes_.width);
-      norm_[i] = extent.squared;
-      top[i] = extent.top;
+      norm_[i] = subtract(row(index(i)), codes_.mean.data(), centred, codes_.width);
+      if (!codes_.few()) top[i] = largest_magnitude(centred, codes_.width);
     }
     for (int64_t i = 0; i < count; ++i) {
       norm_[i] = std::sqrt(norm_[i]);
-      scale[i] = grid_scale(norm_[i], top[i], reach_, most_scale_);
+      scale[i] = codes_.grid_scale(norm_[i], top[i]);
     }
     for (int64_t i = 0; i < count; ++i) {
       T* centred = centred_.data() + i * codes_.width;
       if (norm_[i] < T(1e-15)) {  // small squares may have vanished
-        norm_[i] = static_cast<T>(exact_length(centred, codes_.width));
-        scale[i] = grid_scale(norm_[i], top[i], reach_, most_scale_);
-      }
-      if (!std::isfinite(norm_[i])) {
+        norm_[i] = length_of(centred, T(0), codes_.width);
+        scale[i] = codes_.grid_scale(norm_[i], top[i]);
+      } else if (!std::isfinite(norm_[i])) {
         std::fill_n(centred, codes_.width, T(0));
         norm_[i] = -1;
         scale[i] = 0;
       }
-      const int64_t block = first + i / kBlock;
-      lost[i] = round_to_grid(centred, scale[i], codes_.width, codes_.pairs,
-                              integers_.data() + block * codes_.pairs * kBlock + i % kBlock, kBlock);
     }
     for (int64_t i = 0; i < count; ++i) {
       Block& block = blocks_[first + i / kBlock];
-      block.allowance[i % kBlock] = static_cast<int32_t>(rounding_error(lost[i]) * static_cast<float>(reach_)) + 1;
+      int32_t* to = integers_.data() + (first + i / kBlock) * codes_.pairs * kBlock + i % kBlock;
+      const Vec<T> lost =
+          round_to_grid(centred_.data() + i * codes_.width, scale[i], codes_.width, codes_.pairs, to, kBlock);
+      const float error = codes_.few() ? most_error_ : rounding_error<T>(lost);
+      block.allowance[i % kBlock] = static_cast<int32_t>(error * reach_) + 1;
       // a row at the mean itself is nearest to the code that is: offsets alone decide
       block.scale[i % kBlock] = scale[i] > 0 ? static_cast<float>(scale[i] * codes_.radius) : 1e30f;
     }
@@ -207,7 +255,7 @@ class Search {
     open_ -= count;
     place(count, kBlocks, [&](int64_t i) { return open_index_[open_ + i]; });
     for (int64_t p = 0; p < codes_.panels; ++p)
-      score(blocks_[kBlocks], codes_.heads[p], panel(p), codes_.pairs, [&](int i, VecF a, VecF b) FASTGEN_INLINE {
+      scan_panel(blocks_[kBlocks], p, [&](int i, VecF a, VecF b) FASTGEN_INLINE {
         if (i >= count || !sign_bits<float>((VecF)(larger<float>(a, b) >= open_limit_[open_ + i]))) return;
         measure_lanes(open_ + i, p * kCodes, a);
         measure_lanes(open_ + i, p * kCodes + kF, b);
@@ -258,7 +306,7 @@ class Search {
   Emit& emit_;
   std::vector<T> centred_, converted_;
   OwnVector<int32_t> integers_;
-  const T reach_{reach(codes_.dim)}, most_scale_{codes_.most_scale()};
+  const float reach_{reach(codes_.dim)}, most_error_{reach_rounded(codes_.dim) - reach_};
   Block blocks_[kBlocks + 1];  // the last: the open rows
   T norm_[kBlocks * kBlock];
   Leaders leaders_[kBlocks * kBlock];
