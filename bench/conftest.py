@@ -53,7 +53,7 @@ def contest(benchmark, request):
             call()
         for _ in range(rounds):
             for name, call in contestants.items():
-                time.sleep(0.02)  # pools of threads spin for a while after their work, in the way of the next contestant's
+                time.sleep(0.02)  # other pools' threads spin for a while after their work
                 start = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - start)
