@@ -126,7 +126,7 @@ class Search {
         x_stride_(stride),
         emit_(emit),
         centred_(kBlocks * kBlock * codes.width),
-        converted_(codes.width),
+        converted_(kBlocks * kBlock * codes.width),
         integers_((kBlocks + 1) * kBlock * codes.pairs) {
     for (int b = 0; b <= kBlocks; ++b) blocks_[b].integers = integers_.data() + b * kBlock * codes_.pairs;
   }
@@ -134,7 +134,8 @@ class Search {
   void run(int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += kBlocks * kBlock) {
       const int64_t count = std::min<int64_t>(kBlocks * kBlock, end - first);
-      place(count, 0, [&](int64_t i) { return first + i; });
+      fetch(count, [&](int64_t i) { return first + i; });
+      place(count, 0);
       for (int64_t i = 0; i < count; ++i) leaders_[i].best = leaders_[i].second = splat(kAbsent);
       const int64_t blocks = (count + kBlock - 1) / kBlock;
       if (codes_.pairs <= kFewPairs)
@@ -169,22 +170,27 @@ class Search {
       finish(i, head.score(sum[i][0], 0, block.scale[i]), head.score(sum[i][1], 1, block.scale[i]));
   }
 
-  const T* row(int64_t i) {
-    const E* from = x_ + i * x_stride_;
-    if constexpr (std::is_same_v<T, E>)
-      if (codes_.width == codes_.dim) return from;
-    load_row(converted_.data(), from, codes_.dim, codes_.dim);
-    return converted_.data();
+  // Rows index(0), ..., index(count - 1), as padded vectors of T, to values_.
+  template <class F>
+  void fetch(int64_t count, F&& index) {
+    const bool as_they_are = std::is_same_v<T, E> && codes_.width == codes_.dim;
+    for (int64_t i = 0; i < count; ++i) {
+      const E* from = x_ + index(i) * x_stride_;
+      if constexpr (std::is_same_v<T, E>) values_[i] = from;
+      if (as_they_are) continue;
+      T* to = converted_.data() + i * codes_.width;
+      load_row(to, from, codes_.dim, codes_.dim);
+      values_[i] = to;
+    }
   }
 
-  // Puts rows index(0), ..., index(count - 1) on the grid, from the first row of block `first` on. Lengths from the
-  // mean go to norm_, -1 (and zeros on the grid) where a row is not finite.
-  template <class F>
-  void place(int64_t count, int64_t first, F&& index) {
+  // Puts values_ on the grid, from the first row of block `first` on. Lengths from the mean go to norm_, -1 (and zeros
+  // on the grid) where a row is not finite.
+  void place(int64_t count, int64_t first) {
     T top[kBlocks * kBlock] = {}, scale[kBlocks * kBlock];
     for (int64_t i = 0; i < count; ++i) {
       T* centred = centred_.data() + i * codes_.width;
-      norm_[i] = subtract(row(index(i)), codes_.mean.data(), centred, codes_.width);
+      norm_[i] = subtract(values_[i], codes_.mean.data(), centred, codes_.width);
       if (!codes_.few()) top[i] = largest_magnitude(centred, codes_.width);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -215,7 +221,7 @@ class Search {
   }
 
   void settle(int64_t index, int64_t i) {
-    const T* x = row(index);
+    const T* x = values_[i];
     const Leaders& l = leaders_[i];
     if (norm_[i] < 0) return emit_(index, x, -1, std::numeric_limits<T>::quiet_NaN());
     if (codes_.empty) return emit_(index, x, 0, std::numeric_limits<T>::quiet_NaN());
@@ -253,19 +259,20 @@ class Search {
   void look_again() {
     const int count = std::min(open_, kBlock);
     open_ -= count;
-    place(count, kBlocks, [&](int64_t i) { return open_index_[open_ + i]; });
+    fetch(count, [&](int64_t i) { return open_index_[open_ + i]; });
+    place(count, kBlocks);
     for (int64_t p = 0; p < codes_.panels; ++p)
       scan_panel(blocks_[kBlocks], p, [&](int i, VecF a, VecF b) FASTGEN_INLINE {
         if (i >= count || !sign_bits<float>((VecF)(larger<float>(a, b) >= open_limit_[open_ + i]))) return;
-        measure_lanes(open_ + i, p * kCodes, a);
-        measure_lanes(open_ + i, p * kCodes + kF, b);
+        measure_lanes(i, p * kCodes, a);
+        measure_lanes(i, p * kCodes + kF, b);
       });
-    for (int i = open_; i < open_ + count; ++i)
-      emit_(open_index_[i], row(open_index_[i]), open_nearest_[i].code, open_nearest_[i].distance);
+    for (int i = 0; i < count; ++i)
+      emit_(open_index_[open_ + i], values_[i], open_nearest_[open_ + i].code, open_nearest_[open_ + i].distance);
   }
   [[gnu::noinline]] void measure_lanes(int i, int64_t first, VecF scores) {
-    for (uint32_t lanes = sign_bits<float>((VecF)(scores >= open_limit_[i])); lanes; lanes &= lanes - 1)
-      measure(row(open_index_[i]), open_inverse_[i], first + std::countr_zero(lanes), open_nearest_[i]);
+    for (uint32_t lanes = sign_bits<float>((VecF)(scores >= open_limit_[open_ + i])); lanes; lanes &= lanes - 1)
+      measure(values_[i], open_inverse_[open_ + i], first + std::countr_zero(lanes), open_nearest_[open_ + i]);
   }
 
   // Keeps `code` if it is nearer, or as near and of a lower index.
@@ -291,7 +298,7 @@ class Search {
     return length == 0 ? 2.0 : exact_distance(x, 1 / exact_length(x, codes_.width), c, 1 / length, codes_.width);
   }
   T distance(const T* x, T a, const T* c, T b) const {
-    if (b == 0) return T(2);  // as for any two directions whose cosine is zero
+    if (codes_.cosine && b == 0) return T(2);  // as for any two directions whose cosine is zero
     Vec<T> squares{};
     for (int64_t k = 0; k < codes_.width; k += kLanes<T>) {
       const Vec<T> d = codes_.cosine ? load(x + k) * a - load(c + k) * b : load(x + k) - load(c + k);
@@ -308,6 +315,7 @@ class Search {
   OwnVector<int32_t> integers_;
   const float reach_{reach(codes_.dim)}, most_error_{reach_rounded(codes_.dim) - reach_};
   Block blocks_[kBlocks + 1];  // the last: the open rows
+  const T* values_[kBlocks * kBlock];
   T norm_[kBlocks * kBlock];
   Leaders leaders_[kBlocks * kBlock];
   int open_ = 0;  // rows that wait for a second look

@@ -57,11 +57,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor code
   return {quantized, indices, error, counts};
 }
 
+// The gradient of one row straight through, and `error` (x - q).
+template <class T>
+void pass_through(T* result, const T* g, const T* x, const T* q, int64_t width, T error) {
+  for (int64_t k = 0; k < width; k += kLanes<T>) store(result + k, load(g + k) + error * (load(x + k) - load(q + k)));
+}
+
 // The gradient of one row through the quantizer by the rotation that takes x to q (arXiv:2410.06424, section 4.2):
 // g <- lambda (g - 2 <g, w> w + 2 <g, q^> u), with u = x / |x|, q^ = q / |q|, w = (u + q^) / |u + q^|, lambda = |q| /
 // |x|.
 template <class T>
-void rotate_back(T* g, const T* x, const T* q, int64_t width) {
+void rotate_back(T* result, const T* g, const T* x, const T* q, int64_t width, T error) {
   constexpr T kLeast = T(1e-6);
   Vec<T> xx{}, qq{}, gx{}, gq{};
   for (int64_t k = 0; k < width; k += kLanes<T>) {
@@ -82,7 +88,8 @@ void rotate_back(T* g, const T* x, const T* q, int64_t width) {
   const T g_u = sum_of_lanes<T>(gx) * a, g_q = sum_of_lanes<T>(gq) * b, g_w = (g_u + g_q) * w, scale = to_norm * a;
   for (int64_t k = 0; k < width; k += kLanes<T>) {
     const Vec<T> u = load(x + k) * a, v = load(q + k) * b;
-    store(g + k, scale * (load(g + k) - 2 * g_w * w * (u + v) + 2 * g_q * u));
+    store(result + k,
+          scale * (load(g + k) - 2 * g_w * w * (u + v) + 2 * g_q * u) + error * (load(x + k) - load(q + k)));
   }
 }
 
@@ -99,19 +106,28 @@ Tensor vector_quantize_backward(Tensor grad_quantized, Tensor grad_error, Tensor
     const T scale = used ? *data_of<T>(grad_error) * T(2) / (static_cast<T>(used) * static_cast<T>(dim)) : T(0);
     share(rows, [&](int64_t begin, int64_t end) {
       const int64_t width = padded<T>(dim);
-      std::vector<T> g(width), from(width), q(width);
+      const bool as_they_are = std::is_same_v<T, E> && width == dim;
+      std::vector<T> buffer(as_they_are ? 0 : 4 * width);
+      const auto values = [&](const E* row, int64_t slot) -> const T* {  // padded vectors of T
+        if constexpr (std::is_same_v<T, E>)
+          if (as_they_are) return row;
+        load_row(buffer.data() + slot * width, row, dim, dim);
+        return buffer.data() + slot * width;
+      };
       for (int64_t i = begin; i < end; ++i) {
         E* to = static_cast<E*>(grad_x.data_ptr()) + i * dim;
         if (taken && !taken[i]) {
           std::fill_n(to, dim, E(0.0f));
           continue;
         }
-        load_row(g.data(), data_of<E>(grad_quantized) + i * grad_quantized.stride(0), dim, dim);
-        load_row(from.data(), data_of<E>(x) + i * x.stride(0), dim, dim);
-        load_row(q.data(), data_of<E>(quantized) + i * dim, dim, dim);
-        if (rotation) rotate_back(g.data(), from.data(), q.data(), width);
-        for (int64_t k = 0; k < dim; ++k) g[k] += scale * (from[k] - q[k]);
-        store_row(to, g.data(), dim);
+        const T* g = values(data_of<E>(grad_quantized) + i * grad_quantized.stride(0), 0);
+        const T* from = values(data_of<E>(x) + i * x.stride(0), 1);
+        const T* q = values(data_of<E>(quantized) + i * dim, 2);
+        T* result = buffer.data() + 3 * width;
+        if constexpr (std::is_same_v<T, E>)
+          if (as_they_are) result = to;
+        (rotation ? rotate_back<T> : pass_through<T>)(result, g, from, q, width, scale);
+        if (!as_they_are) store_row(to, result, dim);
       }
     });
   });
