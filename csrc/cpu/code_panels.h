@@ -14,9 +14,10 @@ constexpr int kCodes = kPanel * kF;
 template <class T>
 constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
 
+constexpr int64_t kFewPairs = 8;  // of coordinates: vectors so short are scored by a kernel of their own
+
 // Integer vectors are at most this long before rounding, so that no sum of products, nor one with the allowance for
 // rounding on top, leaves 32 bits.
-constexpr int64_t kFewPairs = 8;  // of coordinates: vectors so short are scored by a kernel of their own
 inline float reach(int64_t dim) {
   if ((dim + 1) / 2 <= kFewPairs) return 32767.0f;  // short of what would do, so that no coordinate can be too large
   return 46339.0f - std::sqrt(static_cast<float>(dim));

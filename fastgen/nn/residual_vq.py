@@ -153,12 +153,12 @@ class ResidualVQ(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        *,
+        indices: None = None,
         return_all_codes: bool = False,
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool = False,
+        beam_size: None = None,
         rand_quantize_dropout_fixed_seed: int | None = None,
-        **options: Any,
     ) -> tuple[Tensor, ...]:
         """Quantize a batch.
 
@@ -172,6 +172,8 @@ class ResidualVQ(nn.Module):
             Whether to return the codes too.
         sample_codebook_temp, freeze_codebook
             As in `VectorQuantize`.
+        indices, beam_size
+            Of vector-quantize-pytorch; not offered.
         rand_quantize_dropout_fixed_seed
             Of the number of quantizers under quantize_dropout.
 
@@ -180,7 +182,7 @@ class ResidualVQ(nn.Module):
         quantized, as x; indices (B, N, Q), or (B, H, W, Q); losses (Q,); with return_all_codes the codes
         (Q, B, N, codebook_dim).
         """
-        refuse_unoffered("ResidualVQ.forward", options, UNOFFERED_IN_FORWARD)
+        refuse_unoffered("ResidualVQ.forward", {"indices": indices, "beam_size": beam_size}, UNOFFERED_IN_FORWARD)
         features = 1 if self.accept_image_fmap else -1
         if x.dim() != (4 if self.accept_image_fmap else 3) or x.shape[features] != self.dim:
             shape = "(B, D, H, W)" if self.accept_image_fmap else "(B, N, D)"
@@ -190,12 +192,12 @@ class ResidualVQ(nn.Module):
         residual = self.project_in(moved)
         total = torch.zeros_like(residual)
         last = self.last_quantizer(rand_quantize_dropout_fixed_seed)
-        indices: list[Tensor] = []
+        chosen: list[Tensor] = []
         losses: list[Tensor] = []
         residuals: list[Tensor] = []
         for number, layer in enumerate(self._quantizers):
             if number > last:
-                indices.append(torch.full_like(indices[0], -1))
+                chosen.append(torch.full_like(chosen[0], -1))
                 losses.append(torch.zeros_like(losses[0]))
                 continue
             residuals.append(residual)
@@ -207,7 +209,7 @@ class ResidualVQ(nn.Module):
                 passed = self.quant_grad_frac * quantized + (1 - self.quant_grad_frac) * passed
             residual = residual - passed
             total = total + quantized
-            indices.append(index)
+            chosen.append(index)
             losses.append(loss)
         if self.training and self.shared_codebook and not freeze_codebook:
             book = self._quantizers[0]._codebook
@@ -220,7 +222,7 @@ class ResidualVQ(nn.Module):
             padding = torch.zeros_like(out) if self.return_zeros_for_masked_padding else moved
             out = torch.where(mask[..., None], out, padding)
         out = out.reshape(last_dim.shape)
-        index = torch.stack(indices, -1).reshape(*last_dim.shape[:-1], self.num_quantizers)
+        index = torch.stack(chosen, -1).reshape(*last_dim.shape[:-1], self.num_quantizers)
         codes = (self.get_codes_from_indices(index),) if return_all_codes else ()
         return out.movedim(-1, 1) if self.accept_image_fmap else out, index, torch.stack(losses), *codes
 
@@ -267,20 +269,34 @@ class GroupedResidualVQ(nn.Module):
         outputs = [rvq.get_output_from_indices(i) for rvq, i in zip(self._parts, indices, strict=True)]
         return torch.cat(outputs, 1 if self.accept_image_fmap else -1)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        x: Tensor,
+        indices: None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """As `ResidualVQ.forward`: quantized, as x; indices (G, B, N, Q); losses (G, Q); codes (G, Q, B, N, D / G)."""
+        refuse_unoffered("GroupedResidualVQ.forward", {"indices": indices}, UNOFFERED_IN_FORWARD)
         features = 1 if self.accept_image_fmap else -1
         if x.dim() != (4 if self.accept_image_fmap else 3) or x.shape[features] != self.dim:
             shape = "(B, D, H, W)" if self.accept_image_fmap else "(B, N, D)"
             raise ValueError(f"GroupedResidualVQ: x must have shape {shape} with D = {self.dim}, got {tuple(x.shape)}")
-        if self.training and options.get("rand_quantize_dropout_fixed_seed") is None:
+        seed: Tensor | None = None
+        if self.training and self._parts[0].quantize_dropout:  # one number of quantizers for all groups and ranks
             seed = torch.randint(2**31, ())
             if world()[1] > 1:
                 seed = seed.to(x.device)
                 torch.distributed.broadcast(seed, 0)
-            options["rand_quantize_dropout_fixed_seed"] = int(seed)
         outs = [
-            rvq(part, mask, **options) for rvq, part in zip(self._parts, x.chunk(self.groups, features), strict=True)
-        ]
+            rvq(
+                part, mask, return_all_codes=return_all_codes, sample_codebook_temp=sample_codebook_temp,
+                freeze_codebook=freeze_codebook,
+                rand_quantize_dropout_fixed_seed=None if seed is None else int(seed),
+            )
+            for rvq, part in zip(self._parts, x.chunk(self.groups, features), strict=True)
+        ]  # fmt: skip
         quantized, *rest = zip(*outs, strict=True)
         return torch.cat(quantized, features), *(torch.stack(part) for part in rest)

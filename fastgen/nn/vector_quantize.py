@@ -268,15 +268,17 @@ class VectorQuantize(nn.Module):
     def forward(
         self,
         x: Tensor,
-        *,
+        indices: None = None,
         mask: Tensor | None = None,
         lens: Tensor | None = None,
+        topk: None = None,
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
+        codebook_transform_fn: None = None,
+        ema_update_weight: None = None,
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
-        **options: Any,
     ) -> tuple[Any, ...]:
         """Quantize a batch.
 
@@ -290,6 +292,8 @@ class VectorQuantize(nn.Module):
             In place of the layer's own, for this call.
         return_loss_breakdown
             Whether to return the parts of the loss as well.
+        indices, topk, codebook_transform_fn, ema_update_weight
+            Of vector-quantize-pytorch; not offered.
         accum_ema_update
             Only keep this batch's statistics, for the next call without it to include: one update for several batches.
 
@@ -305,7 +309,10 @@ class VectorQuantize(nn.Module):
         NotImplementedError
             For an option of vector-quantize-pytorch that is not offered.
         """
-        refuse_unoffered("VectorQuantize.forward", options, UNOFFERED_IN_FORWARD)
+        given = (indices, topk, codebook_transform_fn, ema_update_weight)
+        refuse_unoffered(
+            "VectorQuantize.forward", dict(zip(UNOFFERED_IN_FORWARD, given, strict=True)), UNOFFERED_IN_FORWARD
+        )
         mask = self._check(x, mask, lens)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         book = self._codebook
@@ -331,13 +338,13 @@ class VectorQuantize(nn.Module):
 
         quantized = self._outputs([p.quantized for p in parts], x, embed, [p.indices for p in parts])
         quantized = self.project_out(quantized.to(x.dtype)).reshape(moved.shape)
-        indices = torch.stack([p.indices for p in parts], -1) if len(parts) > 1 else parts[0].indices
-        indices = indices.reshape(*moved.shape[:-1], *((self.heads,) if self.heads > 1 else ()))
+        chosen = torch.stack([p.indices for p in parts], -1) if len(parts) > 1 else parts[0].indices
+        chosen = chosen.reshape(*moved.shape[:-1], *((self.heads,) if self.heads > 1 else ()))
         if mask is not None:
             padding = quantized.new_zeros(()) if self.return_zeros_for_masked_padding else moved
             quantized = torch.where(mask[..., None], quantized, padding)
         parts_of_loss = (LossBreakdown(commitment, zero, zero, zero),) if return_loss_breakdown else ()
-        return self._features_back(quantized), indices, loss, *parts_of_loss
+        return self._features_back(quantized), chosen, loss, *parts_of_loss
 
     def _outputs(self, quantized: list[Tensor], x: Tensor, embed: Tensor, indices: list[Tensor]) -> Tensor:
         """(N, codebook_dim * heads). An input without gradient passes them on to codes that are learned."""
