@@ -87,6 +87,8 @@ def _train_vqvae(options: argparse.Namespace) -> None:
     chosen = {name: getattr(options, name) for name in (size.replace("-", "_") for size in VQVAE_SIZES)}
     given = {name: value for name, value in chosen.items() if value is not None}
     grid = options.grid or options.out.with_suffix(".png")
+    if grid.resolve() == options.out.resolve():
+        raise ValueError(f"{options.out}: is where the reconstructions go; choose another --out or --grid")
     if options.resume:
         model = load_vqvae(options.out)
         different = [f"--{n.replace('_', '-')} {v}" for n, v in given.items() if model.config[n] != v]
@@ -96,6 +98,8 @@ def _train_vqvae(options: argparse.Namespace) -> None:
     elif options.out.exists():  # said before any image is read
         raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
     images = load_images(options.data, size=options.size)
+    if not len(images):
+        raise ValueError(f"{options.data}: expected at least one image, got none")
     if not options.resume:
         torch.manual_seed(options.seed)
         sizes = {n.replace("-", "_"): v for n, v in VQVAE_SIZES.items()} | given

@@ -71,6 +71,15 @@ def test_update_matches_the_formula(which, cosine):
     torch.testing.assert_close(embed.double(), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_codes_stay_while_nothing_has_been_seen(which):
+    size, average, embed = torch.ones(3), torch.randn(3, 2), torch.randn(3, 2)
+    before = embed.clone()
+    update_codebook_(size, average, embed, torch.zeros(3), torch.zeros(3, 2), decay=0.0, backend=which)
+    assert torch.equal(embed, before)
+    assert float(size.sum()) == 0
+
+
 def test_opcheck_and_compile():
     x, indices = torch.randn(30, 4), torch.randint(5, (30,))
     torch.library.opcheck(torch.ops.fastgen.code_statistics.default, (x, None, indices, 5))
@@ -105,6 +114,8 @@ def test_bad_update():
     good = (torch.ones(3), torch.ones(3, 2), torch.ones(3, 2), torch.ones(3), torch.ones(3, 2))
     with pytest.raises(ValueError, match="decay must lie in"):
         update_codebook_(*good, decay=1.5)
+    with pytest.raises(ValueError, match="decay must lie in"):
+        update_codebook_(*good, decay="a")
     with pytest.raises(ValueError, match="eps must be"):
         update_codebook_(*good, decay=0.5, eps=0.0)
     with pytest.raises(ValueError, match="counts must have shape"):

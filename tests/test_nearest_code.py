@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastgen import backend
 from fastgen.ops import nearest_code
-from fastgen.ops.nearest_code import nearest_code_reference, unit
+from fastgen.ops.nearest_code import nearest_code_reference, no_direction, unit
 
 HERE = Path(__file__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -52,6 +52,12 @@ def data(kind, n, k, d):
         return c[torch.randint(k, (n,))].clone(), c
     if kind == "tiny":
         return 1e-25 * x, 1e-25 * c
+    if kind == "subnormal":
+        return 1e-41 * x, 1e-41 * c
+    if kind == "some subnormal":
+        x[::3] *= 1e-41
+        c[::2] *= 1e-41
+        return x, c
     if kind == "huge":
         return 1e16 * x, 1e16 * c
     if kind == "duplicates":
@@ -70,7 +76,7 @@ def data(kind, n, k, d):
 
 KINDS = (
     "gaussian", "uniform", "sphere", "offset", "far offset", "apart", "clusters", "outliers", "near codes", "on codes",
-    "tiny", "huge", "duplicates", "grid", "one dimension dominates", "zeros",
+    "tiny", "subnormal", "some subnormal", "huge", "duplicates", "grid", "one dimension dominates", "zeros",
 )  # fmt: skip
 
 
@@ -82,7 +88,7 @@ def exact_distances(x, codebook, metric):
     if metric == "euclidean":
         return torch.stack([(row - codebook).square().sum(1) for row in x])
     distances = torch.stack([(row - unit(codebook)).square().sum(1) for row in unit(x)])
-    return torch.where((x == 0).all(1)[:, None] | (codebook == 0).all(1), 2.0, distances)
+    return torch.where(no_direction(x) | no_direction(codebook)[:, 0], 2.0, distances)
 
 
 def check(x, codebook, metric="euclidean", which="cpu"):
@@ -207,10 +213,12 @@ def test_values_that_are_not_finite(bad, which):
 def test_codes_that_are_not_finite_are_never_chosen():
     x, codebook = gaussian(200, 40, 5)
     codebook[::3] = float("nan")
-    index, _ = nearest_code(x, codebook, nonfinite="first", backend="cpu")
     kept = torch.tensor([i for i in range(40) if i % 3])
-    assert torch.equal(index, kept[nearest_code(x, codebook[kept])[0]])
-    assert nearest_code(x, codebook[::3], nonfinite="first", backend="cpu")[0].unique().tolist() == [0]
+    for which in ("cpu", "reference"):
+        for metric in METRICS:
+            index, _ = nearest_code(x, codebook, metric=metric, nonfinite="first", backend=which)
+            assert torch.equal(index, kept[nearest_code(x, codebook[kept], metric=metric)[0]])
+        assert nearest_code(x, codebook[::3], nonfinite="first", backend=which)[0].unique().tolist() == [0]
 
 
 @pytest.mark.parametrize("which", ["cpu", "reference"])

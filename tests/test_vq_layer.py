@@ -280,6 +280,72 @@ def test_compile_fullgraph_and_no_recompilation():
     assert bool((replacing.codebook == 3).all())
 
 
+def test_modules_are_pickled_copied_and_compiled_after_loading(tmp_path):
+    for module in (VectorQuantize(8, 16, kmeans_init=True), ResidualVQ(dim=8, num_quantizers=2, codebook_size=4)):
+        x = torch.randn(2, 30, 8)
+        module(x)
+        torch.save(module, tmp_path / "module.pt")
+        for other in (torch.load(tmp_path / "module.pt", weights_only=False), copy.deepcopy(module)):
+            close(other.eval()(x)[0], module.eval()(x)[0])
+    fresh = VectorQuantize(8, 16, kmeans_init=True)
+    fresh(100 * torch.randn(1, 40, 8), accum_ema_update=True)
+    trained = VectorQuantize(8, 16)
+    fresh.load_state_dict(trained.state_dict())  # forgets what it had put off
+    torch._dynamo.reset()
+    torch.compile(fresh, fullgraph=True)(x)
+    trained(x)
+    close(fresh.codebook, trained.codebook)
+
+
+def test_temperature_needs_stochastic_codes():
+    a, b = pair({})
+    x = torch.randn(2, 40, 32)
+    assert torch.equal(a(x, sample_codebook_temp=1.0)[1], b(x, sample_codebook_temp=1.0)[1])
+
+
+def test_low_precision_modules_train():
+    for dtype in (torch.bfloat16, torch.float16):
+        b = VectorQuantize(8, 16, kmeans_init=True).to(dtype)
+        assert b.codebook.dtype == torch.float32
+        quantized, _, loss = b(torch.randn(2, 30, 8, dtype=dtype))
+        assert quantized.dtype == dtype
+        assert bool(torch.isfinite(loss))
+
+
+def test_masked_indices_can_be_decoded():
+    b = VectorQuantize(8, 16)
+    mask = torch.tensor([[True, False, True]])
+    quantized, indices, _ = b.eval()(torch.randn(1, 3, 8), mask=mask)
+    close(b.get_output_from_indices(indices), quantized)
+    residual = ResidualVQ(dim=8, num_quantizers=1, codebook_size=16)
+    for decode, wrong in (
+        (b.get_output_from_indices, torch.full((1, 3), 16)),
+        (VectorQuantization(8, 16, kmeans_init=False).decode, torch.full((1, 3), 16)),
+        (residual.get_output_from_indices, torch.full((1, 3, 1), 16)),
+    ):
+        with pytest.raises(ValueError, match=r"indices must lie in \[-1, 16\), got 16 to 16"):
+            decode(wrong)
+
+
+def test_residual_of_vectors_and_dropout_are_the_peers():
+    a, b = peer.ResidualVQ(dim=8, num_quantizers=4, codebook_size=16, quantize_dropout=True), None
+    b = ResidualVQ(dim=8, num_quantizers=4, codebook_size=16, quantize_dropout=True)
+    b.load_state_dict(a.state_dict())
+    for seed in range(6):
+        x = torch.randn(2, 9, 8)
+        options = {"rand_quantize_dropout_fixed_seed": seed, "freeze_codebook": True}
+        assert torch.equal(a(x, **options)[1], b(x, **options)[1])
+    a.eval(), b.eval()
+    for u, v in zip(a(x[0]), b(x[0]), strict=True):
+        close(u, v)
+
+
+def test_nothing_seen_and_nothing_kept():
+    b = VectorQuantize(8, 16, decay=0.0)
+    b(torch.randn(0, 4, 8))
+    assert bool(torch.isfinite(b.codebook).all())
+
+
 def test_no_value_is_read_in_training():
     """Nothing in a step asks a tensor for its value, which on a GPU would make the host wait."""
     b = VectorQuantize(8, 16, threshold_ema_dead_code=1).to("meta")

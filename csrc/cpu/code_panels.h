@@ -14,7 +14,8 @@ constexpr int kCodes = kPanel * kF;
 template <class T>
 constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
 
-constexpr int64_t kFewPairs = 8;  // of coordinates: vectors so short are scored by a kernel of their own
+constexpr float kNoDirection = 1e-30f;  // vectors no longer than this are zero to the cosine
+constexpr int64_t kFewPairs = 8;        // of coordinates: vectors so short are scored by a kernel of their own
 
 // Integer vectors are at most this long before rounding, so that no sum of products, nor one with the allowance for
 // rounding on top, leaves 32 bits.
@@ -164,8 +165,8 @@ struct Codes {
         const T squared = subtract(rows + i * width, mean.data(), code.data(), width);
         length[i] = length_of(code.data(), squared, width);
         if (!cosine) continue;
-        inverse[i] = length[i] > 0 ? 1 / length[i] : T(0);
-        length[i] = length[i] > 0 ? T(1) : T(0);
+        inverse[i] = length[i] > kNoDirection ? 1 / length[i] : T(0);
+        length[i] = length[i] > kNoDirection ? T(1) : T(0);
       }
     });
     for (const T l : length) radius = std::max(radius, l);

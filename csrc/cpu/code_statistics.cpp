@@ -86,6 +86,7 @@ void update_codebook(Tensor cluster_size, Tensor embed_avg, Tensor embed, Tensor
         size[i] += static_cast<T>((1 - decay) * (static_cast<double>(data_of<T>(counts)[i]) - size[i]));
         total += size[i];
       }
+      if (total == 0) return;  // nothing has been seen: the codes stay
       const double spread = total / (total + num_codes * eps);
       share(num_codes, [&](int64_t begin, int64_t end) {
         const T share_of_new = static_cast<T>(1 - decay);

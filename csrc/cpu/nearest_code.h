@@ -136,7 +136,7 @@ class Search {
       const int64_t count = std::min<int64_t>(kBlocks * kBlock, end - first);
       fetch(count, [&](int64_t i) { return first + i; });
       place(count, 0);
-      for (int64_t i = 0; i < count; ++i) leaders_[i].best = leaders_[i].second = splat(kAbsent);
+      for (int64_t i = 0; i < count; ++i) leaders_[i] = {splat(kAbsent), splat(kAbsent), VecI{}};
       const int64_t blocks = (count + kBlock - 1) / kBlock;
       if (codes_.pairs <= kFewPairs)
         for (int64_t b = 0; b < blocks; ++b)
@@ -225,11 +225,11 @@ class Search {
     const Leaders& l = leaders_[i];
     if (norm_[i] < 0) return emit_(index, x, -1, std::numeric_limits<T>::quiet_NaN());
     if (codes_.empty) return emit_(index, x, 0, std::numeric_limits<T>::quiet_NaN());
-    const T inverse = !codes_.cosine ? T(1) : norm_[i] > 0 ? 1 / norm_[i] : T(0);
+    const T inverse = !codes_.cosine ? T(1) : norm_[i] > kNoDirection ? 1 / norm_[i] : T(0);
     if (inverse == 0) return emit_(index, x, 0, T(2));  // no direction: all cosines are zero
     const Block& block = blocks_[i / kBlock];
     const float best = largest_lane<float>(l.best);
-    const int lane = std::countr_zero(sign_bits<float>((VecF)(l.best >= best)));
+    const int lane = std::countr_zero(sign_bits<float>((VecF)(l.best >= best))) % kF;
     const Panel& head = codes_.heads[l.panel[lane]];
     float limit = best;  // less twice what rounding may have cost the leader, one of the two codes of its lane
     for (int v = 0; v < kPanel; ++v) {
@@ -295,7 +295,8 @@ class Search {
   double exact(const T* x, const T* c) const {
     if (!codes_.cosine) return exact_distance(x, 1.0, c, 1.0, codes_.width);
     const double length = exact_length(c, codes_.width);
-    return length == 0 ? 2.0 : exact_distance(x, 1 / exact_length(x, codes_.width), c, 1 / length, codes_.width);
+    return length <= kNoDirection ? 2.0
+                                  : exact_distance(x, 1 / exact_length(x, codes_.width), c, 1 / length, codes_.width);
   }
   T distance(const T* x, T a, const T* c, T b) const {
     if (codes_.cosine && b == 0) return T(2);  // as for any two directions whose cosine is zero

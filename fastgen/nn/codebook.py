@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -49,12 +52,13 @@ class Codebook(nn.Module):
         manual_ema_update: bool,
         threshold_ema_dead_code: float,
         sync: bool | None,
+        sync_kmeans: bool = True,
     ) -> None:
         super().__init__()
         self.size, self.decay, self.eps, self.kmeans_iters = size, decay, eps, kmeans_iters
         self.metric: Metric = "cosine" if cosine else "euclidean"
         self.ema_update, self.manual_ema_update = ema_update, manual_ema_update
-        self.threshold_ema_dead_code, self.sync = threshold_ema_dead_code, sync
+        self.threshold_ema_dead_code, self.sync, self.sync_kmeans = threshold_ema_dead_code, sync, sync_kmeans
         embed = torch.zeros(heads, size, dim)
         if not kmeans_init:
             nn.init.kaiming_uniform_(embed)
@@ -68,7 +72,19 @@ class Codebook(nn.Module):
             self.register_buffer("embed", embed)
         self.ready = not kmeans_init  # `initted`, known without asking the device
         self.pending: Tensor | None = None  # statistics of batches whose update was put off
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "ready", False))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.ready = self.initted.device.type != "meta" and bool(self.initted)
+        self.pending = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        """As for any module, but codes and averages stay float32 where others become shorter."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for tensor in (self.cluster_size, self.embed_avg, self.embed):
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = tensor.data.float()
+        return self
 
     @property
     def synced(self) -> bool:
@@ -107,10 +123,11 @@ class Codebook(nn.Module):
 
     def _kmeans(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """means (K, D) and the counts of their last assignment."""
-        rank, ranks = world() if self.synced else (0, 1)
+        synced = self.synced and self.sync_kmeans
+        rank, ranks = world() if synced else (0, 1)
         numbers = torch.zeros(ranks, dtype=torch.int64, device=x.device)
         numbers[rank] = x.shape[0]
-        self._sum(numbers)
+        self._sum(numbers, synced)
         if int(numbers.sum()) == 0:
             return None
         # which rank gives each first mean: shares by rows, every one a different row while there are enough
@@ -123,21 +140,21 @@ class Codebook(nn.Module):
         mine = (draws >= begins[rank]) & (draws < begins[rank] + x.shape[0])
         means = x.new_zeros(self.size, x.shape[1])
         means[mine] = x[draws[mine] - begins[rank]]
-        self._sum(means)
+        self._sum(means, synced)
         counts = x.new_zeros(self.size)
         for _ in range(self.kmeans_iters):
             indices, _ = nearest_code(x, means, metric=self.metric)
             counts, sums = code_statistics(x, indices, self.size)
             both = torch.cat((counts[:, None], sums), 1)
-            self._sum(both)
+            self._sum(both, synced)
             counts, new = both[:, 0], both[:, 1:] / both[:, :1].clamp(min=1)
             if self.metric == "cosine":
                 new = F.normalize(new, dim=-1, eps=1e-6)
             means = torch.where(counts[:, None] > 0, new, means)
         return means, counts
 
-    def _sum(self, tensor: Tensor) -> None:
-        if self.synced:
+    def _sum(self, tensor: Tensor, synced: bool | None = None) -> None:
+        if self.synced if synced is None else synced:
             torch.distributed.all_reduce(tensor)
 
     @torch.no_grad()
@@ -244,6 +261,16 @@ class Codebook(nn.Module):
             self.embed.data[head].copy_(torch.where(chosen[:, None], new, self.embed.data[head]))
             self.embed_avg[head].copy_(torch.where(chosen[:, None], new * size, self.embed_avg[head]))
             self.cluster_size[head].copy_(torch.where(chosen, size, self.cluster_size[head]))
+
+
+def look_up(op: str, indices: Tensor, codebook: Tensor) -> Tensor:
+    """Codes (..., D) of indices (...), zeros for -1. On the CPU others outside the codebook are an error."""
+    size = len(codebook)
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        least, most = int(indices.min()), int(indices.max())
+        if least < -1 or most >= size:
+            raise ValueError(f"{op}: indices must lie in [-1, {size}), got {least} to {most}")
+    return torch.where(indices[..., None] < 0, 0, F.embedding(indices.clamp(min=0), codebook))
 
 
 def _sample(

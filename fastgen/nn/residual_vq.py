@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import check_integer, is_finite
-from fastgen.nn.codebook import world
+from fastgen.checks import check_integer, check_tensor, is_finite
+from fastgen.nn.codebook import look_up, world
 from fastgen.nn.vector_quantize import VectorQuantize, refuse_unoffered
 
 UNOFFERED = {
@@ -127,7 +127,7 @@ class ResidualVQ(nn.Module):
                 f"got {tuple(indices.shape)}"
             )
         codes = [
-            torch.where(i[..., None] < 0, 0, F.embedding(i.clamp(min=0), layer.codebook))
+            look_up("ResidualVQ", i, layer.codebook)
             for i, layer in zip(indices.unbind(-1), self._quantizers, strict=False)
         ]
         return torch.stack(codes)
@@ -141,13 +141,15 @@ class ResidualVQ(nn.Module):
         """The last quantizer that a training step uses: random with quantize_dropout, the same on all ranks."""
         if not (self.training and self.quantize_dropout):
             return self.num_quantizers - 1
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        draw = torch.randint(self.quantize_dropout_cutoff_index, self.num_quantizers, (), generator=generator)
-        if seed is None and world()[1] > 1:
-            draw = draw.to(self._quantizers[0].codebook.device)
-            torch.distributed.broadcast(draw, 0)
+        if seed is None:
+            drawn = torch.randint(2**31, ())
+            if world()[1] > 1:
+                drawn = drawn.to(self._quantizers[0].codebook.device)
+                torch.distributed.broadcast(drawn, 0)
+            seed = int(drawn)
+        number = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers) + 1
         multiple = self.quantize_dropout_multiple_of
-        return min((int(draw) // multiple + 1) * multiple if multiple > 1 else int(draw) + 1, self.num_quantizers) - 1
+        return min(-(-number // multiple) * multiple, self.num_quantizers) - 1
 
     def forward(
         self,
@@ -165,7 +167,7 @@ class ResidualVQ(nn.Module):
         Parameters
         ----------
         x
-            (B, N, D), or with accept_image_fmap (B, D, H, W).
+            (B, N, D) or (B, D), or with accept_image_fmap (B, D, H, W).
         mask
             (B, N) bool, False for padding.
         return_all_codes
@@ -183,9 +185,16 @@ class ResidualVQ(nn.Module):
         (Q, B, N, codebook_dim).
         """
         refuse_unoffered("ResidualVQ.forward", {"indices": indices, "beam_size": beam_size}, UNOFFERED_IN_FORWARD)
+        check_tensor("ResidualVQ", "x", x)
+        if x.dim() == 2 and not self.accept_image_fmap:
+            quantized, index, loss, *codes = self(
+                x[:, None], None if mask is None else mask[:, None], None, return_all_codes, sample_codebook_temp,
+                freeze_codebook, None, rand_quantize_dropout_fixed_seed,
+            )  # fmt: skip
+            return quantized[:, 0], index[:, 0], loss, *(c[:, :, 0] for c in codes)
         features = 1 if self.accept_image_fmap else -1
         if x.dim() != (4 if self.accept_image_fmap else 3) or x.shape[features] != self.dim:
-            shape = "(B, D, H, W)" if self.accept_image_fmap else "(B, N, D)"
+            shape = "(B, D, H, W)" if self.accept_image_fmap else "(B, N, D) or (B, D)"
             raise ValueError(f"ResidualVQ: x must have shape {shape} with D = {self.dim}, got {tuple(x.shape)}")
         last_dim = x.movedim(1, -1) if self.accept_image_fmap else x
         moved = last_dim.flatten(1, -2)
@@ -277,12 +286,13 @@ class GroupedResidualVQ(nn.Module):
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool = False,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """As `ResidualVQ.forward`: quantized, as x; indices (G, B, N, Q); losses (G, Q); codes (G, Q, B, N, D / G)."""
+    ) -> tuple[Any, ...]:
+        """As `ResidualVQ.forward`: quantized, as x; indices (G, B, N, Q); losses (G, Q); G codes (Q, B, N, D / G)."""
         refuse_unoffered("GroupedResidualVQ.forward", {"indices": indices}, UNOFFERED_IN_FORWARD)
         features = 1 if self.accept_image_fmap else -1
-        if x.dim() != (4 if self.accept_image_fmap else 3) or x.shape[features] != self.dim:
-            shape = "(B, D, H, W)" if self.accept_image_fmap else "(B, N, D)"
+        check_tensor("GroupedResidualVQ", "x", x)
+        if x.dim() not in ((4,) if self.accept_image_fmap else (2, 3)) or x.shape[features] != self.dim:
+            shape = "(B, D, H, W)" if self.accept_image_fmap else "(B, N, D) or (B, D)"
             raise ValueError(f"GroupedResidualVQ: x must have shape {shape} with D = {self.dim}, got {tuple(x.shape)}")
         seed: Tensor | None = None
         if self.training and self._parts[0].quantize_dropout:  # one number of quantizers for all groups and ranks
@@ -298,5 +308,5 @@ class GroupedResidualVQ(nn.Module):
             )
             for rvq, part in zip(self._parts, x.chunk(self.groups, features), strict=True)
         ]  # fmt: skip
-        quantized, *rest = zip(*outs, strict=True)
-        return torch.cat(quantized, features), *(torch.stack(part) for part in rest)
+        quantized, indices_of, losses, *codes = zip(*outs, strict=True)
+        return torch.cat(quantized, features), torch.stack(indices_of), torch.stack(losses), *codes

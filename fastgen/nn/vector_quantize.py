@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_positive, check_tensor, is_finite
-from fastgen.nn.codebook import Codebook
+from fastgen.nn.codebook import Codebook, look_up
 from fastgen.ops.vector_quantize import Estimator
 
 # what vector-quantize-pytorch has and this layer has not, with the value that leaves each out
 UNOFFERED = {
-    "sync_kmeans": True, "commitment_use_cross_entropy_loss": False, "orthogonal_reg_weight": 0.0,
+    "commitment_use_cross_entropy_loss": False, "orthogonal_reg_weight": 0.0,
     "orthogonal_reg_active_codes_only": False, "orthogonal_reg_max_codes": None, "codebook_diversity_loss_weight": 0.0,
     "codebook_diversity_temperature": 100.0, "straight_through": False, "directional_reparam": False,
     "directional_reparam_variance": 5e-3, "sync_affine_param": False, "vq_bridge": None,
@@ -66,8 +66,8 @@ class VectorQuantize(nn.Module):
         Of the moving averages, in [0, 1], and of their Laplace smoothing.
     freeze_codebook
         Whether calls leave the codebook alone; also an argument of the call.
-    kmeans_init, kmeans_iters
-        Whether the first call sets the codes by k-means of its vectors, and in how many steps.
+    kmeans_init, kmeans_iters, sync_kmeans
+        Whether the first call sets the codes by k-means of its vectors, in how many steps, and whether of all ranks'.
     use_cosine_sim
         Compare directions: inputs and codes have unit length.
     layernorm_after_project_in
@@ -109,6 +109,7 @@ class VectorQuantize(nn.Module):
         freeze_codebook: bool = False,
         kmeans_init: bool = False,
         kmeans_iters: int = 10,
+        sync_kmeans: bool = True,
         *,
         use_cosine_sim: bool = False,
         layernorm_after_project_in: bool = False,
@@ -160,7 +161,7 @@ class VectorQuantize(nn.Module):
         self.freeze_codebook, self.use_cosine_sim, self.learnable_codebook = freeze_codebook, use_cosine_sim, learnable
         self.channel_last, self.accept_image_fmap, self.accept_3d_fmap = channel_last, accept_image_fmap, accept_3d_fmap
         self.commitment_weight = commitment_weight
-        self.sample_codebook_temp = sample_codebook_temp if stochastic_sample_codes else 0.0
+        self.stochastic_sample_codes, self.sample_codebook_temp = stochastic_sample_codes, sample_codebook_temp
         self.estimator: Estimator = (
             "rotation" if (dim > 1 if rotation_trick is None else rotation_trick) else "straight_through"
         )
@@ -177,7 +178,7 @@ class VectorQuantize(nn.Module):
             heads if separate_codebook_per_head else 1, codebook_size, self.codebook_dim,
             decay=decay, eps=eps, kmeans_init=kmeans_init, kmeans_iters=kmeans_iters, cosine=use_cosine_sim,
             learnable=learnable, ema_update=ema_update, manual_ema_update=manual_ema_update,
-            threshold_ema_dead_code=threshold_ema_dead_code, sync=sync_codebook,
+            threshold_ema_dead_code=threshold_ema_dead_code, sync=sync_codebook, sync_kmeans=sync_kmeans,
         )  # fmt: skip
 
     @property
@@ -191,11 +192,12 @@ class VectorQuantize(nn.Module):
             self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes[None])
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Codes before the map out: (B, ..., codebook_dim * heads), features where the inputs have them."""
+        """Codes before the map out, zeros for -1: (B, ..., codebook_dim * heads), features where inputs have them."""
         if self.separate_codebook_per_head:
-            codes = torch.stack([F.embedding(i, c) for i, c in zip(indices.unbind(-1), self.codebook, strict=True)], -2)
+            pairs = zip(indices.unbind(-1), self.codebook, strict=True)
+            codes = torch.stack([look_up("VectorQuantize", i, c) for i, c in pairs], -2)
         else:
-            codes = F.embedding(indices, self.codebook)
+            codes = look_up("VectorQuantize", indices, self.codebook)
         if self.heads > 1:
             codes = codes.flatten(-2)
         return codes if self._features_last else codes.movedim(-1, 1)
@@ -320,8 +322,9 @@ class VectorQuantize(nn.Module):
         rows, kept = self._rows(moved, mask)
         book.initialise(rows, kept)
         temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
+        temperature = temperature if self.stochastic_sample_codes and self.training else 0.0
         embed = book.embed if self.learnable_codebook and not frozen else book.embed.detach()
-        parts = book.search(rows, kept, embed, self.estimator, temperature if self.training else 0.0, "VectorQuantize")
+        parts = book.search(rows, kept, embed, self.estimator, temperature, "VectorQuantize")
         if self.training and not frozen:
             book.update(rows, [p.indices for p in parts], kept, ema_update=ema_update, accumulate=accum_ema_update)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import check_integer, check_positive, is_finite
-from fastgen.nn.codebook import Codebook
+from fastgen.checks import check_integer, check_positive, check_tensor, is_finite
+from fastgen.nn.codebook import Codebook, look_up
 from fastgen.nn.vector_quantize import refuse_unoffered
 from fastgen.ops.vector_quantize import quantize
 
@@ -25,20 +25,28 @@ class VectorQuantizer2(nn.Module):
         Weight of the commitment loss; with `legacy`, as in that project's first version, of the codebook loss instead.
     sane_index_shape
         Whether indices come as (B, H, W) instead of (B * H * W,).
-    options
-        remap and unknown_index raise NotImplementedError unless they are left out.
+    remap, unknown_index
+        Not offered: other values than the default raise NotImplementedError.
     """
 
     def __init__(
-        self, n_e: int, e_dim: int, beta: float, *, sane_index_shape: bool = False, legacy: bool = True, **options: Any
+        self,
+        n_e: int,
+        e_dim: int,
+        beta: float,
+        remap: None = None,
+        unknown_index: str = "random",
+        sane_index_shape: bool = False,
+        legacy: bool = True,
     ) -> None:
         super().__init__()
-        refuse_unoffered("VectorQuantizer2", options, {"remap": None, "unknown_index": "random"})
+        given = {"remap": remap, "unknown_index": unknown_index}
+        refuse_unoffered("VectorQuantizer2", given, {"remap": None, "unknown_index": "random"})
         check_integer("VectorQuantizer2", "n_e", n_e)
         check_integer("VectorQuantizer2", "e_dim", e_dim)
         if not is_finite(beta) or beta < 0:
             raise ValueError(f"VectorQuantizer2: beta must be finite and >= 0, got {beta!r}")
-        self.n_e, self.e_dim, self.beta = n_e, e_dim, beta
+        self.n_e, self.e_dim, self.beta, self.remap, self.re_embed = n_e, e_dim, beta, None, n_e
         self.sane_index_shape, self.legacy = sane_index_shape, legacy
         self.embedding = nn.Embedding(n_e, e_dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
@@ -49,6 +57,7 @@ class VectorQuantizer2(nn.Module):
         """z (B, D, H, W) -> quantized as z, loss (), (None, None, indices (B * H * W,) or (B, H, W))."""
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             raise NotImplementedError("VectorQuantizer2: temp, rescale_logits and return_logits are not offered")
+        check_tensor("VectorQuantizer2", "z", z)
         if z.dim() != 4 or z.shape[1] != self.e_dim:
             raise ValueError(f"VectorQuantizer2: z must have shape (B, {self.e_dim}, H, W), got {tuple(z.shape)}")
         rows = z.movedim(1, -1)  # (B, H, W, D)
@@ -60,7 +69,7 @@ class VectorQuantizer2(nn.Module):
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
         """Codes of indices; with shape (B, H, W, D) as a feature map (B, D, H, W)."""
-        codes = F.embedding(indices.reshape(-1), self.embedding.weight)
+        codes = look_up("VectorQuantizer2", indices.reshape(-1), self.embedding.weight)
         return codes if shape is None else codes.reshape(shape).movedim(-1, 1).contiguous()
 
 
@@ -112,7 +121,14 @@ class VectorQuantization(nn.Module):
         inner = dim if codebook_dim is None else codebook_dim
         for name, size in (("dim", dim), ("codebook_size", codebook_size), ("codebook_dim", inner)):
             check_integer("VectorQuantization", name, size)
+        check_integer("VectorQuantization", "kmeans_iters", kmeans_iters)
         check_positive("VectorQuantization", "epsilon", epsilon)
+        for name, number, most in (
+            ("decay", decay, 1.0), ("threshold_ema_dead_code", threshold_ema_dead_code, math.inf),
+            ("commitment_weight", commitment_weight, math.inf),
+        ):  # fmt: skip
+            if not is_finite(number) or not 0 <= number <= most:
+                raise ValueError(f"VectorQuantization: {name} must lie in [0, {most:g}], got {number!r}")
         self.dim, self.codebook_size, self.commitment_weight = dim, codebook_size, commitment_weight
         self.project_in: nn.Module = nn.Linear(dim, inner) if inner != dim else nn.Identity()
         self.project_out: nn.Module = nn.Linear(inner, dim) if inner != dim else nn.Identity()
@@ -128,6 +144,7 @@ class VectorQuantization(nn.Module):
         return self._codebook.embed[0]
 
     def _rows(self, x: Tensor) -> Tensor:
+        check_tensor("VectorQuantization", "x", x)
         if x.dim() != 3 or x.shape[1] != self.dim:
             raise ValueError(f"VectorQuantization: x must have shape (B, {self.dim}, N), got {tuple(x.shape)}")
         return self.project_in(x.mT)  # type: ignore[no-any-return]
@@ -140,7 +157,7 @@ class VectorQuantization(nn.Module):
 
     def decode(self, embed_ind: Tensor) -> Tensor:
         """indices (B, N) -> (B, D, N)."""
-        return self.project_out(F.embedding(embed_ind, self.codebook)).mT  # type: ignore[no-any-return]
+        return self.project_out(look_up("VectorQuantization", embed_ind, self.codebook)).mT  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, D, N) -> quantized as x, indices (B, N), loss (1,), zero in evaluation."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, check_integer, check_positive, check_tensor, refused
+from fastgen.checks import check, check_integer, check_positive, check_tensor, is_finite, refused
 from fastgen.ops.nearest_code import by_rows, compute_type
 
 
@@ -153,14 +153,15 @@ def update_codebook_(
     for name, tensor in (("cluster_size", cluster_size), ("embed_avg", embed_avg), ("embed", embed)):
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
-    if isinstance(decay, bool) or not 0 <= decay <= 1:
+    if not is_finite(decay) or not 0 <= decay <= 1:
         raise ValueError(f"{op}: decay must lie in [0, 1], got {decay!r}")
     check_positive(op, "eps", eps)
     with torch.no_grad():
         if resolve(op, backend, embed.device) == "reference":
             new = update_codebook_reference(cluster_size, embed_avg, counts, sums, decay, eps, cosine)
+            seen = new[0].sum() != 0  # else the codes stay
             for to, value in zip((cluster_size, embed_avg, embed), new, strict=True):
-                to.copy_(value)
+                to.copy_(torch.where(seen, value, to) if to is embed else value)
             return
         torch.ops.fastgen.update_codebook(
             cluster_size, embed_avg, embed, counts.contiguous(), sums.contiguous(), decay, eps, cosine

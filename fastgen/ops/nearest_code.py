@@ -1,10 +1,10 @@
 """The nearest code of each row of a matrix: the search of every vector quantizer.
 
     euclidean   k(x) = argmin_k |x - c_k|^2
-    cosine      k(x) = argmax_k cos(x, c_k) = argmin_k |x / |x| - c_k / |c_k||^2        a zero vector's cosines are 0
+    cosine      k(x) = argmax_k cos(x, c_k) = argmin_k |x / |x| - c_k / |c_k||^2
 
-Among equals the lowest index. Distances do not change when the origin does: both sides are measured from the mean of
-the codebook, so that data far from zero loses no digits.
+The cosine of a vector no longer than 1e-30 counts as 0. Among equals the lowest index. Distances do not change when the
+origin does: both sides are measured from the mean of the codebook, so that data far from zero loses no digits.
 """
 
 from __future__ import annotations
@@ -22,30 +22,38 @@ Metric = Literal["euclidean", "cosine"]
 SCORES = 1 << 24  # of the reference, in memory at a time
 
 
+def no_direction(x: Tensor) -> Tensor:
+    """Rows so short that their cosines count as 0: (N, 1)."""
+    return x.norm(dim=-1, keepdim=True) <= 1e-30  # type: ignore[no-any-return]
+
+
 def unit(x: Tensor) -> Tensor:
-    """Rows scaled to length 1; zero rows stay."""
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(norm == 0, 1, norm)
+    """Rows scaled to length 1; those without direction become zero."""
+    nothing = no_direction(x)
+    return torch.where(nothing, 0, x / torch.where(nothing, 1, x.norm(dim=-1, keepdim=True)))
 
 
 def squared_distance(x: Tensor, codes: Tensor, metric: Metric) -> Tensor:
     """Row by row; for cosine 2 - 2 cos, from the difference of the unit vectors."""
     if metric == "euclidean":
         return (x - codes).square().sum(1)
-    nothing = (x == 0).all(1) | (codes == 0).all(1)
-    return torch.where(nothing, 2, (unit(x) - unit(codes)).square().sum(1))
+    nothing = no_direction(x) | no_direction(codes)
+    return torch.where(nothing[:, 0], 2, (unit(x) - unit(codes)).square().sum(1))
 
 
 def nearest_code_reference(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean") -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch: any device and dtype."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, codebook = x.to(dtype), codebook.to(dtype)
+    present = torch.isfinite(codebook.square().sum(1))  # others are never chosen
+    codes = torch.where(present[:, None], codebook, 0)
     if metric == "cosine":
-        codes, offset, rows = unit(codebook), torch.zeros_like(codebook[:, 0]), unit(x)
+        codes, offset, rows = unit(codes), torch.zeros_like(codes[:, 0]), unit(x)
     else:
-        mean = codebook.mean(0)
-        codes, rows = codebook - mean, x - mean
+        mean = codes.sum(0) / present.sum().clamp(min=1)
+        codes, rows = codes - mean, x - mean
         offset = codes.square().sum(1) / 2
+    offset = torch.where(present, offset, torch.inf)
     step = x.shape[0] if torch.compiler.is_compiling() else max(1, SCORES // codebook.shape[0])
     indices = [(r @ codes.T - offset).argmax(1) for r in rows.split(max(step, 1))]
     index = torch.cat(indices)
