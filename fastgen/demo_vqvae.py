@@ -54,20 +54,22 @@ def demo_vqvae(console: Any, out: str | os.PathLike[str], seconds: float) -> Non
 def _print_speeds(console: Any) -> None:
     from rich.table import Table
 
-    table = Table(title=f"vector quantization, {torch.get_num_threads()} threads, instruction set {cpu_isa or 'none'}")
-    table.add_column("rows x codes x features", no_wrap=True)
-    for heading in ("search: PyTorch", "fastgen", "ratio", "training step: PyTorch", "fastgen", "ratio"):
+    table = Table(
+        title=f"vector quantization [ms], {torch.get_num_threads()} threads, instruction set {cpu_isa or 'none'}"
+    )
+    table.add_column("rows x codes\nx features", no_wrap=True)
+    for heading in ("search\nPyTorch", "\nfastgen", "\nratio", "step\nPyTorch", "\nfastgen", "\nratio"):
         table.add_column(heading, justify="right")
     reason = why_not("nearest_code", "cpu")
     for shape in SHAPES if reason is None else ():
         cells = []
         for pair in (_search(*shape), _step(*shape)):
             plain, ours = _alternate(*pair)
-            cells += [f"{1e3 * plain:.1f} ms", f"{1e3 * ours:.1f} ms", f"{plain / ours:.0f}x"]
+            cells += [f"{1e3 * plain:.1f}", f"{1e3 * ours:.1f}", f"{plain / ours:.0f}x"]
         table.add_row(" x ".join(map(str, shape)), *cells)
     console.print(table)
     console.print(
-        "PyTorch: argmin of the expanded distance; the straight-through layer with one-hot moving averages"
+        "PyTorch: argmin of the expanded distance; a training step of a straight-through layer with one-hot averages"
         if reason is None
         else f"fastgen's C++ kernels are not live: {reason}"
     )
