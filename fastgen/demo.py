@@ -22,6 +22,7 @@ from fastgen.audio import load_folder, mu_law_decode, save_audio, speech_path
 from fastgen.backend import cpu_isa, why_not
 from fastgen.demo_vqvae import demo_vqvae
 from fastgen.files import whole_file
+from fastgen.images import load_images
 from fastgen.models import WaveNet
 from fastgen.ops import Generator, distributions
 from fastgen.training import save_checkpoint, train_wavenet
@@ -69,10 +70,11 @@ def demo(
     if only not in (None, "wavenet", "vqvae"):
         raise ValueError(f"demo: only must be wavenet, vqvae or None, got {only!r}")
     console = _rich_console()
+    images = None if only == "wavenet" else load_images()  # what is missing is found out before the training
     if only != "vqvae":
         _demo_wavenet(console, data, Path(out), seconds)
-    if only != "wavenet":
-        demo_vqvae(console, out, seconds / 2)
+    if images is not None:
+        demo_vqvae(console, images, out, seconds / 2)
 
 
 def _demo_wavenet(console: Any, data: str | os.PathLike[str] | None, out: Path, seconds: float) -> None:

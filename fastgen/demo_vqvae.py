@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.backend import cpu_isa, why_not
-from fastgen.images import load_images, save_grid
+from fastgen.images import save_grid
 from fastgen.models import VQVAE
 from fastgen.nn import VectorQuantize
 from fastgen.ops import nearest_code
@@ -23,10 +23,9 @@ SHAPES = ((65536, 512, 64), (32768, 1024, 8))  # rows, codes, features
 REPEATS = 5
 
 
-def demo_vqvae(console: Any, out: str | os.PathLike[str], seconds: float) -> None:
-    """Train for `seconds` on scikit-learn's digits, write reconstructions.png and vqvae.pt, and print the tables."""
+def demo_vqvae(console: Any, images: Tensor, out: str | os.PathLike[str], seconds: float) -> None:
+    """Train for `seconds` on digits, uint8 (N, 1, H, W); write reconstructions.png and vqvae.pt; print the table."""
     out = Path(out)
-    images = load_images()
     torch.manual_seed(0)
     model = VQVAE(
         1, hidden_channels=64, codebook_size=64, code_dim=16, downsample=2, kmeans_init=True,

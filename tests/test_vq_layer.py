@@ -1,16 +1,15 @@
-"""VectorQuantize and its residual kin: against vector-quantize-pytorch, and where that has nothing to say."""
+"""VectorQuantize: against vector-quantize-pytorch, and where that has nothing to say."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from vq_helpers import close, follow, pair, peer
 
 from fastgen.nn import GroupedResidualVQ, ResidualVQ, VectorQuantization, VectorQuantize, VectorQuantizer2
 from fastgen.nn.vector_quantize import UNOFFERED
 from fastgen.ops import nearest_code
-
-peer = pytest.importorskip("vector_quantize_pytorch", reason="pip install vector-quantize-pytorch==1.32")
 
 OPTIONS = {
     "default": ({}, (4, 50, 32)),
@@ -32,48 +31,6 @@ OPTIONS = {
     "frozen": ({"freeze_codebook": True}, (4, 50, 32)),
     "dead codes, none": ({"threshold_ema_dead_code": 1e-6}, (4, 50, 32)),
 }
-
-
-def pair(options, dim=32, size=64, ours=VectorQuantize, theirs=None, **more):
-    a = (theirs or peer.VectorQuantize)(dim=dim, codebook_size=size, **options, **more)
-    b = ours(dim=dim, codebook_size=size, **options, **more)
-    b.load_state_dict(a.state_dict(), strict=True)
-    a.load_state_dict(b.state_dict(), strict=True)
-    return a, b
-
-
-def close(a, b, scale=1.0):
-    if a.is_floating_point():
-        torch.testing.assert_close(a, b, atol=2e-5 * scale, rtol=1e-4)
-    else:
-        assert torch.equal(a, b)
-
-
-def follow(a, b, shape, steps=4, **call):
-    """The same outputs, gradients and states through some steps of training, then in evaluation."""
-    for step in range(steps + 1):
-        training = step < steps
-        a.train(training)
-        b.train(training)
-        x = torch.randn(shape)
-        inputs = [x.clone().requires_grad_() for _ in range(2)]
-        outs = [m(i, **call) for m, i in zip((a, b), inputs, strict=True)]
-        for u, v in zip(*outs, strict=True):
-            assert u.shape == v.shape
-            assert u.dtype == v.dtype
-            close(u, v)
-        if training:
-            cotangent = torch.randn(outs[0][0].shape)
-            grads = []
-            for module, i, out in zip((a, b), inputs, outs, strict=True):
-                module.zero_grad()
-                ((out[0] * cotangent).sum() + 3 * out[2].sum()).backward()
-                grads.append([i.grad, *(p.grad for p in module.parameters())])
-            for u, v in zip(*grads, strict=True):
-                if u is not None and v is not None:
-                    close(u, v, scale=float(u.abs().max()) + 1)
-        for key, value in a.state_dict().items():
-            close(value, b.state_dict()[key])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -106,68 +63,6 @@ def test_default_is_the_peers():
     assert {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in b.state_dict().items()}
     assert b._codebook.decay == a._codebook.decay
     assert b.eval()(torch.randn(2, 3, 16))[2] == 0
-
-
-RESIDUAL = {
-    "default": ({"num_quantizers": 3, "codebook_size": 64}, (4, 50, 32)),
-    "shared": ({"num_quantizers": 3, "codebook_size": 64, "shared_codebook": True}, (4, 50, 32)),
-    "sizes": ({"codebook_size": (64, 32, 16)}, (4, 50, 32)),
-    "projection": ({"num_quantizers": 2, "codebook_size": 64, "codebook_dim": 8}, (4, 50, 32)),
-    "gradient share": ({"num_quantizers": 2, "codebook_size": 64, "quant_grad_frac": 0.5}, (4, 50, 32)),
-    "cosine": ({"num_quantizers": 2, "codebook_size": 64, "use_cosine_sim": True}, (4, 50, 32)),
-    "groups": ({"num_quantizers": 2, "codebook_size": 64, "groups": 4}, (4, 50, 32)),
-}
-
-
-@pytest.mark.parametrize("name", RESIDUAL)
-def test_residual_follows_the_peer(name):
-    options, shape = RESIDUAL[name]
-    grouped = "groups" in options
-    theirs, ours = (
-        (peer.GroupedResidualVQ, GroupedResidualVQ) if grouped else (peer.ResidualVQ, ResidualVQ)
-    )  # fmt: skip
-    a, b = theirs(dim=32, **options), ours(dim=32, **options)
-    b.load_state_dict(a.state_dict(), strict=True)
-    follow(a, b, shape)
-    a.eval(), b.eval()
-    x = torch.randn(shape)
-    indices = b(x)[1]
-    close(a.get_output_from_indices(indices), b.get_output_from_indices(indices))
-    close(b(x)[0], b.get_output_from_indices(indices))
-
-
-def test_residual_of_images_is_that_of_their_pixels():
-    b = ResidualVQ(dim=8, num_quantizers=2, codebook_size=16)
-    image = ResidualVQ(dim=8, num_quantizers=2, codebook_size=16, accept_image_fmap=True)
-    image.load_state_dict(b.state_dict())
-    x = torch.randn(2, 8, 3, 5)
-    q, indices, losses = image(x)
-    plain, plain_indices, plain_losses = b(x.flatten(2).mT)
-    assert indices.shape == (2, 3, 5, 2)
-    close(q.flatten(2).mT, plain)
-    assert torch.equal(indices.flatten(1, 2), plain_indices)
-    close(losses, plain_losses)
-    close(image.eval().get_output_from_indices(image(x)[1]), image(x)[0])
-
-
-def test_quantize_dropout():
-    b = ResidualVQ(
-        dim=8, num_quantizers=8, codebook_size=16, quantize_dropout=True, quantize_dropout_cutoff_index=2,
-        quantize_dropout_multiple_of=2,
-    )  # fmt: skip
-    x = torch.randn(2, 9, 8)
-    used = set()
-    for seed in range(40):
-        _, indices, losses = b(x, rand_quantize_dropout_fixed_seed=seed)
-        number = int((indices[0, 0] >= 0).sum())
-        assert bool((indices[..., :number] >= 0).all())
-        assert bool((indices[..., number:] == -1).all())
-        assert bool((losses[number:] == 0).all())
-        used.add(number)
-    assert used == {4, 6, 8}
-    assert bool((b.eval()(x)[1] >= 0).all())
-    coarse = b(x)[1][..., :3]
-    close(b.get_output_from_indices(coarse), b.get_codes_from_indices(coarse).sum(0))
 
 
 def test_codes_and_outputs_from_indices():
@@ -327,19 +222,6 @@ def test_masked_indices_can_be_decoded():
             decode(wrong)
 
 
-def test_residual_of_vectors_and_dropout_are_the_peers():
-    a, b = peer.ResidualVQ(dim=8, num_quantizers=4, codebook_size=16, quantize_dropout=True), None
-    b = ResidualVQ(dim=8, num_quantizers=4, codebook_size=16, quantize_dropout=True)
-    b.load_state_dict(a.state_dict())
-    for seed in range(6):
-        x = torch.randn(2, 9, 8)
-        options = {"rand_quantize_dropout_fixed_seed": seed, "freeze_codebook": True}
-        assert torch.equal(a(x, **options)[1], b(x, **options)[1])
-    a.eval(), b.eval()
-    for u, v in zip(a(x[0]), b(x[0]), strict=True):
-        close(u, v)
-
-
 def test_nothing_seen_and_nothing_kept():
     b = VectorQuantize(8, 16, decay=0.0)
     b(torch.randn(0, 4, 8))
@@ -431,49 +313,3 @@ def test_empty_batches():
             assert indices.shape == shape[:-1]
             (quantized.sum() + loss).backward() if training else None
             assert float(loss) == 0
-
-
-def test_taming_quantizer():
-    v = VectorQuantizer2(16, 4, beta=0.3)
-    assert list(v.state_dict()) == ["embedding.weight"]
-    z = torch.randn(2, 4, 3, 5).requires_grad_()
-    quantized, loss, (perplexity, encodings, indices) = v(z)
-    assert perplexity is None
-    assert encodings is None
-    assert indices.shape == (30,)
-    codes = v.get_codebook_entry(indices, (2, 3, 5, 4))
-    close(quantized, codes)
-    expected = (codes.detach() - z).square().mean() + 0.3 * (codes - z.detach()).square().mean()
-    close(loss, expected)
-    params = (z, v.embedding.weight)
-    for a, b in zip(torch.autograd.grad(loss, params), torch.autograd.grad(expected, params), strict=True):
-        close(a, b)
-    right = VectorQuantizer2(16, 4, beta=0.3, legacy=False, sane_index_shape=True)
-    right.load_state_dict(v.state_dict())
-    _, other, (_, _, indices) = right(z)
-    assert indices.shape == (2, 3, 5)
-    close(other, 0.3 * (codes.detach() - z).square().mean() + (codes - z.detach()).square().mean())
-
-
-def test_encodec_quantizer():
-    v = VectorQuantization(6, 16, kmeans_iters=5)
-    shapes = {k: tuple(t.shape) for k, t in v.state_dict().items()}
-    book = "_codebook."
-    assert shapes == {
-        book + "inited": (1,), book + "cluster_size": (16,), book + "embed": (16, 6), book + "embed_avg": (16, 6),
-    }  # fmt: skip
-    x = torch.randn(2, 6, 50).requires_grad_()
-    quantized, indices, loss = v(x)
-    assert quantized.shape == (2, 6, 50)
-    assert indices.shape == (2, 50)
-    assert loss.shape == (1,)
-    (grad,) = torch.autograd.grad(quantized.sum(), x)
-    assert torch.equal(grad, torch.ones_like(grad))
-    other = VectorQuantization(6, 16)
-    other.load_state_dict(v.state_dict(), strict=True)
-    other.eval(), v.eval()
-    assert torch.equal(other(x)[1], v(x)[1])
-    assert torch.equal(v.decode(v.encode(x)), v(x)[0])
-    assert float(v(x)[2]) == 0
-    with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict({}, strict=True)

@@ -316,7 +316,7 @@ def test_demo_part(tmp_path):
 
     file = tmp_path / "log.txt"
     with file.open("w") as stream:
-        demo_vqvae(Console(file=stream, width=200), tmp_path, 1.0)
+        demo_vqvae(Console(file=stream, width=200), load_images(), tmp_path, 1.0)
     text = file.read_text()
     assert "held-out error" in text
     assert "65536 x 512 x 64" in text

@@ -352,10 +352,7 @@ class VectorQuantize(nn.Module):
     def _outputs(self, quantized: list[Tensor], x: Tensor, embed: Tensor, indices: list[Tensor]) -> Tensor:
         """(N, codebook_dim * heads). An input without gradient passes them on to codes that are learned."""
         if embed.requires_grad and not x.requires_grad:
-            quantized = [
-                torch.where(i[:, None] < 0, 0, F.embedding(i.clamp(min=0), c))
-                for i, c in zip(indices, embed, strict=True)
-            ]
+            quantized = [look_up("VectorQuantize", i, c) for i, c in zip(indices, embed, strict=True)]
         out = torch.stack(quantized, 1) if len(quantized) > 1 else quantized[0]
         return out.reshape(-1, self.codebook_dim * self.heads)
 
