@@ -16,10 +16,8 @@ from fastgen.nn import WaveNetLayer
 from fastgen.ops import gated_causal_conv1d, wavenet_layer
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d_reference
 from fastgen.ops.wavenet_layer import wavenet_layer_reference
+from op_helpers import DTYPES, compare, run
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-# what may come on top of a multiple of the reference's own error, which in a small sum can be near zero by chance
-FLOOR = {torch.float64: 3e-15, torch.float32: 1.5e-6, torch.bfloat16: 4e-3}
 HERE = Path(__file__)
 
 
@@ -38,42 +36,6 @@ def arguments(batch, channels, steps, gate, kernel, skip, cond="none", seed=0):
         "out_bias": normal(channels + skip),
         "cond": None if cond == "none" else normal(batch, 2 * gate, steps if cond == "local" else 1),
     }
-
-
-def run(op, args, dtype, dilation, which, rounded=torch.float64):
-    """Outputs and gradients of every argument, for random cotangents rounded to `rounded`."""
-    args = {k: v if v is None else v.to(dtype).detach().requires_grad_() for k, v in args.items()}
-    out = op(**args, dilation=dilation, backend=which)
-    out = out if isinstance(out, tuple) else (out,)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(o.shape, generator=generator).to(rounded).to(dtype) for o in out]
-    leaves = {k: v for k, v in args.items() if v is not None}
-    grads = torch.autograd.grad(out, list(leaves.values()), cotangents)
-    names = [f"out[{i}]" for i in range(len(out))] + [f"grad {k}" for k in leaves]
-    return dict(zip(names, [*out, *grads], strict=True))
-
-
-def error(result, exact):
-    return float((result.double() - exact).detach().norm() / (exact.detach().norm() + 1e-300))
-
-
-def compare(op, args, dtype, dilation):
-    """The kernel's error is at most a small multiple of the reference's own error in the same dtype.
-
-    There is no better answer than float64's, so there the own error is what the last bit of the arguments makes: where
-    terms cancel that is more than an ulp of the result.
-    """
-    args = {k: v if v is None else v.to(dtype).double() for k, v in args.items()}
-    exact = run(op, args, torch.float64, dilation, "reference", dtype)
-    nudged = [k for k, v in args.items() if v is not None] if dtype == torch.float64 else []
-    roughs = [run(op, args, dtype, dilation, "reference", dtype)]
-    roughs += [run(op, args | {k: args[k].nextafter(2 * args[k])}, dtype, dilation, "reference", dtype) for k in nudged]
-    result = run(op, args, dtype, dilation, "cpu", dtype)
-    for name, value in result.items():
-        assert value.dtype == dtype
-        assert torch.isfinite(value).all(), f"{name} holds NaN or infinity"
-        got, own = error(value, exact[name]), max(error(rough[name], exact[name]) for rough in roughs)
-        assert got <= 3 * own + FLOOR[dtype], f"{name}: error {got:.2e}, the reference's own is {own:.2e}"
 
 
 def gate_arguments(args):
@@ -107,8 +69,8 @@ SHAPES = [
 def test_matches_reference(shape, cond, dtype):
     *sizes, dilation = shape
     args = arguments(*sizes, cond)
-    compare(wavenet_layer, args, dtype, dilation)
-    compare(gated_causal_conv1d, gate_arguments(args), dtype, dilation)
+    compare(wavenet_layer, args, dtype, dilation=dilation)
+    compare(gated_causal_conv1d, gate_arguments(args), dtype, dilation=dilation)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -119,7 +81,7 @@ def test_matches_reference(shape, cond, dtype):
 )  # fmt: skip
 def test_matches_reference_anywhere(batch, channels, steps, gate, kernel, skip, dilation, cond, dtype, seed):
     args = arguments(batch, channels, steps, gate, kernel, skip, cond, seed)
-    compare(wavenet_layer, args, dtype, dilation)
+    compare(wavenet_layer, args, dtype, dilation=dilation)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
@@ -128,14 +90,14 @@ def test_any_number_of_threads(threads):
     torch.set_num_threads(threads)
     try:
         for batch in (1, 2, 3):
-            compare(wavenet_layer, arguments(batch, 6, 700, 6, 2, 5), torch.float32, 16)
+            compare(wavenet_layer, arguments(batch, 6, 700, 6, 2, 5), torch.float32, dilation=16)
     finally:
         torch.set_num_threads(before)
 
 
 def test_without_biases():
     args = arguments(2, 6, 50, 5, 2, 4) | {"bias": None, "out_bias": None}
-    compare(wavenet_layer, args, torch.float32, 3)
+    compare(wavenet_layer, args, torch.float32, dilation=3)
 
 
 @pytest.mark.parametrize("isa", backend.ISAS)
@@ -186,7 +148,7 @@ def test_empty(batch, steps, which):
 
 def test_two_runs_give_the_same_bits():
     args = arguments(3, 20, 900, 20, 2, 30, "local")
-    runs = [run(wavenet_layer, args, torch.float32, 8, "cpu") for _ in range(3)]
+    runs = [run(wavenet_layer, args, torch.float32, "cpu", dilation=8) for _ in range(3)]
     for other in runs[1:]:
         for name, value in other.items():
             assert torch.equal(value, runs[0][name]), name
@@ -206,7 +168,7 @@ def test_every_element_is_written_poison():
 def test_inputs_are_left_alone():
     args = {k: v.float() for k, v in arguments(2, 5, 61, 4, 2, 6, "local").items()}
     before = {k: v.clone() for k, v in args.items()}
-    run(wavenet_layer, args, torch.float32, 2, "cpu")
+    run(wavenet_layer, args, torch.float32, "cpu", dilation=2)
     assert all(torch.equal(args[k], before[k]) for k in args)
 
 
@@ -236,8 +198,8 @@ def test_saturated_gates():
     args = arguments(1, 3, 40, 4, 2, 3)
     args["bias"] = torch.tensor([50.0, -50, 1e4, -1e4, 90, -90, 1e4, -1e4], dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
-        result = run(wavenet_layer, args, dtype, 1, "cpu")
-        exact = run(wavenet_layer, args, torch.float64, 1, "reference")
+        result = run(wavenet_layer, args, dtype, "cpu", dilation=1)
+        exact = run(wavenet_layer, args, torch.float64, "reference", dilation=1)
         for name, value in result.items():
             assert torch.isfinite(value).all(), name
             torch.testing.assert_close(value.double(), exact[name], atol=2e-5, rtol=1e-4)

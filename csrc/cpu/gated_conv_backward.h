@@ -1,8 +1,6 @@
 // The gradients of a gated causal convolution and of a WaveNet layer; the forward pass is in gated_conv.h.
 #pragma once
 
-#include <bit>
-
 #include "gated_conv.h"
 
 namespace fastgen {
@@ -14,31 +12,6 @@ struct LayerGradients {
   T *x, *weight, *bias, *out_weight, *out_bias;  // the last two null without 1x1s
   T* cond;                                       // null where not wanted; (B, 2H, T) or (B, 2H, 1)
 };
-
-// A square of lanes x lanes: blocks off the diagonal change places, ever smaller ones.
-template <class T>
-inline void transpose_square(const T* from, int64_t from_ld, T* to, int64_t to_ld) {
-  constexpr int kSide = kLanes<T>;
-  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  Vec<T> rows[kSide];
-  unroll<kSide>([&](auto i) FASTGEN_INLINE { rows[i] = load(from + i * from_ld); });
-  unroll<std::bit_width(static_cast<unsigned>(kSide)) - 1>([&](auto level) FASTGEN_INLINE {
-    constexpr int kBlock = 1 << level;
-    Vec<Index> low, high;
-    for (int j = 0; j < kSide; ++j) {
-      low[j] = j & kBlock ? kSide + j - kBlock : j;
-      high[j] = j & kBlock ? kSide + j : j + kBlock;
-    }
-    unroll<kSide>([&](auto i) FASTGEN_INLINE {
-      if constexpr ((i & kBlock) == 0) {
-        const Vec<T> upper = rows[i], lower = rows[i + kBlock];
-        rows[i] = __builtin_shuffle(upper, lower, low);
-        rows[i + kBlock] = __builtin_shuffle(upper, lower, high);
-      }
-    });
-  });
-  unroll<kSide>([&](auto i) FASTGEN_INLINE { store(to + i * to_ld, rows[i]); });
-}
 
 template <class T>
 void transpose(const T* from, int64_t rows, T* to, int64_t ld) {  // (rows, kTile) -> (kTile, ld)

@@ -289,5 +289,30 @@ inline T sum_of_lanes(Vec<T> v) {
   return fold_lanes<T>(v, [](Vec<T> a, Vec<T> b) FASTGEN_INLINE { return a + b; })[0];
 }
 
+// A square of lanes x lanes: blocks off the diagonal change places, ever smaller ones.
+template <class T>
+inline void transpose_square(const T* from, int64_t from_ld, T* to, int64_t to_ld) {
+  constexpr int kSide = kLanes<T>;
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Vec<T> rows[kSide];
+  unroll<kSide>([&](auto i) FASTGEN_INLINE { rows[i] = load(from + i * from_ld); });
+  unroll<std::bit_width(static_cast<unsigned>(kSide)) - 1>([&](auto level) FASTGEN_INLINE {
+    constexpr int kBlock = 1 << level;
+    Vec<Index> low, high;
+    for (int j = 0; j < kSide; ++j) {
+      low[j] = j & kBlock ? kSide + j - kBlock : j;
+      high[j] = j & kBlock ? kSide + j : j + kBlock;
+    }
+    unroll<kSide>([&](auto i) FASTGEN_INLINE {
+      if constexpr ((i & kBlock) == 0) {
+        const Vec<T> upper = rows[i], lower = rows[i + kBlock];
+        rows[i] = __builtin_shuffle(upper, lower, low);
+        rows[i + kBlock] = __builtin_shuffle(upper, lower, high);
+      }
+    });
+  });
+  unroll<kSide>([&](auto i) FASTGEN_INLINE { store(to + i * to_ld, rows[i]); });
+}
+
 }  // namespace
 }  // namespace fastgen

@@ -2,6 +2,8 @@
 
 from fastgen.ops.code_statistics import code_statistics, update_codebook_
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
+from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
+from fastgen.ops.masked_conv2d import masked_conv2d
 from fastgen.ops.nearest_code import nearest_code
 from fastgen.ops.vector_quantize import vector_quantize
 from fastgen.ops.wavenet_generate import GenerationState, Generator, WaveNetWeights, initial_state
@@ -9,6 +11,7 @@ from fastgen.ops.wavenet_layer import wavenet_layer
 
 OPS = (
     "gated_causal_conv1d", "wavenet_layer", "wavenet_generate",
+    "masked_conv2d", "gated_masked_conv2d",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
 )  # fmt: skip
 
@@ -19,7 +22,9 @@ __all__ = [
     "WaveNetWeights",
     "code_statistics",
     "gated_causal_conv1d",
+    "gated_masked_conv2d",
     "initial_state",
+    "masked_conv2d",
     "nearest_code",
     "update_codebook_",
     "vector_quantize",

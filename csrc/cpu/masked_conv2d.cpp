@@ -1,0 +1,81 @@
+// masked_conv2d, gated_masked_conv2d and their gradients; arguments are checked in fastgen/ops/masked_conv2d.py.
+#include "masked_conv_backward.h"
+
+namespace fastgen {
+namespace {
+
+ConvShape shape_of(const Tensor& x, const Tensor& weight, int64_t mask, int64_t colors, bool gated) {
+  return {x.size(0),      x.size(1),      x.size(2),      x.size(3),
+          weight.size(0), weight.size(2), weight.size(3), static_cast<Mask>(mask),
+          colors,         gated};
+}
+
+template <class E>
+ConvTensors<E> tensors_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& cond) {
+  const bool constant = cond && (cond->size(2) != x.size(2) || cond->size(3) != x.size(3));
+  return {data_of<E>(x), data_of<E>(weight), data_of<E>(bias), data_of<E>(cond), constant};
+}
+
+Tensor masked_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t mask, int64_t colors) {
+  const ConvShape s = shape_of(x, weight, mask, colors, false);
+  Tensor out = fresh(x, {s.batch, s.outs, s.height, s.width});
+  if (out.numel() == 0) return out;
+  dispatch_float(x.scalar_type(), "masked_conv2d", [&](auto zero) {
+    using E = decltype(zero);
+    conv_forward<ComputeType<E>, E>(s, tensors_of<E>(x, weight, bias, std::nullopt), static_cast<E*>(out.data_ptr()),
+                                    nullptr);
+  });
+  return out;
+}
+
+// -> result, and the sums before the gate where they are to be kept.
+std::tuple<Tensor, Tensor> gated_masked_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                               std::optional<Tensor> cond, int64_t mask, int64_t colors, bool keep) {
+  const ConvShape s = shape_of(x, weight, mask, colors, true);
+  Tensor out = fresh(x, {s.batch, s.results(), s.height, s.width});
+  Tensor kept = keep ? fresh(x, {s.batch, s.outs, s.height, s.width}) : fresh(x, {0});
+  if (out.numel() == 0) return {out, kept};
+  dispatch_float(x.scalar_type(), "gated_masked_conv2d", [&](auto zero) {
+    using E = decltype(zero);
+    conv_forward<ComputeType<E>, E>(s, tensors_of<E>(x, weight, bias, cond), static_cast<E*>(out.data_ptr()),
+                                    keep ? static_cast<E*>(kept.data_ptr()) : nullptr);
+  });
+  return {out, kept};
+}
+
+// -> gradients of x (nothing unless needed), weight, bias and cond.
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(Tensor grad, std::optional<Tensor> kept, Tensor x,
+                                                                  Tensor weight, std::optional<Tensor> cond,
+                                                                  int64_t mask, int64_t colors, bool need_x) {
+  const ConvShape s = shape_of(x, weight, mask, colors, kept.has_value());
+  Tensor grad_x = need_x ? fresh(x, {s.batch, s.channels, s.height, s.width}) : fresh(x, {0});
+  Tensor grad_weight = fresh(x, {s.outs, s.channels, s.kernel_h, s.kernel_w});
+  Tensor grad_bias = fresh(x, {s.outs});
+  Tensor grad_cond = cond ? fresh(x, {s.batch, s.outs, cond->size(2), cond->size(3)}) : fresh(x, {0});
+  dispatch_float(x.scalar_type(), "masked_conv2d", [&](auto zero) {
+    using E = decltype(zero);
+    const ConvTensors<E> in = tensors_of<E>(x, weight, std::nullopt, cond);
+    Result<E> gw(grad_weight), gb(grad_bias), gc(in.cond_constant ? grad_cond : grad_bias);
+    ConvGradients<ComputeType<E>, E> out{};
+    out.x = need_x ? static_cast<E*>(grad_x.data_ptr()) : nullptr;
+    out.weight = gw.data();
+    out.bias = gb.data();
+    if (cond && in.cond_constant) out.image_cond = gc.data();
+    if (cond && !in.cond_constant) out.cond = static_cast<E*>(grad_cond.data_ptr());
+    conv_backward<ComputeType<E>, E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
+    gw.finish();
+    gb.finish();
+    if (in.cond_constant) gc.finish();
+  });
+  return {grad_x, grad_weight, grad_bias, grad_cond};
+}
+
+}  // namespace
+}  // namespace fastgen
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("masked_conv2d", TORCH_BOX(&fastgen::masked_conv2d));
+  m.impl("gated_masked_conv2d", TORCH_BOX(&fastgen::gated_masked_conv2d));
+  m.impl("masked_conv2d_backward", TORCH_BOX(&fastgen::masked_conv2d_backward));
+}

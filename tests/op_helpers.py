@@ -1,0 +1,57 @@
+"""How tests of ops hold a kernel's results and gradients against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# what may come on top of a multiple of the reference's own error, which in a small sum can be near zero by chance
+FLOOR = {torch.float64: 3e-15, torch.float32: 1.5e-6, torch.bfloat16: 4e-3}
+Arguments = dict[str, Tensor | None]
+
+
+def run(
+    op: Callable[..., Any],
+    args: Arguments,
+    dtype: torch.dtype,
+    which: str,
+    rounded: torch.dtype = torch.float64,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Outputs and gradients of every argument, for random cotangents rounded to `rounded`."""
+    leaves = {k: v.to(dtype).detach().requires_grad_() for k, v in args.items() if v is not None}
+    out = op(**{k: leaves.get(k) for k in args}, backend=which, **options)
+    out = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator).to(rounded).to(dtype) for o in out]
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangents)
+    names = [f"out[{i}]" for i in range(len(out))] + [f"grad {k}" for k in leaves]
+    return dict(zip(names, [*out, *grads], strict=True))
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).detach().norm() / (exact.detach().norm() + 1e-300))
+
+
+def compare(op: Callable[..., Any], args: Arguments, dtype: torch.dtype, **options: Any) -> None:
+    """The kernel's error is at most a small multiple of the reference's own error in the same dtype.
+
+    There is no better answer than float64's, so there the own error is what the last bit of the arguments makes: where
+    terms cancel that is more than an ulp of the result.
+    """
+    args = {k: v if v is None else v.to(dtype).double() for k, v in args.items()}
+    exact = run(op, args, torch.float64, "reference", dtype, **options)
+    nudged = {k: v for k, v in args.items() if v is not None and dtype == torch.float64}
+    roughs = [run(op, args, dtype, "reference", dtype, **options)]
+    for k, v in nudged.items():
+        roughs.append(run(op, args | {k: v.nextafter(2 * v)}, dtype, "reference", dtype, **options))
+    result = run(op, args, dtype, "cpu", dtype, **options)
+    for name, value in result.items():
+        assert value.dtype == dtype
+        assert torch.isfinite(value).all(), f"{name} holds NaN or infinity"
+        got, own = error(value, exact[name]), max(error(rough[name], exact[name]) for rough in roughs)
+        assert got <= 3 * own + FLOOR[dtype], f"{name}: error {got:.2e}, the reference's own is {own:.2e}"
