@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_helpers import DTYPES, compare, run
 
 import fastgen
 from fastgen import backend
 from fastgen.ops import gated_masked_conv2d, masked_conv2d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d_reference
 from fastgen.ops.masked_conv2d import MASKS, mask_2d, masked_conv2d_reference, weight_mask
-from op_helpers import DTYPES, compare, run
 
 HERE = Path(__file__)
 OPS = {"plain": masked_conv2d, "gated": gated_masked_conv2d}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_helpers import DTYPES, compare, run
 
 import fastgen
 from fastgen import backend
@@ -16,7 +17,6 @@ from fastgen.nn import WaveNetLayer
 from fastgen.ops import gated_causal_conv1d, wavenet_layer
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d_reference
 from fastgen.ops.wavenet_layer import wavenet_layer_reference
-from op_helpers import DTYPES, compare, run
 
 HERE = Path(__file__)
 
