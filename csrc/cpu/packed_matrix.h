@@ -34,7 +34,6 @@ struct PackedMatrix {
 
   int padded_rows() const { return static_cast<int>(round_up(rows, kF)); }
   int padded_k() const { return kFixed<W> ? static_cast<int>(round_up(k, 16)) : k; }
-  int block() const { return kFixed<W> ? kBlock : k; }
   // Of W for each row of a block of k inputs; a unit is a float.
   static int row_size(int k) { return kFixed<W> ? k + 2 : k; }
   int64_t size() const {
@@ -135,7 +134,7 @@ class Inputs {
     if constexpr (kFixed<W>)
       return (fixed_[s * blocks_ + block]);
     else
-      return x_[s];
+      return x_[s] + block * kBlock;
   }
 
  private:
@@ -234,10 +233,12 @@ template <class W>
 void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* init, float* const* y, int columns) {
   const W* w = m.data;
   const int groups = (columns + kPanelColumns - 1) / kPanelColumns;
-  for (int block = 0, begin = 0; begin < m.padded_k(); ++block, begin += m.block()) {
-    const int k = std::min(m.block(), m.padded_k() - begin);
-    // all columns before the next panel, which stays in the nearest cache meanwhile
+  // with many columns, a block of inputs at a time, whose weights stay in the nearest cache
+  const int most = kFixed<W> || columns > 4 * kPanelColumns ? kBlock : std::max(m.k, 1);
+  for (int block = 0, begin = 0; begin < m.padded_k(); ++block, begin += most) {
+    const int k = std::min(most, m.padded_k() - begin);
     m.for_each_panel([&](int row, int vectors) {
+      if constexpr (!kFixed<W>) w = m.data + int64_t{row} * m.k + int64_t{begin} * vectors * kF;
       for (int g = 0, s = 0; g < groups; ++g) {
         const int n = (columns - s) / (groups - g);  // sizes as equal as possible: 4 columns are 2 + 2, not 3 + 1
         kPanelProducts<W>[n - 1][std::min(vectors, 5) - 1](w, k, x, block, s, init, y, row);

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_classes, check_integer, check_tensor, check_unit_range, is_finite
 from fastgen.models import wavenet_sampling
-from fastgen.models.wavenet_sampling import Progress
+from fastgen.models.progress import Progress
 from fastgen.nn.causal_conv1d import WaveNetLayer, folded_weight
 from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
 from fastgen.ops import GenerationState, WaveNetWeights, distributions, initial_state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from fastgen.backend import resolve
 from fastgen.checks import check_integer, check_positive, check_progress, check_tensor
+from fastgen.models.progress import Progress, reporter
 from fastgen.ops import GenerationState, Generator, WaveNetWeights, initial_state
 
 if TYPE_CHECKING:
     from fastgen.models.wavenet import WaveNet
-
-Progress = bool | Callable[[int, int], None]
 
 CHUNK_WORK = 4_000_000_000  # multiply-adds in one call of the generation op: some tenths of a second on a slow core
 LAYER_WORK = 4000  # what a layer costs besides, and a narrow one's padding, in multiply-adds
@@ -97,7 +96,7 @@ def stream(
     def chunks() -> Iterator[Tensor]:
         features = gate_bias.new_empty(batch_size, model.local_channels, 0)
         cond = None
-        with _reporter(progress, steps) as report:
+        with reporter("generate", progress, steps, "samples") as report:
             done = 0
             while done < steps:
                 end = min(done + chunk, steps)
@@ -189,31 +188,3 @@ def _check_uniforms(model: WaveNet, uniforms: Tensor, batch: int, steps: int) ->
         raise ValueError(
             f"generate: uniforms must lie in [0, 1), got {float(uniforms.min())} to {float(uniforms.max())}"
         )
-
-
-class _reporter:
-    """A function of the steps done: a progress bar, the caller's function, or nothing."""
-
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self.progress, self.steps = progress, steps
-        self.stop: Callable[[], None] | None = None
-
-    def __enter__(self) -> Callable[[int], object]:
-        if callable(self.progress):
-            report, steps = self.progress, self.steps
-            return lambda done: report(done, steps)
-        if not self.progress:
-            return lambda done: None
-        try:
-            from rich.progress import Progress as Bar
-        except ImportError as error:
-            raise ImportError("generate: progress=True needs rich: pip install fastgen-kernels[demo]") from error
-        bar = Bar(*Bar.get_default_columns(), transient=True)
-        bar.start()
-        self.stop = bar.stop
-        task = bar.add_task("samples", total=self.steps)
-        return lambda done: bar.update(task, completed=done)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.stop is not None:
-            self.stop()

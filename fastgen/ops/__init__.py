@@ -5,13 +5,15 @@ from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
 from fastgen.ops.masked_conv2d import masked_conv2d
 from fastgen.ops.nearest_code import nearest_code
+from fastgen.ops.pixel_program import PixelProgram
+from fastgen.ops.pixelcnn_generate import PixelDistribution, PixelGenerator
 from fastgen.ops.vector_quantize import vector_quantize
 from fastgen.ops.wavenet_generate import GenerationState, Generator, WaveNetWeights, initial_state
 from fastgen.ops.wavenet_layer import wavenet_layer
 
 OPS = (
     "gated_causal_conv1d", "wavenet_layer", "wavenet_generate",
-    "masked_conv2d", "gated_masked_conv2d",
+    "masked_conv2d", "gated_masked_conv2d", "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
 )  # fmt: skip
 
@@ -19,6 +21,9 @@ __all__ = [
     "OPS",
     "GenerationState",
     "Generator",
+    "PixelDistribution",
+    "PixelGenerator",
+    "PixelProgram",
     "WaveNetWeights",
     "code_statistics",
     "gated_causal_conv1d",

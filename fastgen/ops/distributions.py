@@ -1,5 +1,6 @@
 """The distributions of a real-valued or quantised sample: log-probabilities, and samples by inversion.
 
+    bernoulli    parameters (..., 1): the logit of 1 against 0
     categorical  parameters (..., classes): logits
     logistic     parameters (..., 3M): [logits | means | log scales] of M logistics, discretised to `levels` values
     gaussian     parameters (..., 3M) likewise, or (..., 2) for one component: [mean | log scale], a density
@@ -36,6 +37,8 @@ def _split(parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def log_prob(kind: str, parameters: Tensor, x: Tensor, *, levels: int = 256, log_scale_min: float = -7.0) -> Tensor:
     """Log-probability of x (...) in nats under parameters (..., O); a log-density for "gaussian"."""
+    if kind == "bernoulli":
+        return -F.binary_cross_entropy_with_logits(parameters[..., 0], x.to(parameters.dtype), reduction="none")
     if kind == "categorical":
         return -F.cross_entropy(parameters.movedim(-1, 1), x, reduction="none")
     log_weights, means, log_scales = _split(parameters.float())
@@ -77,3 +80,22 @@ def sample(
     p = uniforms[..., 1].double().clamp(1e-7, 1 - 1e-7)
     unit = torch.special.ndtri(p) if kind == "gaussian" else torch.log(p) - torch.log1p(-p)
     return (mean + scale * unit).clamp(-1.0, 1.0).to(parameters.dtype)
+
+
+def sample_levels(
+    kind: str, parameters: Tensor, uniforms: Tensor, levels: int, temperature: float = 1.0, log_scale_min: float = -7.0
+) -> Tensor:
+    """The number of levels whose cumulative probability is <= u: parameters (..., O), uniforms (...) -> int64 (...).
+
+    "bernoulli" has one parameter, the logit of level 1; "logistic" is the discretised mixture that `log_prob` gives.
+    """
+    if kind == "bernoulli":
+        parameters, kind = F.pad(parameters, (1, 0)), "categorical"
+    if kind == "categorical":
+        return categorical_from_uniform(parameters / temperature, uniforms)
+    logits, means, log_scales = (p.double()[..., None, :] for p in parameters.chunk(3, -1))  # (..., 1, M)
+    edges = (2 * torch.arange(levels - 1, dtype=torch.float64, device=parameters.device) + 1) / (levels - 1) - 1
+    scale = temperature * log_scales.clamp(min=log_scale_min).exp()
+    below = torch.sigmoid((edges[:, None] - means) / scale)  # (..., levels - 1, M)
+    cumulative = (torch.softmax(logits / temperature, -1) * below).sum(-1)
+    return (cumulative <= uniforms[..., None]).sum(-1)

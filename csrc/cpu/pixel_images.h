@@ -1,0 +1,270 @@
+// Runs a program (pixel_program.h) for some images, row by row and pixel by pixel.
+#pragma once
+
+#include <optional>
+
+#include "pixel_program.h"
+
+namespace fastgen {
+namespace {
+
+// x >= 0 ? x : e^x - 1
+inline VecF elu(VecF x) {
+  const VecF below = expm1_bounded(at_most(at_least(x, -60.0f), 0.0f));
+  return x > 0.0f ? x : below;
+}
+// a * sigmoid(b)
+inline VecF glu(VecF a, VecF b) { return quotient(a, 1.0f + exp_bounded(-at_most(at_least(b, -60.0f), 80.0f))); }
+
+// The number of levels whose cumulative probability is <= u, for a mixture of logistics over [-1, 1] that is cut into
+// `levels` bins, the outermost reaching to infinity.
+inline int64_t sample_logistic_level(const float* parameters, int64_t mixtures, int64_t levels, float temperature,
+                                     float log_scale_min, float u) {
+  const float *logits = parameters, *means = parameters + mixtures, *log_scales = means + mixtures;
+  float top = logits[0];
+  for (int64_t m = 1; m < mixtures; ++m) top = std::max(top, logits[m]);
+  double total = 0;
+  for (int64_t m = 0; m < mixtures; ++m) total += std::exp(double(logits[m] - top) / temperature);
+  int64_t low = 0, high = levels - 1;
+  while (low < high) {
+    const int64_t level = (low + high) / 2;
+    const double edge = (2.0 * level + 1) / (levels - 1) - 1;
+    double below = 0;
+    for (int64_t m = 0; m < mixtures; ++m) {
+      const double scale = temperature * std::exp(double(std::max(log_scales[m], log_scale_min)));
+      below += std::exp(double(logits[m] - top) / temperature) / (1 + std::exp((means[m] - edge) / scale));
+    }
+    if (below / total <= u)
+      low = level + 1;
+    else
+      high = level;
+  }
+  return low;
+}
+
+// The images [first, first + count) of a job, drawn by one thread, or one image by two.
+template <class W>
+class Images {
+ public:
+  Images(const PixelJob& job, const PackedProgram<W>& net, int64_t first, int64_t count)
+      : job_(job), net_(net), first_(first), n_(count) {
+    int64_t most_k = 0;
+    for (const auto& matrix : net.matrices) most_k = std::max<int64_t>(most_k, matrix.part[0].k);
+    const int64_t columns = n_ * job.width;
+    for (Side& side : sides_) {
+      side.x.emplace(static_cast<int>(columns), static_cast<int>(most_k));
+      for (auto* at : {&side.in, &side.init}) at->resize(columns);
+      side.out.resize(columns);
+      side.scratch.resize(sampling_scratch(static_cast<int>(std::max(job.outputs, job.height * job.width))));
+    }
+  }
+
+  void run(bool two_threads) {
+    if (!two_threads) return draw(0, 2);
+    for_each_worker(2, [&](int64_t thread) {
+      if (thread == 0) {
+        draw(0, meeting_.helper_is_near() ? 1 : 2);
+      } else if (meeting_.leader_stays()) {
+        draw(1, 2);
+      }
+    });
+  }
+
+ private:
+  // What a thread works with.
+  struct Side {
+    std::optional<Inputs<W>> x;
+    OwnVector<const float*> in, init;
+    OwnVector<float*> out;
+    OwnVector<float> scratch;
+    Flag met;
+    int64_t meetings = 0;
+  };
+
+  // The parts [begin, end) of all channels, of two.
+  void draw(int begin, int end) {
+    for (int64_t y = job_.first_row; y < job_.last_row; ++y) {
+      if (begin == 0) copy_context(y);
+      meet(begin, end);
+      for (const Instruction& i : job_.instructions)
+        if (!i.per_pixel) execute(i, begin, end, y, 0, job_.width);
+      for (int64_t x = 0; x < job_.width; ++x) {
+        meet(begin, end);
+        for (const Instruction& i : job_.instructions)
+          if (i.per_pixel) execute(i, begin, end, y, x, x + 1);
+      }
+      meet(begin, end);
+    }
+  }
+
+  void meet(int begin, int end) {
+    if (end - begin == 2) return;
+    Side &own = sides_[begin], &other = sides_[1 - begin];
+    own.met.publish(++own.meetings);
+    other.met.wait(own.meetings);
+  }
+
+  float* image(int64_t i) const { return job_.memory + (first_ + i) * job_.memory_size; }
+
+  void copy_context(int64_t y) {
+    if (!job_.context) return;
+    const Plane& plane = job_.planes[job_.context_plane];
+    for (int64_t i = 0; i < n_; ++i)
+      for (int64_t x = 0; x < job_.width; ++x) {
+        const int64_t at = ((job_.own_context ? first_ + i : 0) * job_.height + y) * job_.width + x;
+        std::memcpy(plane.at(image(i), y, x), job_.context + at * job_.context_channels,
+                    job_.context_channels * sizeof(float));
+      }
+  }
+
+  // f(channel) for each vector of channels of the parts; channels of a plane that is not a gate's.
+  template <class F>
+  static void for_each_vector(int64_t channels, int begin, int end, F&& f) {
+    const int64_t half = first_half(channels);
+    for (int64_t c = begin == 0 ? 0 : half; c < (end == 1 ? half : channels); c += kF) f(c);
+  }
+
+  void execute(const Instruction& i, int begin, int end, int64_t y, int64_t x0, int64_t x1) {
+    if (i.meet) meet(begin, end);
+    if (i.kind == Kind::kConv) return convolve(i, begin, end, y, x0, x1);
+    if (i.kind == Kind::kSample) {
+      if (begin == 0) draw_values(i, y, x0);
+      return meet(begin, end);
+    }
+    const Plane& dst = job_.planes[i.dst];
+    for (int64_t b = 0; b < n_; ++b)
+      for (int64_t x = x0; x < x1; ++x) {
+        float* to = dst.at(image(b), y, x);
+        const float* from = job_.planes[i.src].at(image(b), y, x);
+        const auto halves = [&](auto&& f) FASTGEN_INLINE {
+          for_each_vector(dst.channels, begin, end, [&](int64_t c) FASTGEN_INLINE {
+            const float* pair = from + c / kChannelBlock * 2 * kChannelBlock + c % kChannelBlock;
+            store(to + c, f(load(pair), load(pair + kChannelBlock)));
+          });
+        };
+        const auto each = [&](auto&& f) FASTGEN_INLINE {
+          for_each_vector(dst.channels, begin, end, [&](int64_t c) FASTGEN_INLINE { store(to + c, f(c)); });
+        };
+        switch (i.kind) {
+          case Kind::kGate:
+            halves([](VecF a, VecF b) FASTGEN_INLINE { return gate(a, b); });
+            break;
+          case Kind::kGlu:
+            halves([](VecF a, VecF b) FASTGEN_INLINE { return glu(a, b); });
+            break;
+          case Kind::kRelu:
+            each([&](int64_t c) FASTGEN_INLINE { return at_least(load(from + c), 0.0f); });
+            break;
+          case Kind::kElu:
+            each([&](int64_t c) FASTGEN_INLINE { return elu(load(from + c)); });
+            break;
+          case Kind::kAdd: {
+            const float* other = job_.planes[i.other].at(image(b), y, x);
+            each([&](int64_t c) FASTGEN_INLINE { return load(from + c) + load(other + c); });
+            break;
+          }
+          default:
+            attend(i, begin, end, image(b), to, from, y, x);
+        }
+      }
+  }
+
+  // dst = bias + other + matrix * window of src, for pixels [x0, x1) of all images.
+  void convolve(const Instruction& i, int begin, int end, int64_t y, int64_t x0, int64_t x1) {
+    const Plane &dst = job_.planes[i.dst], &src = job_.planes[i.src];
+    const SplitMatrix<W>& matrix = net_.matrices[i.matrix];
+    Side& side = sides_[begin];
+    for (int p = begin; p < end; ++p) {
+      const PackedMatrix<W>& part = matrix.part[p];
+      if (part.rows == 0) continue;
+      const int64_t first = matrix.first[p];
+      int columns = 0;
+      for (int64_t b = 0; b < n_; ++b) {
+        const float* bias = nullptr;
+        if (i.bias >= 0) bias = job_.biases + (job_.own_biases ? first_ + b : 0) * job_.bias_size + i.bias + first;
+        for (int64_t x = x0; x < x1; ++x, ++columns) {
+          if (p == begin) side.in[columns] = src.at(image(b), y + i.dy, x + i.dx);
+          float* to = side.out[columns] = dst.at(image(b), y, x) + first;
+          const float* other = i.other < 0 ? nullptr : job_.planes[i.other].at(image(b), y, x) + first;
+          side.init[columns] = other ? other : bias;
+          if (other && bias) {
+            for (int64_t c = 0; c < part.padded_rows(); c += kF) store(to + c, load(other + c) + load(bias + c));
+            side.init[columns] = to;
+          }
+        }
+      }
+      if (p == begin) side.x->set(side.in.data(), columns);
+      product(part, *side.x, side.init.data(), side.out.data(), columns);
+    }
+  }
+
+  // Softmax of the products with the keys of all pixels so far, over their values. Keys and values of each pixel are
+  // kept as they are made; keys lie [head][channel][pixel], so that scores of many pixels are computed at once.
+  void attend(const Instruction& i, int begin, int end, float* image, float* to, const float* query, int64_t y,
+              int64_t x) {
+    const int64_t heads = i.bias, keys = i.dy / heads, values = i.dx / heads, pixel = y * job_.width + x;
+    const int64_t room = round_up(job_.height * job_.width, kChannelBlock);
+    float *key_cache = image + i.extra, *value_cache = key_cache + i.dy * room, *score = sides_[begin].scratch.data();
+    const float *key = job_.planes[i.other].at(image, y, x), *value = job_.planes[i.matrix].at(image, y, x);
+    const float scale = 1.0f / std::sqrt(static_cast<float>(keys));
+    // two threads take turns at the heads
+    for (int64_t h = begin; h < heads; h += end - begin == 2 ? 1 : 2) {
+      float* key_rows = key_cache + h * keys * room;
+      for (int64_t k = 0; k < keys; ++k) key_rows[k * room + pixel] = key[h * keys + k];
+      float* value_rows = value_cache + h * room * values;
+      std::memcpy(value_rows + pixel * values, value + h * values, values * sizeof(float));
+      float top = -INFINITY, total = 0;
+      for (int64_t j = 0; j <= pixel; j += kF) {
+        VecF sum = {};
+        for (int64_t k = 0; k < keys; ++k) sum += load(key_rows + k * room + j) * (query[h * keys + k] * scale);
+        store(score + j, sum);
+        for (int64_t l = j; l <= std::min(pixel, j + kF - 1); ++l) top = std::max(top, score[l]);
+      }
+      for (int64_t j = pixel + 1; j % kF; ++j) score[j] = -INFINITY;
+      for (int64_t j = 0; j <= pixel; j += kF) {
+        const VecF e = exp_bounded(at_least(load(score + j) - top, -87.0f));
+        store(score + j, e);
+      }
+      for (int64_t j = 0; j <= pixel; ++j) total += score[j];
+      float* result = to + h * values;
+      std::fill_n(result, values, 0.0f);
+      for (int64_t j = 0; j <= pixel; ++j) {
+        const float weight = score[j] / total;
+        for (int64_t c = 0; c < values; ++c) result[c] += weight * value_rows[j * values + c];
+      }
+    }
+  }
+
+  // The values of one color of one pixel, and what the network sees of them.
+  void draw_values(const Instruction& i, int64_t y, int64_t x) {
+    const int64_t color = i.extra, plane = job_.height * job_.width;
+    for (int64_t b = 0; b < n_; ++b) {
+      const int64_t at = ((first_ + b) * job_.colors + color) * plane + y * job_.width + x;
+      const float* out = job_.planes[i.src].at(image(b), y, x);
+      if (job_.parameters) std::memcpy(job_.parameters + at * job_.outputs, out, job_.outputs * sizeof(float));
+      const int64_t value = job_.known && job_.known[at] ? job_.given[at] : draw_value(out, job_.uniforms[at]);
+      job_.values[at] = value;
+      float* features = job_.planes[i.dst].at(image(b), y, x) + color * job_.features;
+      std::memcpy(features, job_.table + value * job_.features, job_.features * sizeof(float));
+    }
+  }
+
+  int64_t draw_value(const float* out, float u) {
+    if (job_.distribution == Distribution::kLogisticMixture)
+      return sample_logistic_level(out, job_.outputs / 3, job_.levels, job_.temperature, job_.log_scale_min, u);
+    if (job_.outputs == 1) {  // one logit: of level 1 against level 0
+      const float pair[2] = {0.0f, out[0]};
+      return sample_categorical(pair, 2, job_.temperature, u, sides_[0].scratch.data());
+    }
+    return sample_categorical(out, static_cast<int>(job_.outputs), job_.temperature, u, sides_[0].scratch.data());
+  }
+
+  const PixelJob& job_;
+  const PackedProgram<W>& net_;
+  const int64_t first_, n_;
+  Side sides_[2];
+  Meeting meeting_;
+};
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,145 @@
+// Sampling an image pixel by pixel, for any model that is a program over planes (fastgen/ops/pixel_program.py).
+//
+// A plane holds a vector of channels for each pixel, as many rows back as convolutions look. Instructions of the row
+// phase run once for a whole row, before its first pixel: what they read lies above, or was made from what lies above.
+// Those of the pixel phase run for each pixel in turn; they read the row phase's results and the pixels to the left. So
+// each multiply-add of the network is done once for each pixel, most of them in large products.
+//
+// Images are divided over threads, which never wait for each other. A single image is drawn by two threads: each
+// computes half the channels of every plane, and they meet before an instruction that reads all channels.
+#pragma once
+
+#include "packed_matrix.h"
+#include "partner.h"
+#include "sampling.h"
+
+namespace fastgen {
+namespace {
+
+constexpr int kPlaneInts = 6, kInstructionInts = 10, kMatrixInts = 4;
+constexpr int kChannelBlock = 16;  // channels are padded to whole blocks
+
+enum class Kind { kConv = 0, kGate = 1, kGlu = 2, kRelu = 3, kElu = 4, kAdd = 5, kAttention = 6, kSample = 7 };
+
+struct Plane {
+  int64_t channels;  // padded; with a gate's two halves, blocks of them alternate
+  int64_t rows, row_size, start, step, offset;
+
+  float* at(float* image, int64_t y, int64_t x) const {
+    return image + offset + ((y % rows) + rows) % rows * row_size + start + x * step;
+  }
+};
+
+// What the fields mean depends on the kind: see fastgen/ops/pixel_program.py.
+struct Instruction {
+  Kind kind;
+  bool per_pixel;
+  int64_t dst, src, other, matrix, bias, dy, dx, extra;
+  bool meet;  // before it, where two threads share the channels
+};
+
+// A matrix in two parts of its rows, one for each of two threads.
+template <class W>
+struct SplitMatrix {
+  PackedMatrix<W> part[2];
+  int64_t first[2];
+};
+
+// The channels [begin, end) of a plane that a thread computes; of a gate's plane, the same channels of both halves.
+inline int64_t first_half(int64_t channels) { return round_up(channels / 2, kChannelBlock); }
+
+// Rows of a matrix as they are stored: a gate's halves in alternating blocks. -> row of the weight, or -1.
+inline int64_t stored_row(int64_t r, int64_t rows, int64_t halves) {
+  if (halves == 1) return r < rows ? r : -1;
+  const int64_t channel = r / (2 * kChannelBlock) * kChannelBlock + r % kChannelBlock;
+  if (channel >= rows / 2) return -1;
+  return (r / kChannelBlock % 2) * (rows / 2) + channel;
+}
+inline int64_t stored_rows(int64_t rows, int64_t halves) { return halves * round_up(rows / halves, kChannelBlock); }
+
+// The matrices of a program in one buffer. With data == nullptr it only measures. Each is described by its rows,
+// halves, taps, and channels of a tap, and whether it is kept in float32.
+template <class W>
+struct PackedProgram {
+  std::vector<SplitMatrix<W>> matrices;
+  int64_t bytes = 0;
+
+  PackedProgram(const std::vector<int64_t>& shapes, const uint8_t* data) {
+    for (size_t i = 0; i < shapes.size(); i += kMatrixInts) {
+      const int64_t halves = shapes[i + 1], rows = stored_rows(shapes[i], halves);
+      const int64_t k = shapes[i + 2] * round_up(shapes[i + 3], kChannelBlock);
+      SplitMatrix<W> matrix;
+      matrix.first[0] = 0;
+      matrix.first[1] = halves * first_half(rows / halves);
+      for (int p = 0; p < 2; ++p) {
+        const int64_t end = p == 0 ? matrix.first[1] : rows;
+        matrix.part[p] = {static_cast<int>(end - matrix.first[p]), static_cast<int>(k),
+                          reinterpret_cast<const W*>(data ? data + bytes : nullptr)};
+        bytes = round_up(bytes + matrix.part[p].size() * static_cast<int64_t>(sizeof(W)), 64);
+      }
+      matrices.push_back(matrix);
+    }
+  }
+};
+
+template <class W>
+void pack_program(const std::vector<Tensor>& weights, const std::vector<int64_t>& shapes, uint8_t* out) {
+  const PackedProgram<W> program(shapes, out);
+  share(static_cast<int64_t>(weights.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t rows = shapes[i * kMatrixInts], halves = shapes[i * kMatrixInts + 1];
+      const int64_t taps = shapes[i * kMatrixInts + 2], channels = shapes[i * kMatrixInts + 3];
+      const int64_t padded = round_up(channels, kChannelBlock);
+      const auto* weight = static_cast<const float*>(weights[i].data_ptr());
+      for (int p = 0; p < 2; ++p) {
+        const PackedMatrix<W>& part = program.matrices[i].part[p];
+        pack_matrix(part, const_cast<W*>(part.data), [&](int r, int k) {
+          const int64_t row = stored_row(program.matrices[i].first[p] + r, rows, halves), c = k % padded;
+          return row < 0 || c >= channels ? 0.0f : weight[(row * taps + k / padded) * channels + c];
+        });
+      }
+    }
+  });
+}
+
+// One call's arguments.
+struct PixelJob {
+  std::vector<Plane> planes;
+  std::vector<Instruction> instructions;
+  int64_t images, colors, height, width, first_row, last_row, memory_size, bias_size;
+  Distribution distribution;
+  int64_t outputs, levels, features;
+  float temperature, log_scale_min;
+  const float *biases, *table, *uniforms;
+  bool own_biases;
+  const float* context;
+  bool own_context;
+  int64_t context_plane, context_channels;
+  const int64_t* given;
+  const uint8_t* known;
+  float *memory, *parameters;
+  int64_t* values;
+};
+
+// Where two threads must meet: before an instruction that reads all channels of what was written since they last met,
+// or that overwrites what the other may still be reading. They also meet before a row's first instruction, and a pixel's.
+inline void mark_meetings(std::vector<Instruction>& instructions) {
+  std::vector<int64_t> written, across, read;  // across: by heads, not by channels
+  const auto has = [](const std::vector<int64_t>& v, int64_t p) { return std::find(v.begin(), v.end(), p) != v.end(); };
+  bool per_pixel = false;
+  for (Instruction& i : instructions) {
+    std::vector<int64_t> whole;
+    if (i.kind == Kind::kConv || i.kind == Kind::kSample) whole = {i.src};
+    if (i.kind == Kind::kAttention) whole = {i.src, i.other, i.matrix};
+    i.meet = i.kind == Kind::kSample || has(read, i.dst) || has(across, i.src) || has(across, i.other);
+    for (int64_t p : whole) i.meet = i.meet || has(written, p);
+    if (i.meet || i.per_pixel != per_pixel) written.clear(), across.clear(), read.clear();
+    per_pixel = i.per_pixel;
+    written.push_back(i.dst);
+    if (i.kind == Kind::kAttention) across.push_back(i.dst);
+    read.insert(read.end(), whole.begin(), whole.end());
+  }
+}
+
+}  // namespace
+}  // namespace fastgen

@@ -1,0 +1,99 @@
+// Sampling of PixelCNN and its kin: all pixels of some rows in one call. See pixel_program.h.
+#include "pixel_images.h"
+
+namespace fastgen {
+namespace {
+
+template <class W>
+void generate(const PixelJob& job, const PackedProgram<W>& net) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (job.images == 1) {
+    Images<W>(job, net, 0, 1).run(threads > 1 && std::thread::hardware_concurrency() > 1);
+    return;
+  }
+  const int64_t workers = std::min(threads, job.images);
+  for_each_worker(workers, [&](int64_t i) {
+    const int64_t first = i * job.images / workers, last = (i + 1) * job.images / workers;
+    Images<W>(job, net, first, last - first).run(false);
+  });
+}
+
+// pixelcnn_pack(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor: one uint8 buffer, laid out for this instruction
+// set.
+Tensor pixelcnn_pack(std::vector<Tensor> matrices, std::vector<int64_t> shapes, bool bf16) {
+  FASTGEN_CHECK(matrices.size() * kMatrixInts == shapes.size(), "pixelcnn_pack: shapes do not fit the matrices");
+  const int64_t bytes =
+      bf16 ? PackedProgram<int16_t>(shapes, nullptr).bytes : PackedProgram<float>(shapes, nullptr).bytes;
+  constexpr int64_t kHuge = int64_t{2} << 20;
+  Tensor buffer =
+      torch::stable::new_empty(matrices[0], std::vector<int64_t>{round_up(bytes, kHuge) + kHuge}, ScalarType::Byte);
+  prefer_huge_pages(buffer);
+  std::memset(buffer.data_ptr(), 0, buffer.numel());
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data_ptr());
+  Tensor packed = torch::stable::narrow(buffer, 0, round_up(address, kHuge) - address, bytes);
+  auto* data = static_cast<uint8_t*>(packed.data_ptr());
+  bf16 ? pack_program<int16_t>(matrices, shapes, data) : pack_program<float>(matrices, shapes, data);
+  return packed;
+}
+
+// See fastgen/ops/pixelcnn_generate.py for the meaning of the arguments; they are checked there.
+void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<int64_t> planes,
+                       std::vector<int64_t> instructions, bool bf16, Tensor biases, std::optional<Tensor> context,
+                       int64_t context_plane, Tensor table, int64_t distribution, int64_t outputs, double log_scale_min,
+                       double temperature, Tensor uniforms, std::optional<Tensor> given, std::optional<Tensor> known,
+                       int64_t first_row, int64_t last_row, Tensor memory, Tensor values,
+                       std::optional<Tensor> parameters) {
+  PixelJob job{};
+  for (size_t i = 0; i < planes.size(); i += kPlaneInts) {
+    const int64_t* p = planes.data() + i;
+    job.planes.push_back({p[0], p[1], p[2], p[3], p[4], p[5]});
+  }
+  for (size_t i = 0; i < instructions.size(); i += kInstructionInts) {
+    const int64_t* p = instructions.data() + i;
+    job.instructions.push_back(
+        {static_cast<Kind>(p[0]), p[1] != 0, p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], false});
+  }
+  mark_meetings(job.instructions);
+  job.images = values.size(0);
+  job.colors = values.size(1);
+  job.height = values.size(2);
+  job.width = values.size(3);
+  job.first_row = first_row;
+  job.last_row = last_row;
+  job.memory_size = memory.size(1);
+  job.bias_size = biases.size(1);
+  job.distribution = static_cast<Distribution>(distribution);
+  job.outputs = outputs;
+  job.levels = table.size(0);
+  job.features = table.size(1);
+  job.temperature = static_cast<float>(temperature);
+  job.log_scale_min = static_cast<float>(log_scale_min);
+  job.biases = data_of<float>(biases);
+  job.own_biases = biases.size(0) > 1;
+  job.table = data_of<float>(table);
+  job.uniforms = data_of<float>(uniforms);
+  job.context = data_of<float>(context);
+  job.own_context = context && context->size(0) > 1;
+  job.context_plane = context_plane;
+  job.context_channels = context ? context->size(3) : 0;
+  job.given = data_of<int64_t>(given);
+  job.known = data_of<uint8_t>(known);
+  job.memory = static_cast<float*>(memory.data_ptr());
+  job.values = static_cast<int64_t*>(values.data_ptr());
+  job.parameters = parameters ? static_cast<float*>(parameters->data_ptr()) : nullptr;
+  const auto* data = static_cast<const uint8_t*>(packed.data_ptr());
+  const auto run = [&](auto&& net) {
+    FASTGEN_CHECK(packed.numel() == net.bytes, "pixelcnn_generate: packed weights of ", net.bytes,
+                  " bytes are expected, got ", packed.numel(), " (packed for another instruction set?)");
+    if (job.images > 0 && job.width > 0) generate(job, net);
+  };
+  bf16 ? run(PackedProgram<int16_t>(shapes, data)) : run(PackedProgram<float>(shapes, data));
+}
+
+}  // namespace
+}  // namespace fastgen
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("pixelcnn_pack", TORCH_BOX(&fastgen::pixelcnn_pack));
+  m.impl("pixelcnn_generate", TORCH_BOX(&fastgen::pixelcnn_generate));
+}

@@ -1,0 +1,182 @@
+"""A masked network over pixels as a program that draws an image pixel by pixel.
+
+A plane holds a vector of channels for each pixel. Planes of the row phase are complete for a whole row before its first
+pixel is drawn: they were made from what lies above. Planes of the pixel phase grow from left to right. A masked
+convolution over a pixel-phase plane falls into two parts: the taps above, which run once for the row as one large
+product, and those of the pixel's own row, which run for each pixel. Every multiply-add of the network is done once for
+each pixel; nothing is computed again.
+
+    p = PixelProgram(features=1)
+    v = p.conv(p.input, weight, bias, mask="vertical")        # row phase
+    h = p.conv(p.input, weight_h, bias_h, mask="A")           # pixel phase
+    z = p.gate(p.conv(h, weight_2, bias_2, mask="B", add=p.conv(v, link)))
+    p.sample(p.conv(z, head, head_bias), color=0)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.ops.masked_conv2d import weight_mask
+
+KINDS = ("conv", "gate", "glu", "relu", "elu", "add", "attention", "sample")
+BLOCK = 16  # channels are padded to whole blocks
+Phase = Literal["row", "pixel"]
+
+
+@dataclass
+class Plane:
+    """channels: with both halves of a gate where halves is 2; rows: kept, the current one included; left, right: columns
+    of zeros; apart: used at other pixels than the current one."""
+
+    channels: int
+    phase: Phase
+    halves: int = 1
+    rows: int = 1
+    left: int = 0
+    right: int = 0
+    apart: bool = False
+
+    @property
+    def padded(self) -> int:
+        return self.halves * (-(-(self.channels // self.halves) // BLOCK) * BLOCK)
+
+
+class Instruction(NamedTuple):
+    """dst, src, other: planes, -1 for none.
+
+    conv: dst = bias + other + matrix * (src at row dy, columns dx ... dx + taps - 1); gate, glu, relu, elu: of src;
+    add: src + other; attention: of the queries src, the keys other and the values `matrix`, `bias` heads; sample: color
+    `extra` from the parameters src, its features into dst.
+    """
+
+    kind: str
+    phase: Phase
+    dst: int
+    src: int
+    other: int = -1
+    matrix: int = -1
+    bias: int = -1
+    dy: int = 0
+    dx: int = 0
+    extra: int = 0
+
+
+@dataclass
+class PixelProgram:
+    """`features` channels of input for each pixel; `context_channels` of what is known of every pixel beforehand.
+
+    Methods return the index of the plane that they make. matrices: (O, taps, C) float32; biases: (O,), or (B, O) where
+    they differ between images.
+    """
+
+    features: int
+    context_channels: int = 0
+    planes: list[Plane] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
+    matrices: list[Tensor] = field(default_factory=list)
+    matrix_halves: list[int] = field(default_factory=list)
+    biases: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.input = self._plane(self.features, "pixel")
+        self.context = self._plane(self.context_channels, "row") if self.context_channels else -1
+
+    def conv(
+        self, x: int, weight: Tensor, bias: Tensor | None = None, *, mask: str = "B", colors: int = 1, add: int = -1,
+        halves: int = 1, offset: int = 0,
+    ) -> int:  # fmt: skip
+        """masked_conv2d of plane x, of its channels from `offset` on, plus plane `add`. weight (O, C, KH, KW).
+
+        halves: 2 where a gate comes next.
+        """
+        after = self.planes[x].channels - offset - weight.shape[1]
+        weight = F.pad(weight.detach().float(), (0, 0, 0, 0, offset, after))
+        outs, _, height, width = weight.shape
+        live = weight_mask(weight, mask, colors, halves)
+        weight = torch.where(live, weight, 0)
+        above, left = height // 2, width // 2
+        runs = [(dy, -left, width) for dy in range(-above, 0)]
+        here = int(live[:, :, above].any(0).any(0).sum())  # live taps of the pixel's own row, from the left
+        phases: list[tuple[Phase, list[tuple[int, int, int]]]] = [("row", runs)]
+        if here:
+            phases.append((self.planes[x].phase, [(0, -left, here)]))
+        result = -1
+        for phase, taps in phases:
+            for dy, dx, count in taps:
+                init, new = result, result < 0 or self.planes[result].phase != phase
+                if new:
+                    if result < 0 and add >= 0 and (phase == "pixel" or self.planes[add].phase == "row"):
+                        init, add = add, -1
+                    start = bias if bias is not None else weight.new_zeros(outs)
+                    number = self._bias(start) if result < 0 and (bias is not None or init < 0) else -1
+                    result = self._plane(outs, phase, halves)
+                else:
+                    number = -1
+                self._window(x, dy, dx, count)
+                matrix = weight[:, :, above + dy, left + dx : left + dx + count].permute(0, 2, 1)
+                self._emit("conv", phase, result, x, init, self._matrix(matrix, halves), number, dy, dx, count)
+        if result < 0:
+            raise ValueError(f"PixelProgram: no live tap in a kernel of {height} x {width} with mask {mask}")
+        return result if add < 0 else self.add(result, add)
+
+    def gate(self, x: int) -> int:
+        """tanh of the first half times the sigmoid of the second."""
+        return self._unary("gate", x, self.planes[x].channels // 2)
+
+    def glu(self, x: int) -> int:
+        """The first half times the sigmoid of the second."""
+        return self._unary("glu", x, self.planes[x].channels // 2)
+
+    def relu(self, x: int) -> int:
+        return self._unary("relu", x, self.planes[x].channels)
+
+    def elu(self, x: int) -> int:
+        return self._unary("elu", x, self.planes[x].channels)
+
+    def add(self, x: int, y: int) -> int:
+        phase: Phase = "pixel" if "pixel" in (self.planes[x].phase, self.planes[y].phase) else "row"
+        result = self._plane(self.planes[x].channels, phase, self.planes[x].halves)
+        return self._emit("add", phase, result, x, y)
+
+    def attention(self, query: int, key: int, value: int, heads: int) -> int:
+        """Of each pixel, to itself and all pixels before it."""
+        result = self._plane(self.planes[value].channels, "pixel")
+        return self._emit("attention", "pixel", result, query, key, value, heads)
+
+    def sample(self, parameters: int, color: int) -> None:
+        self._emit("sample", "pixel", self.input, parameters, extra=color)
+
+    def _plane(self, channels: int, phase: Phase, halves: int = 1) -> int:
+        self.planes.append(Plane(channels, phase, halves))
+        return len(self.planes) - 1
+
+    def _emit(
+        self, kind: str, phase: Phase, dst: int, src: int, other: int = -1, matrix: int = -1, bias: int = -1,
+        dy: int = 0, dx: int = 0, extra: int = 0,
+    ) -> int:  # fmt: skip
+        self.instructions.append(Instruction(kind, phase, dst, src, other, matrix, bias, dy, dx, extra))
+        return dst
+
+    def _unary(self, kind: str, x: int, channels: int) -> int:
+        phase = self.planes[x].phase
+        return self._emit(kind, phase, self._plane(channels, phase), x)
+
+    def _matrix(self, matrix: Tensor, halves: int) -> int:
+        self.matrices.append(matrix.contiguous())
+        self.matrix_halves.append(halves)
+        return len(self.matrices) - 1
+
+    def _bias(self, bias: Tensor) -> int:
+        self.biases.append(bias.detach().float())
+        return len(self.biases) - 1
+
+    def _window(self, plane: int, dy: int, dx: int, count: int) -> None:
+        p = self.planes[plane]
+        p.rows, p.left, p.right = max(p.rows, 1 - dy), max(p.left, -dx), max(p.right, dx + count - 1)
+        p.apart |= (dy, dx, count) != (0, 0, 1)

@@ -1,0 +1,320 @@
+"""Sampling from PixelCNN and its kin: each pixel costs what one pixel of a forward pass costs, the loop is inside one op.
+
+A model hands over a `PixelProgram` (see there for what is computed when); values are drawn by inversion: a sample is the
+number of levels whose cumulative probability is <= u.
+
+Sources: van den Oord et al., "Conditional Image Generation with PixelCNN Decoders" (2016); Ramachandran et al., "Fast
+Generation for Convolutional Autoregressive Models" (2017).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.backend import lib, resolve
+from fastgen.ops import distributions
+from fastgen.ops.pixel_program import BLOCK, KINDS, Instruction, PixelProgram
+
+DTYPES = (torch.float32, torch.bfloat16)
+DISTRIBUTIONS = ("bernoulli", "categorical", "logistic")
+
+
+@dataclass(frozen=True)
+class PixelDistribution:
+    """Of one color of one pixel: `outputs` parameters, `levels` values."""
+
+    kind: str
+    levels: int
+    outputs: int
+    log_scale_min: float = -7.0
+
+    def sample(self, parameters: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+        """parameters (..., outputs), uniforms (...) -> int64 (...)."""
+        return distributions.sample_levels(
+            self.kind, parameters, uniforms, self.levels, temperature, self.log_scale_min
+        )
+
+
+lib.define("pixelcnn_pack(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor")
+lib.define(
+    "pixelcnn_generate(Tensor packed, int[] shapes, int[] planes, int[] instructions, bool bf16, Tensor biases, "
+    "Tensor? context, int context_plane, Tensor table, int distribution, int outputs, float log_scale_min, "
+    "float temperature, Tensor uniforms, Tensor? given, Tensor? known, int first_row, int last_row, Tensor(a!) memory, "
+    "Tensor(b!) values, Tensor(c!)? parameters) -> ()"
+)
+
+
+@torch.library.register_fake("fastgen::pixelcnn_generate", lib=lib)
+def _(*args: object) -> None:
+    return None
+
+
+class PixelGenerator:
+    """A program's weights, laid out once for a backend; `run` draws images.
+
+    Parameters
+    ----------
+    program
+        The network.
+    table
+        (levels, features of one color) float32: what the network sees of each value.
+    distribution
+        Of each color of a pixel.
+    dtype
+        Of the weights inside the loop: float32, or bfloat16 (sums stay float32).
+    backend
+        See `fastgen.backend`; "reference" runs the program in plain PyTorch.
+    """
+
+    def __init__(
+        self,
+        program: PixelProgram,
+        table: Tensor,
+        distribution: PixelDistribution,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"pixelcnn_generate: dtype must be float32 or bfloat16, got {dtype}")
+        _check_finite(program.matrices)
+        self._use(program, table)
+        self.distribution, self.dtype = distribution, dtype
+        self.backend = resolve("pixelcnn_generate", backend, table.device)
+        self._shapes = [
+            n
+            for matrix, halves in zip(program.matrices, program.matrix_halves, strict=True)
+            for n in (matrix.shape[0], halves, matrix.shape[1], matrix.shape[2])
+        ]
+        if self.backend == "reference":
+            self._matrices = [m.to(dtype).float() for m in program.matrices]
+        else:
+            bf16 = dtype == torch.bfloat16
+            self._packed = torch.ops.fastgen.pixelcnn_pack(program.matrices, self._shapes, bf16)
+
+    def updated(self, program: PixelProgram, table: Tensor) -> PixelGenerator:
+        """This generator with the biases and the table of a program whose matrices are the same."""
+        other = copy.copy(self)
+        other._use(program, table)
+        return other
+
+    def _use(self, program: PixelProgram, table: Tensor) -> None:
+        _check_finite([*program.biases, table])
+        self.program, self.table = program, table.detach().float().contiguous()
+
+    @torch.no_grad()
+    def run(
+        self,
+        uniforms: Tensor,
+        *,
+        temperature: float = 1.0,
+        given: Tensor | None = None,
+        known: Tensor | None = None,
+        context: Tensor | None = None,
+        parameters: bool = False,
+        report: Callable[[int], object] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw as many images as there are uniforms.
+
+        Parameters
+        ----------
+        uniforms
+            (B, C, H, W) float32 in [0, 1).
+        given, known
+            (B, C, H, W) int64 values, and bool: where `known`, the network sees the given value in place of its own.
+        context
+            (B or 1, context channels, H, W) float32.
+        parameters
+            Also return the distributions' parameters.
+        report
+            Called with the number of rows that are done.
+
+        Returns
+        -------
+        values (B, C, H, W) int64; parameters (B, C, H, W, outputs) float32 or None.
+        """
+        batch, colors, height, width = uniforms.shape
+        values = torch.zeros(batch, colors, height, width, dtype=torch.int64, device=uniforms.device)
+        kept = uniforms.new_empty(*values.shape, self.distribution.outputs) if parameters else None
+        if self.backend == "reference":
+            run = _Reference(self.program, self._matrices, self.table, self.distribution, context, values, kept)
+            for row in range(height):
+                run.row(row, uniforms, temperature, given, known)
+                if report is not None:
+                    report(row + 1)
+            return values, kept
+        planes, attention, size = _layout(self.program, height, width)
+        memory = uniforms.new_zeros(batch, size)
+        offsets, biases = _biases(self.program, batch)
+        instructions = _encoded(self.program, offsets, attention)
+        if context is not None:
+            context = context.permute(0, 2, 3, 1).float().contiguous()
+        rows = 1 if report is not None else max(height, 1)
+        kind = distributions.KINDS.index("logistic" if self.distribution.kind == "logistic" else "categorical")
+        for row in range(0, height, rows):
+            torch.ops.fastgen.pixelcnn_generate(
+                self._packed, self._shapes, planes, instructions, self.dtype == torch.bfloat16, biases, context,
+                self.program.context, self.table, kind, self.distribution.outputs, self.distribution.log_scale_min,
+                temperature, uniforms.float().contiguous(), None if given is None else given.contiguous(),
+                None if known is None else known.to(torch.uint8).contiguous(), row, row + rows, memory, values, kept,
+            )  # fmt: skip
+            if report is not None:
+                report(row + 1)
+        return values, kept
+
+
+def _check_finite(tensors: list[Tensor]) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ValueError("pixelcnn_generate: the model's weights must be finite, one holds NaN or infinity")
+
+
+def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], dict[int, int], int]:
+    """How the kernel lays the planes of one image: their numbers, the caches of each attention, and floats in all.
+
+    Planes that live only within a row phase share memory where their lives do not overlap.
+    """
+    lives: dict[int, list[int]] = {}
+    by_pixel: set[int] = {program.input, program.context}
+    for i, instruction in enumerate(program.instructions):
+        sources = [instruction.src, instruction.other] + [instruction.matrix] * (instruction.kind == "attention")
+        for plane in (instruction.dst, *sources):
+            lives.setdefault(plane, []).append(i)
+            if instruction.phase == "pixel":
+                by_pixel.add(plane)
+    free: list[tuple[int, int, int]] = []  # (size, offset, last use)
+    numbers, end = [], 0
+    for index, plane in enumerate(program.planes):
+        padded, row = plane.padded, (plane.left + width + plane.right) * plane.padded
+        if plane.phase == "pixel" and not plane.apart and index != program.input:
+            numbers += [padded, 1, 0, 0, 0, end]
+            end += padded
+            continue
+        size, used = plane.rows * row, lives.get(index, [0])
+        offset = end
+        if index not in by_pixel and plane.rows == 1 and not (plane.left or plane.right):
+            for slot, (room, where, last) in enumerate(free):
+                if room == size and last < used[0]:
+                    offset, free[slot] = where, (room, where, used[-1])
+                    break
+            else:
+                free.append((size, offset, used[-1]))
+        numbers += [padded, plane.rows, row, plane.left * padded, padded, offset]
+        end = max(end, offset + size)
+    caches = {}
+    room = -(-height * width // BLOCK) * BLOCK
+    for i, instruction in enumerate(program.instructions):
+        if instruction.kind == "attention":
+            caches[i] = end
+            end += room * sum(program.planes[p].channels for p in (instruction.other, instruction.matrix))
+    return numbers, caches, -(-end // 32) * 32
+
+
+def _biases(program: PixelProgram, batch: int) -> tuple[list[int], Tensor]:
+    """All biases, as they are stored with their planes: the offset of each, and (1 or B, floats) float32."""
+    halves = {i.bias: program.planes[i.dst].halves for i in program.instructions if i.kind == "conv" and i.bias >= 0}
+    offsets, parts, at = [], [], 0
+    streams = batch if any(bias.dim() == 2 for bias in program.biases) else 1
+    for index, bias in enumerate(program.biases):
+        rows = bias if bias.dim() == 2 else bias[None]
+        rows = rows.expand(streams, -1).unflatten(1, (halves[index], -1))  # (streams, halves, channels)
+        padded = F.pad(rows, (0, -rows.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK))
+        stored = padded.transpose(1, 2).flatten(1)  # a gate's halves in alternating blocks
+        offsets.append(at)
+        at += stored.shape[1]
+        parts.append(stored)
+    return offsets, torch.cat(parts, 1).contiguous() if parts else program.matrices[0].new_zeros(1, 0)
+
+
+def _encoded(program: PixelProgram, offsets: list[int], attention: dict[int, int]) -> list[int]:
+    """The instructions as the kernel reads them: those of the row phase first."""
+    encoded: list[tuple[int, list[int]]] = []
+    for index, i in enumerate(program.instructions):
+        bias, dy, dx, extra = (offsets[i.bias] if i.bias >= 0 else -1), i.dy, i.dx, i.extra
+        if i.kind == "attention":
+            bias, dy, dx = i.bias, program.planes[i.other].channels, program.planes[i.matrix].channels
+            extra = attention[index]
+        phase = int(i.phase == "pixel")
+        encoded.append((phase, [KINDS.index(i.kind), phase, i.dst, i.src, i.other, i.matrix, bias, dy, dx, extra]))
+    return [n for _, numbers in sorted(encoded, key=lambda e: e[0]) for n in numbers]
+
+
+class _Reference:
+    """The program in plain PyTorch, one instruction after another."""
+
+    def __init__(
+        self, program: PixelProgram, matrices: list[Tensor], table: Tensor, distribution: PixelDistribution,
+        context: Tensor | None, values: Tensor, kept: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.program, self.matrices, self.table, self.distribution = program, matrices, table, distribution
+        self.values, self.kept = values, kept
+        batch, _, height, self.width = values.shape
+        # a row and a column of zeros for whatever a window reaches beyond the image
+        self.planes = [
+            table.new_zeros(batch, p.rows - 1 + height, p.left + self.width + p.right, p.channels)
+            for p in program.planes
+        ]
+        if context is not None:
+            self.planes[program.context].copy_(context.permute(0, 2, 3, 1))
+
+    def row(
+        self, y: int, uniforms: Tensor, temperature: float, given: Tensor | None, known: Tensor | None
+    ) -> None:  # fmt: skip
+        every = slice(0, self.width)
+        for i in self.program.instructions:
+            if i.phase == "row":
+                self._at(i.dst, y, every).copy_(self._result(i, y, every))
+        for x in range(self.width):
+            for i in self.program.instructions:
+                if i.phase != "pixel":
+                    continue
+                here = slice(x, x + 1)
+                if i.kind == "sample":
+                    out = self._at(i.src, y, here)[:, 0]  # (B, outputs)
+                    value = self.distribution.sample(out, uniforms[:, i.extra, y, x], temperature)
+                    if known is not None and given is not None:
+                        value = torch.where(known[:, i.extra, y, x], given[:, i.extra, y, x], value)
+                    self.values[:, i.extra, y, x] = value
+                    if self.kept is not None:
+                        self.kept[:, i.extra, y, x] = out
+                    size = self.table.shape[1]
+                    self._at(i.dst, y, here)[:, 0, i.extra * size : (i.extra + 1) * size] = self.table[value]
+                else:
+                    self._at(i.dst, y, here).copy_(self._result(i, y, here))
+
+    def _at(self, plane: int, y: int, columns: slice) -> Tensor:
+        """(B, columns, channels), a view."""
+        p = self.program.planes[plane]
+        return self.planes[plane][:, p.rows - 1 + y, p.left + columns.start : p.left + columns.stop]
+
+    def _result(self, i: Instruction, y: int, columns: slice) -> Tensor:
+        x = self._at(i.src, y + i.dy, columns)
+        if i.kind == "conv":
+            windows = [
+                self._at(i.src, y + i.dy, slice(columns.start + dx, columns.stop + dx))
+                for dx in range(i.dx, i.dx + i.extra)
+            ]
+            result = F.linear(torch.cat(windows, 2), self.matrices[i.matrix].flatten(1))
+            if i.bias >= 0:
+                bias = self.program.biases[i.bias]
+                result = result + (bias[:, None] if bias.dim() == 2 else bias)
+            return result if i.other < 0 else result + self._at(i.other, y, columns)
+        if i.kind in ("gate", "glu"):
+            first, second = x.chunk(2, 2)
+            return (torch.tanh(first) if i.kind == "gate" else first) * torch.sigmoid(second)
+        if i.kind == "add":
+            return x + self._at(i.other, y, columns)
+        if i.kind == "attention":
+            pixels = y * self.width + columns.start + 1
+            key, value = (
+                self.planes[p][:, :, : self.width].flatten(1, 2)[:, :pixels].unflatten(2, (i.bias, -1)).transpose(1, 2)
+                for p in (i.other, i.matrix)
+            )
+            query = x.unflatten(2, (i.bias, -1)).transpose(1, 2)
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return F.relu(x) if i.kind == "relu" else F.elu(x)
