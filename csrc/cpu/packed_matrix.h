@@ -117,7 +117,9 @@ template <class W>
 class Inputs {
  public:
   Inputs(int columns, int k)
-      : blocks_((k + kBlock - 1) / kBlock), k_(k), fixed_(kFixed<W> ? columns * blocks_ : 0), x_(columns) {}
+      : blocks_((k + kBlock - 1) / kBlock), k_(k), fixed_(kFixed<W> ? columns * blocks_ : 0), x_(columns), at_(columns) {
+    for (int s = 0; s < columns; ++s) at_[s] = s * blocks_;
+  }
 
   // x[s] holds k values, up to the next multiple of 16.
   void set(const float* const* x, int columns) {
@@ -130,9 +132,27 @@ class Inputs {
     else
       x_[s] = x;
   }
+  // Columns [s, s + count): windows of `taps` pixels of `channels` (a multiple of 16) each, one pixel after another.
+  void set_windows(int s, const float* pixels, int count, int taps, int channels) {
+    if constexpr (!kFixed<W>) {
+      for (int i = 0; i < count; ++i) x_[s + i] = pixels + i * channels;
+    } else if (channels % kBlock == 0) {  // pixels share nothing: each is converted once
+      const int pixel_blocks = channels / kBlock;
+      FixedBlock* to = &fixed_[s * blocks_];
+      for (int b = 0; b < (count + taps - 1) * pixel_blocks; ++b) to[b].set(pixels + b * kBlock, kBlock);
+      for (int i = 0; i < count; ++i) at_[s + i] = s * blocks_ + i * pixel_blocks;
+    } else {
+      const int k = taps * channels;
+      for (int i = 0; i < count; ++i) {
+        at_[s + i] = (s + i) * blocks_;
+        for (int b = 0; b * kBlock < k; ++b)
+          fixed_[at_[s + i] + b].set(pixels + i * channels + b * kBlock, std::min(kBlock, k - b * kBlock));
+      }
+    }
+  }
   decltype(auto) at(int s, int block) const {
     if constexpr (kFixed<W>)
-      return (fixed_[s * blocks_ + block]);
+      return (fixed_[at_[s] + block]);
     else
       return x_[s] + block * kBlock;
   }
@@ -141,6 +161,7 @@ class Inputs {
   int blocks_, k_;
   OwnVector<FixedBlock> fixed_;
   OwnVector<const float*> x_;
+  OwnVector<int> at_;  // first block of each column
 };
 
 // How many of a panel's vectors of rows are multiplied with a number of columns at once: the sums of a few columns and
@@ -234,7 +255,7 @@ void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* i
   const W* w = m.data;
   const int groups = (columns + kPanelColumns - 1) / kPanelColumns;
   // with many columns, a block of inputs at a time, whose weights stay in the nearest cache
-  const int most = kFixed<W> || columns > 4 * kPanelColumns ? kBlock : std::max(m.k, 1);
+  const int most = kFixed<W> || groups > 1 ? kBlock : std::max(m.k, 1);
   for (int block = 0, begin = 0; begin < m.padded_k(); ++block, begin += most) {
     const int k = std::min(most, m.padded_k() - begin);
     m.for_each_panel([&](int row, int vectors) {

@@ -42,7 +42,7 @@ inline int64_t sample_logistic_level(const float* parameters, int64_t mixtures, 
   return low;
 }
 
-// The images [first, first + count) of a job, drawn by one thread, or one image by two.
+// The images [first, first + count) of a job, drawn by one thread, or by two that share the channels.
 template <class W>
 class Images {
  public:
@@ -53,30 +53,26 @@ class Images {
     const int64_t columns = n_ * job.width;
     for (Side& side : sides_) {
       side.x.emplace(static_cast<int>(columns), static_cast<int>(most_k));
-      for (auto* at : {&side.in, &side.init}) at->resize(columns);
+      side.init.resize(columns);
       side.out.resize(columns);
       side.scratch.resize(sampling_scratch(static_cast<int>(std::max(job.outputs, job.height * job.width))));
     }
   }
 
-  void run(bool two_threads) {
-    if (!two_threads) return draw(0, 2);
-    for_each_worker(2, [&](int64_t thread) {
-      if (thread == 0) {
-        draw(0, meeting_.helper_is_near() ? 1 : 2);
-      } else if (meeting_.leader_stays()) {
-        draw(1, 2);
-      }
-    });
+  void alone() { draw(0, 2); }
+  void lead() { draw(0, meeting_.helper_is_near() ? 1 : 2); }
+  void help() {
+    if (meeting_.leader_stays()) draw(1, 2);
   }
 
  private:
   // What a thread works with.
   struct Side {
     std::optional<Inputs<W>> x;
-    OwnVector<const float*> in, init;
+    OwnVector<const float*> init;
     OwnVector<float*> out;
     OwnVector<float> scratch;
+    std::array<int64_t, 6> windows{-1};  // what x holds: plane, row, first column, taps, last column, row of the image
     Flag met;
     int64_t meetings = 0;
   };
@@ -126,6 +122,7 @@ class Images {
 
   void execute(const Instruction& i, int begin, int end, int64_t y, int64_t x0, int64_t x1) {
     if (i.meet) meet(begin, end);
+    if (i.dst == sides_[begin].windows[0]) sides_[begin].windows = {-1};
     if (i.kind == Kind::kConv) return convolve(i, begin, end, y, x0, x1);
     if (i.kind == Kind::kSample) {
       if (begin == 0) draw_values(i, y, x0);
@@ -174,6 +171,7 @@ class Images {
     const Plane &dst = job_.planes[i.dst], &src = job_.planes[i.src];
     const SplitMatrix<W>& matrix = net_.matrices[i.matrix];
     Side& side = sides_[begin];
+    read_windows(i, side, y, x0, x1);
     for (int p = begin; p < end; ++p) {
       const PackedMatrix<W>& part = matrix.part[p];
       if (part.rows == 0) continue;
@@ -183,7 +181,6 @@ class Images {
         const float* bias = nullptr;
         if (i.bias >= 0) bias = job_.biases + (job_.own_biases ? first_ + b : 0) * job_.bias_size + i.bias + first;
         for (int64_t x = x0; x < x1; ++x, ++columns) {
-          if (p == begin) side.in[columns] = src.at(image(b), y + i.dy, x + i.dx);
           float* to = side.out[columns] = dst.at(image(b), y, x) + first;
           const float* other = i.other < 0 ? nullptr : job_.planes[i.other].at(image(b), y, x) + first;
           side.init[columns] = other ? other : bias;
@@ -193,9 +190,20 @@ class Images {
           }
         }
       }
-      if (p == begin) side.x->set(side.in.data(), columns);
       product(part, *side.x, side.init.data(), side.out.data(), columns);
     }
+  }
+
+  // The windows that a convolution multiplies, for pixels [x0, x1) of all images, unless they are there already.
+  void read_windows(const Instruction& i, Side& side, int64_t y, int64_t x0, int64_t x1) {
+    const std::array<int64_t, 6> windows{i.src, y + i.dy, x0 + i.dx, i.extra, x1, y};
+    if (windows == side.windows) return;
+    side.windows = windows;
+    const Plane& src = job_.planes[i.src];
+    int column = 0;
+    for (int64_t b = 0; b < n_; ++b, column += static_cast<int>(x1 - x0))
+      side.x->set_windows(column, src.at(image(b), y + i.dy, x0 + i.dx), static_cast<int>(x1 - x0),
+                          static_cast<int>(i.extra), static_cast<int>(src.channels));
   }
 
   // Softmax of the products with the keys of all pixels so far, over their values. Keys and values of each pixel are

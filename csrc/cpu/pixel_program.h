@@ -5,8 +5,9 @@
 // Those of the pixel phase run for each pixel in turn; they read the row phase's results and the pixels to the left. So
 // each multiply-add of the network is done once for each pixel, most of them in large products.
 //
-// Images are divided over threads, which never wait for each other. A single image is drawn by two threads: each
-// computes half the channels of every plane, and they meet before an instruction that reads all channels.
+// Images are divided over threads, which never wait for each other. Where there are too few, pairs of threads draw the
+// same: each computes half the channels of every plane, so that each core's cache holds half the weights, and the two
+// meet before an instruction that reads all channels.
 #pragma once
 
 #include "packed_matrix.h"
@@ -124,20 +125,21 @@ struct PixelJob {
 // Where two threads must meet: before an instruction that reads all channels of what was written since they last met,
 // or that overwrites what the other may still be reading. They also meet before a row's first instruction, and a pixel's.
 inline void mark_meetings(std::vector<Instruction>& instructions) {
-  std::vector<int64_t> written, across, read;  // across: by heads, not by channels
   const auto has = [](const std::vector<int64_t>& v, int64_t p) { return std::find(v.begin(), v.end(), p) != v.end(); };
-  bool per_pixel = false;
-  for (Instruction& i : instructions) {
-    std::vector<int64_t> whole;
-    if (i.kind == Kind::kConv || i.kind == Kind::kSample) whole = {i.src};
-    if (i.kind == Kind::kAttention) whole = {i.src, i.other, i.matrix};
-    i.meet = i.kind == Kind::kSample || has(read, i.dst) || has(across, i.src) || has(across, i.other);
-    for (int64_t p : whole) i.meet = i.meet || has(written, p);
-    if (i.meet || i.per_pixel != per_pixel) written.clear(), across.clear(), read.clear();
-    per_pixel = i.per_pixel;
-    written.push_back(i.dst);
-    if (i.kind == Kind::kAttention) across.push_back(i.dst);
-    read.insert(read.end(), whole.begin(), whole.end());
+  for (const bool per_pixel : {false, true}) {
+    std::vector<int64_t> written, across, read;  // across: by heads, not by channels
+    for (Instruction& i : instructions) {
+      if (i.per_pixel != per_pixel) continue;
+      std::vector<int64_t> whole;
+      if (i.kind == Kind::kConv || i.kind == Kind::kSample) whole = {i.src};
+      if (i.kind == Kind::kAttention) whole = {i.src, i.other, i.matrix};
+      i.meet = i.kind == Kind::kSample || has(read, i.dst) || has(across, i.src) || has(across, i.other);
+      for (int64_t p : whole) i.meet = i.meet || has(written, p);
+      if (i.meet) written.clear(), across.clear(), read.clear();
+      written.push_back(i.dst);
+      if (i.kind == Kind::kAttention) across.push_back(i.dst);
+      read.insert(read.end(), whole.begin(), whole.end());
+    }
   }
 }
 

@@ -1,4 +1,6 @@
 // Sampling of PixelCNN and its kin: all pixels of some rows in one call. See pixel_program.h.
+#include <memory>
+
 #include "pixel_images.h"
 
 namespace fastgen {
@@ -7,15 +9,16 @@ namespace {
 template <class W>
 void generate(const PixelJob& job, const PackedProgram<W>& net) {
   const int64_t threads = torch::stable::get_num_threads();
-  if (job.images == 1) {
-    Images<W>(job, net, 0, 1).run(threads > 1 && std::thread::hardware_concurrency() > 1);
-    return;
+  // a pair pays for what its two caches hold with what passes between them, which grows with the images
+  const bool pairs = threads > 1 && std::thread::hardware_concurrency() > 1 && job.images <= threads;
+  const int64_t groups = std::min(pairs ? threads / 2 : threads, job.images);
+  std::vector<std::unique_ptr<Images<W>>> images;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t first = i * job.images / groups, last = (i + 1) * job.images / groups;
+    images.push_back(std::make_unique<Images<W>>(job, net, first, last - first));
   }
-  const int64_t workers = std::min(threads, job.images);
-  for_each_worker(workers, [&](int64_t i) {
-    const int64_t first = i * job.images / workers, last = (i + 1) * job.images / workers;
-    Images<W>(job, net, first, last - first).run(false);
-  });
+  if (!pairs) return for_each_worker(groups, [&](int64_t i) { images[i]->alone(); });
+  for_each_worker(2 * groups, [&](int64_t i) { i % 2 == 0 ? images[i / 2]->lead() : images[i / 2]->help(); });
 }
 
 // pixelcnn_pack(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor: one uint8 buffer, laid out for this instruction
@@ -85,7 +88,7 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   const auto run = [&](auto&& net) {
     FASTGEN_CHECK(packed.numel() == net.bytes, "pixelcnn_generate: packed weights of ", net.bytes,
                   " bytes are expected, got ", packed.numel(), " (packed for another instruction set?)");
-    if (job.images > 0 && job.width > 0) generate(job, net);
+    if (job.images > 0) generate(job, net);
   };
   bf16 ? run(PackedProgram<int16_t>(shapes, data)) : run(PackedProgram<float>(shapes, data));
 }

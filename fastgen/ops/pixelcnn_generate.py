@@ -232,16 +232,16 @@ def _biases(program: PixelProgram, batch: int) -> tuple[list[int], Tensor]:
 
 
 def _encoded(program: PixelProgram, offsets: list[int], attention: dict[int, int]) -> list[int]:
-    """The instructions as the kernel reads them: those of the row phase first."""
-    encoded: list[tuple[int, list[int]]] = []
+    """The instructions as the kernel reads them."""
+    encoded: list[int] = []
     for index, i in enumerate(program.instructions):
         bias, dy, dx, extra = (offsets[i.bias] if i.bias >= 0 else -1), i.dy, i.dx, i.extra
         if i.kind == "attention":
             bias, dy, dx = i.bias, program.planes[i.other].channels, program.planes[i.matrix].channels
             extra = attention[index]
-        phase = int(i.phase == "pixel")
-        encoded.append((phase, [KINDS.index(i.kind), phase, i.dst, i.src, i.other, i.matrix, bias, dy, dx, extra]))
-    return [n for _, numbers in sorted(encoded, key=lambda e: e[0]) for n in numbers]
+        per_pixel = int(i.phase == "pixel")
+        encoded += [KINDS.index(i.kind), per_pixel, i.dst, i.src, i.other, i.matrix, bias, dy, dx, extra]
+    return encoded
 
 
 class _Reference:
