@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import listed
+from fastgen.files import whole_file
+
+ENTRIES = ("model", "config", "state_dict", "optimizer", "step", "rng")
 
 
 def read_checkpoint(path: str | os.PathLike[str], entries: Sequence[str], made_by: str) -> dict[str, Any]:
@@ -53,3 +56,73 @@ def refuse_other_model(path: str | os.PathLike[str], ours: dict[str, Any], their
     if different:
         pairs = ", ".join(f"{name}={theirs.get(name)!r} (model: {ours[name]!r})" for name in different)
         raise ValueError(f"{os.fspath(path)}: is of another model: {pairs}")
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    step: int = 0,
+    **more: Any,
+) -> None:
+    """Write a model that has a `config`, and what training needs to go on exactly, whole or not at all.
+
+    Makes the folder. Without the optimizer the checkpoint cannot be trained on. `more` entries are written beside the others.
+    """
+    content = {
+        "model": type(model).__name__,
+        "config": model.config,
+        "state_dict": model.state_dict(),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "step": step,
+        "rng": torch.get_rng_state(),
+        **more,
+    }
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], models: Mapping[str, type[nn.Module]], made_by: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint, one of `models` by name, on the CPU, and the checkpoint's content.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the file does not exist, is not such a checkpoint, or its parameters do not fit the model it describes.
+    """
+    content = _read_model(path, models, made_by)
+    try:
+        model = models[content["model"]](**content["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)}: config does not describe a {content['model']}: {error}") from error
+    load_parameters(path, model, content["state_dict"])
+    return model, content
+
+
+def restore_checkpoint(
+    path: str | os.PathLike[str],
+    models: Mapping[str, type[nn.Module]],
+    made_by: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Put a checkpoint's parameters, optimizer and random state in place, if it is of the same model -> its step."""
+    content = _read_model(path, models, made_by)
+    if content["optimizer"] is None:
+        raise ValueError(f"{os.fspath(path)}: holds no training state to resume from, only the model")
+    ours: dict[str, Any] = model.config  # type: ignore[assignment]
+    refuse_other_model(path, {"model": type(model).__name__, **ours}, content | content["config"])
+    load_parameters(path, model, content["state_dict"])
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["rng"])
+    return int(content["step"])
+
+
+def _read_model(path: str | os.PathLike[str], models: Mapping[str, type[nn.Module]], made_by: str) -> dict[str, Any]:
+    content = read_checkpoint(path, ENTRIES, made_by)
+    if content["model"] not in models:
+        raise ValueError(f"{os.fspath(path)}: expected a checkpoint of {' or '.join(models)}, got {content['model']!r}")
+    return content

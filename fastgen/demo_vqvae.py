@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fastgen.backend import cpu_isa, why_not
+from fastgen.checkpoints import save_checkpoint
 from fastgen.images import save_grid
 from fastgen.models import VQVAE
 from fastgen.nn import VectorQuantize
 from fastgen.ops import nearest_code
-from fastgen.training_images import as_floats, code_perplexities, save_checkpoint, train_vqvae
+from fastgen.training_images import as_floats, code_perplexities, train_vqvae
 
 SHAPES = ((65536, 512, 64), (32768, 1024, 8))  # rows, codes, features
 REPEATS = 5

@@ -58,20 +58,40 @@ def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None 
 
 
 def _digits() -> Tensor:
+    return torch.from_numpy(_sklearn_digits().images * (255 / 16)).round().to(torch.uint8)[:, None]
+
+
+def _sklearn_digits() -> Any:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
             "load_images: the default digits need scikit-learn: pip install fastgen-kernels[demo]"
         ) from error
-    return torch.from_numpy(load_digits().images * (255 / 16)).round().to(torch.uint8)[:, None]
+    return load_digits()
+
+
+def _bytes(path: Path) -> bytes:
+    """Of a file that may be gzipped."""
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: expected a gzip file, unreadable: {error}") from error
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    """Of an npz archive."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected an npz archive")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path}: expected an npz archive, unreadable: {error}") from error
 
 
 def _idx(path: Path) -> Tensor:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: expected a gzip file, unreadable: {error}") from error
+    data = _bytes(path)
     if len(data) < 16 or data[:4] != b"\0\0\x08\x03":
         raise ValueError(
             f"{path}: expected an IDX file of images (uint8, three dimensions), an npz archive or a folder; "
@@ -87,11 +107,7 @@ def _idx(path: Path) -> Tensor:
 
 
 def _npz(path: Path) -> Tensor:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            shapes = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: expected an npz archive, unreadable: {error}") from error
+    shapes = _arrays(path)
     images = {name: a for name, a in shapes.items() if a.dtype == np.uint8 and a.ndim in (3, 4)}
     if not images:
         came = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in shapes.items()) or "nothing"
@@ -135,6 +151,59 @@ def _folder(path: Path, size: int | None) -> Tensor:
             )
     channels = max(x.shape[0] for x in images)
     return torch.stack([x.expand(channels, -1, -1) for x in images])
+
+
+def load_codes(path: str | os.PathLike[str]) -> Tensor:
+    """Maps of codes, int64 (N, H, W), from an npz archive with an array of integers of that shape.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or no such array in it.
+    """
+    arrays = _arrays(Path(path))
+    maps = {name: a for name, a in arrays.items() if np.issubdtype(a.dtype, np.integer) and a.ndim == 3}
+    if not maps:
+        came = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items()) or "nothing"
+        raise ValueError(f"{path}: expected an array of integers (N, H, W), got {came}")
+    return torch.from_numpy(maps.get("codes", next(iter(maps.values()))).astype(np.int64))
+
+
+def load_labels(path: str | os.PathLike[str] | None = None) -> Tensor:
+    """The labels, int64 (N,), that belong to what `load_images` finds there.
+
+    Parameters
+    ----------
+    path
+        A folder that holds MNIST's `train-labels-idx1-ubyte` (.gz or not), such a file, or an npz archive with an array
+        of integers (N,). None: those of scikit-learn's digits.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there are none.
+    """
+    if path is None:
+        return torch.from_numpy(_sklearn_digits().target.astype(np.int64))
+    path = Path(path)
+    if path.is_dir():
+        files = [path / f"train-labels-idx1-ubyte{suffix}" for suffix in ("", ".gz")]
+        found = next((p for p in files if p.is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{path}: expected {files[0].name} (.gz or not) in the folder, found none")
+        path = found
+    if path.suffix == ".npz":
+        arrays = _arrays(path)
+        rows = {name: a for name, a in arrays.items() if np.issubdtype(a.dtype, np.integer) and a.ndim == 1}
+        if not rows:
+            raise ValueError(f"{path}: expected an array of integers (N,) as labels, got {', '.join(arrays)}")
+        return torch.from_numpy(rows.get("labels", next(iter(rows.values()))).astype(np.int64))
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected IDX or npz with labels")
+    data = _bytes(path)
+    if data[:4] != b"\0\0\x08\x01" or len(data) != 8 + struct.unpack(">I", data[4:8])[0]:
+        raise ValueError(f"{path}: expected an IDX file of labels, it begins with {data[:4].hex(' ') or 'nothing'}")
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=8).astype(np.int64))
 
 
 def pad_to_multiple(x: Tensor, factor: int) -> Tensor:

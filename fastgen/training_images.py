@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.checkpoints import load_parameters, read_checkpoint, refuse_other_model
+from fastgen.checkpoints import load_checkpoint, restore_checkpoint, save_checkpoint
 from fastgen.checks import check_progress, check_tensor
-from fastgen.files import whole_file
 from fastgen.loop import Progress, TrainingLog, begin, check_loop, optimise
 from fastgen.models import VQVAE, VQVAE2
 from fastgen.models.vqvae import perplexity
 
 MODELS: dict[str, type[VQVAE] | type[VQVAE2]] = {"VQVAE": VQVAE, "VQVAE2": VQVAE2}
-ENTRIES = ("model", "config", "state_dict", "optimizer", "step", "rng")
 VALIDATION_BATCH = 256  # images in one forward
 VALIDATION_IMAGES = 1024  # at most
 
@@ -98,7 +95,7 @@ def train_vqvae(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        begin(op, log, checkpoint, resume, steps, lambda path: _restore(path, model, optimizer))
+        begin(op, log, checkpoint, resume, steps, lambda path: restore_checkpoint(path, MODELS, op, model, optimizer))
 
         def keep() -> None:
             if len(held_out):
@@ -149,29 +146,6 @@ def code_perplexities(model: VQVAE | VQVAE2, images: Tensor) -> list[float]:
     return [float(perplexity(codes, model.codebook_size)) for codes in levels]
 
 
-def save_checkpoint(
-    path: str | os.PathLike[str],
-    model: VQVAE | VQVAE2,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    step: int = 0,
-) -> None:
-    """Write the model, and what training needs to go on exactly, whole or not at all; makes the folder.
-
-    Without the optimizer the checkpoint cannot be trained on.
-    """
-    content = {
-        "model": type(model).__name__,
-        "config": model.config,
-        "state_dict": model.state_dict(),
-        "optimizer": None if optimizer is None else optimizer.state_dict(),
-        "step": step,
-        "rng": torch.get_rng_state(),
-    }
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
-
-
 def load_vqvae(path: str | os.PathLike[str]) -> VQVAE | VQVAE2:
     """The model of a checkpoint, on the CPU.
 
@@ -180,28 +154,4 @@ def load_vqvae(path: str | os.PathLike[str]) -> VQVAE | VQVAE2:
     FileNotFoundError, ValueError
         If the file does not exist, is not such a checkpoint, or its parameters do not fit the model it describes.
     """
-    content = _read(path)
-    try:
-        model = MODELS[content["model"]](**content["config"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)}: config does not describe a {content['model']}: {error}") from error
-    load_parameters(path, model, content["state_dict"])
-    return model
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    content = read_checkpoint(path, ENTRIES, "train_vqvae")
-    if content["model"] not in MODELS:
-        raise ValueError(f"{os.fspath(path)}: expected a checkpoint of {' or '.join(MODELS)}, got {content['model']!r}")
-    return content
-
-
-def _restore(path: str | os.PathLike[str], model: VQVAE | VQVAE2, optimizer: torch.optim.Optimizer) -> int:
-    content = _read(path)
-    if content["optimizer"] is None:
-        raise ValueError(f"{os.fspath(path)}: holds no training state to resume from, only the model")
-    refuse_other_model(path, {"model": type(model).__name__, **model.config}, content | content["config"])
-    load_parameters(path, model, content["state_dict"])
-    optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["rng"])
-    return int(content["step"])
+    return load_checkpoint(path, MODELS, "train_vqvae")[0]  # type: ignore[return-value]

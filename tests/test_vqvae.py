@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from fastgen.__main__ import main
+from fastgen.checkpoints import save_checkpoint
 from fastgen.images import load_images, pad_to_multiple, save_grid
 from fastgen.models import VQVAE, VQVAE2
 from fastgen.models.vqvae import perplexity
-from fastgen.training_images import as_floats, code_perplexities, load_vqvae, save_checkpoint, train_vqvae, validate
+from fastgen.training_images import as_floats, code_perplexities, load_vqvae, train_vqvae, validate
 
 SMALL = {"hidden_channels": 8, "residual_layers": 1, "residual_channels": 4, "codebook_size": 16, "code_dim": 4}
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

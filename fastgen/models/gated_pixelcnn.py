@@ -1,8 +1,8 @@
 """Gated PixelCNN: two stacks of gated masked convolutions, without a blind spot.
 
-Source: van den Oord et al., "Conditional Image Generation with PixelCNN Decoders" (2016). Here both stacks have residual
-connections, the link from the vertical to the horizontal stack starts behind the gate, and the colors of a pixel are
-ordered in the head rather than in every layer.
+Source: van den Oord et al., "Conditional Image Generation with PixelCNN Decoders" (2016). Here both stacks have
+residual connections, the link from the vertical to the horizontal stack starts behind the gate, and the colors of a
+pixel are ordered in the head rather than in every layer.
 """
 
 from __future__ import annotations

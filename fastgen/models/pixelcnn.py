@@ -1,7 +1,7 @@
 """PixelCNN: residual blocks of masked convolutions.
 
-Source: van den Oord et al., "Pixel Recurrent Neural Networks" (2016). Here the colors of a pixel are ordered in the head
-rather than in every layer.
+Source: van den Oord et al., "Pixel Recurrent Neural Networks" (2016). Here the colors of a pixel are ordered in the
+head rather than in every layer.
 """
 
 from __future__ import annotations

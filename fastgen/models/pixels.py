@@ -93,7 +93,9 @@ class PixelModel(nn.Module):
         if codes == 1:
             raise ValueError(f"{name}: codes must be 0 (images) or at least 2, got 1")
         if codes and (image_channels != 1 or levels != 2 or distribution not in (None, "categorical")):
-            raise ValueError(f"{name}: codes stand in place of image_channels, levels and distribution; leave those out")
+            raise ValueError(
+                f"{name}: codes stand in place of image_channels, levels and distribution; leave those out"
+            )
         if cond_codes and cond_channels:
             raise ValueError(f"{name}: cond_codes or cond_channels, one of the two; got {cond_codes}, {cond_channels}")
         if distribution is None:
@@ -260,9 +262,7 @@ class PixelModel(nn.Module):
         """(B, C, H, W) values -> (B, inputs, H, W)."""
         return self._scaled(x) if self.embedding is None else self.embedding(x[:, 0]).movedim(-1, 1)
 
-    def _context(
-        self, batch: int, size: tuple[int, int], labels: Tensor | None, cond: Tensor | None
-    ) -> Tensor | None:
+    def _context(self, batch: int, size: tuple[int, int], labels: Tensor | None, cond: Tensor | None) -> Tensor | None:
         return self.conditioning(self._name, batch, size, labels, cond)  # type: ignore[no-any-return]
 
     def _check_images(self, name: str, x: Tensor, least: int = 0) -> Tensor:

@@ -113,7 +113,7 @@ class GatedMaskedConv2d(_Masked):
 
 
 class GatedPixelCNNBlock(nn.Module):
-    """A vertical stack, which sees the rows above, and a horizontal one, which sees the row to the left and the vertical.
+    """A vertical stack, which sees the rows above, and a horizontal one, which sees that and the row to the left.
 
     The vertical input at a row already holds only what lies above that row, so its convolution may look at the row
     itself: there is no blind spot.

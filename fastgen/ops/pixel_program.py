@@ -31,8 +31,8 @@ Phase = Literal["row", "pixel"]
 
 @dataclass
 class Plane:
-    """channels: with both halves of a gate where halves is 2; rows: kept, the current one included; left, right: columns
-    of zeros; apart: used at other pixels than the current one."""
+    """channels: with both halves of a gate where halves is 2; rows: kept, the current one included; left, right:
+    columns of zeros; apart: used at other pixels than the current one."""
 
     channels: int
     phase: Phase

@@ -1,7 +1,7 @@
-"""Sampling from PixelCNN and its kin: each pixel costs what one pixel of a forward pass costs, the loop is inside one op.
+"""Sampling from PixelCNN and its kin: a pixel costs what it costs in a forward pass, and the loop is inside one op.
 
-A model hands over a `PixelProgram` (see there for what is computed when); values are drawn by inversion: a sample is the
-number of levels whose cumulative probability is <= u.
+A model hands over a `PixelProgram` (see there for what is computed when). Values are drawn by inversion: a sample is
+the number of levels whose cumulative probability is <= u.
 
 Sources: van den Oord et al., "Conditional Image Generation with PixelCNN Decoders" (2016); Ramachandran et al., "Fast
 Generation for Convolutional Autoregressive Models" (2017).

@@ -1,0 +1,195 @@
+"""Training PixelCNN, Gated PixelCNN and PixelSNAIL on images or maps of codes, and the checkpoints it leaves."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from fastgen.checkpoints import load_checkpoint, restore_checkpoint, save_checkpoint
+from fastgen.checks import check_classes, check_progress, check_tensor
+from fastgen.loop import Progress, TrainingLog, begin, check_loop, optimise
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelModel, PixelSNAIL
+
+MODELS: dict[str, type[PixelModel]] = {
+    "PixelCNN": PixelCNN, "GatedPixelCNN": GatedPixelCNN, "PixelSNAIL": PixelSNAIL,
+}  # fmt: skip
+VALIDATION_BATCH = 128  # images in one forward
+VALIDATION_IMAGES = 1024  # at most
+VALIDATION_SEED = 0
+
+
+def to_levels(images: Tensor, model: PixelModel, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 pixels to the model's int64 levels; codes stay as they are.
+
+    Two levels are drawn, each pixel 1 with probability pixel / 255 (dynamic binarisation); more are bins of one width.
+    """
+    if model.codes:
+        return images
+    if model.levels == 2:
+        return (torch.rand(images.shape, generator=generator) * 255 < images).long()
+    return images.long() * model.levels // 256
+
+
+def to_pixels(values: Tensor, model: PixelModel) -> Tensor:
+    """Levels or codes to float32 in [0, 1], (N, C, H, W), for pictures."""
+    return (values[:, None] if model.codes else values).float() / (model.levels - 1)
+
+
+def train_pixels(
+    model: PixelModel,
+    images: Tensor,
+    *,
+    labels: Tensor | None = None,
+    cond: Tensor | None = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    clip_norm: float = 1.0,
+    holdout: float = 0.05,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int = 500,
+    resume: bool = False,
+    progress: Progress = True,
+) -> TrainingLog:
+    """Maximise the likelihood of random batches, with Adam.
+
+    The last images are held out. Ctrl-C lets the step in hand finish and writes the checkpoint before KeyboardInterrupt
+    is raised. The global random state is left as it was.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    images
+        uint8 (N, C, H, W); for a model of codes int64 (N, H, W). A model of 2 levels sees pixels that are binarised
+        anew each time, each 1 with probability pixel / 255; one of more levels, the bin that a pixel falls into.
+    labels, cond
+        What a conditional model wants, one for each image: see `PixelModel`.
+    steps, seconds
+        One of the two. steps: train up to this step, counted from the model's beginning, at a constant learning rate.
+        seconds: train for so long; the learning rate rises over the first twentieth, then falls to zero along a cosine.
+    batch_size, learning_rate, clip_norm
+        Images in a step; of Adam; the norm to which the gradient of all parameters is clipped.
+    holdout
+        Share of the images, in [0, 1), kept for validation; 0 for none.
+    seed
+        Of the batches and the binarisation.
+    checkpoint, save_every
+        File to write every `save_every` steps and at the end, whole or not at all; validation runs at the same steps.
+    resume
+        Go on from `checkpoint`. With the same images and options the losses are those of an uninterrupted run.
+    progress
+        True for a progress bar, or a function of (step, loss).
+
+    Returns
+    -------
+    The losses of this call and the held-out figures, in bits per value.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For an argument outside its range, too few images, or a checkpoint of another model.
+    FileNotFoundError, FileExistsError
+        If `checkpoint` is missing with resume, or is there without it.
+    FloatingPointError
+        If the loss is not finite: the parameters are those of the step before.
+    """
+    op = "train_pixels"
+    check_progress(op, progress)
+    check_loop(
+        op, steps, seconds, learning_rate, clip_norm, holdout, {"batch_size": batch_size, "save_every": save_every}
+    )
+    check_data(op, model, images)
+    given = {name: rows for name, rows in (("labels", labels), ("cond", cond)) if rows is not None}
+    for name, rows in given.items():
+        check_tensor(op, name, rows)
+        if len(rows) != len(images):
+            raise ValueError(f"{op}: {name} must be one for each of the {len(images)} images, got {len(rows)}")
+    number = len(images) - int(len(images) * holdout)
+    if number < 1:
+        raise ValueError(f"{op}: images must hold at least one to train on, got {len(images)}")
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    log = TrainingLog()
+    dims = images[0].numel()
+
+    def loss() -> Tensor:
+        chosen = torch.randint(number, (batch_size,))
+        x = to_levels(images[chosen], model)
+        log_p = model.log_prob(x, **{name: rows[chosen] for name, rows in given.items()})
+        return -log_p.mean() / (math.log(2) * dims)
+
+    def keep() -> None:
+        if number < len(images):
+            held_out = {name: rows[number:] for name, rows in given.items()}
+            log.validation.append((log.step, validate(model, images[number:], **held_out)))
+            model.train()
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, model, optimizer=optimizer, step=log.step, image_size=list(images.shape[-2:]))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        begin(
+            op, log, checkpoint, resume, steps, lambda path: restore_checkpoint(path, MODELS, op, model, optimizer)
+        )  # fmt: skip
+        optimise(
+            op, model, optimizer, loss, keep, log, steps=steps, seconds=seconds, learning_rate=learning_rate,
+            clip_norm=clip_norm, save_every=save_every, progress=progress, unit="bits per value",
+        )  # fmt: skip
+    return log
+
+
+def check_data(op: str, model: PixelModel, images: Tensor) -> None:
+    """Raise on images or codes that the model cannot take."""
+    check_tensor(op, "images", images)
+    came = f"{images.dtype} {tuple(images.shape)}"
+    if model.codes:
+        if images.dtype != torch.int64 or images.dim() != 3:
+            raise ValueError(f"{op}: images must be maps of codes, int64 (N, H, W), got {came}")
+        check_classes(op, "images", images, model.codes)
+    elif images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != model.image_channels:
+        raise ValueError(f"{op}: images must be uint8 (N, {model.image_channels}, H, W), got {came}")
+    if 0 in images.shape[1:]:
+        raise ValueError(f"{op}: images must have at least one pixel, got {came}")
+
+
+@torch.no_grad()
+def validate(
+    model: PixelModel,
+    images: Tensor,
+    labels: Tensor | None = None,
+    cond: Tensor | None = None,
+    *,
+    most: int = VALIDATION_IMAGES,
+) -> float:
+    """Bits per value of at most `most` of the images, spread evenly; binarised the same way each time."""
+    every = max(1, len(images) // most)
+    given = {name: rows[::every][:most] for name, rows in (("labels", labels), ("cond", cond)) if rows is not None}
+    chosen = images[::every][:most]
+    x = to_levels(chosen, model, torch.Generator().manual_seed(VALIDATION_SEED))
+    model.eval()
+    total = 0.0
+    for i in range(0, len(x), VALIDATION_BATCH):
+        batch = {name: rows[i : i + VALIDATION_BATCH] for name, rows in given.items()}
+        total -= float(model.log_prob(x[i : i + VALIDATION_BATCH], **batch).double().sum())
+    return total / (math.log(2) * x.numel())
+
+
+def load_pixels(path: str | os.PathLike[str]) -> tuple[PixelModel, tuple[int, int]]:
+    """The model of a checkpoint, on the CPU, and the (height, width) of the images that it was trained on.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the file does not exist, is not such a checkpoint, or its parameters do not fit the model it describes.
+    """
+    model, content = load_checkpoint(path, MODELS, "train_pixels")
+    size = content.get("image_size")
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f"{os.fspath(path)}: image_size must be [height, width], got {size!r}")
+    assert isinstance(model, PixelModel)
+    return model, (size[0], size[1])
