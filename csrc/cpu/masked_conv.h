@@ -145,15 +145,25 @@ void for_each_group(int64_t n, F&& f) {
 template <class T>
 class RowTile {
  public:
-  static constexpr int64_t kL = kLanes<T>;
+  static constexpr int64_t kL = kLanes<T>, kRowsAhead = 2;
   explicit RowTile(int64_t width) : width_(width), padded_(round_up(width, kL)), rows_(kL * padded_) {}
 
   int64_t padded() const { return padded_; }
   T* row(int64_t channel) { return rows_.data() + channel * padded_; }
 
-  // `channels` rows of the tensor, `plane` elements apart; the other rows become zero.
+  // Asks for `channels` rows of the tensor, `plane` elements apart: they lie too far from each other for the processor
+  // to see them coming.
+  template <bool Write = false, class E>
+  void expect(const E* rows, int64_t plane, int64_t channels) const {
+    constexpr int64_t kLine = 64 / sizeof(E);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t x = 0; x < width_ + kLine - 1; x += kLine) __builtin_prefetch(rows + c * plane + x, Write);
+  }
+
+  // Those rows; the others become zero. Asks for the next row of the image.
   template <class E>
   void read(const E* from, int64_t plane, int64_t channels) {
+    expect(from + kRowsAhead * width_, plane, channels);
     for (int64_t c = 0; c < kL; ++c) {
       if (c < channels)
         load_row(row(c), from + c * plane, width_, padded_);
@@ -211,17 +221,17 @@ class Pixels {
   template <class E>
   void pack(const E* image, int64_t height, int64_t first, int64_t last, RowTile<T>& rows) {
     start(first);
-    for (int64_t y = first; y < last; ++y) {
-      for (int64_t c = 0; c < channels_; c += kL) {
-        const int64_t n = std::min(kL, channels_ - c);
+    for (int64_t c = 0; c < channels_; c += kL) {
+      const int64_t n = std::min(kL, channels_ - c);
+      for (int64_t y = first; y < last; ++y) {
         rows.read(image + (c * height + y) * width_, height * width_, n);
         if (n == kL)
           rows.to_tile(at(y, 0) + c, channels_);
         else
           rows.to_narrow_tile(at(y, 0) + c, channels_, n);
       }
-      finish_row(y);
     }
+    for (int64_t y = first; y < last; ++y) finish_row(y);
   }
   void start(int64_t first) { first_ = first; }
   // A tile reaches beyond the row.
@@ -312,6 +322,13 @@ void conv_forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept)
               rows.read(in.cond + (b * s.outs + o) * plane + y * s.width, plane, panels.live(panel, v));
               rows.add_to_tile(tile.data() + v * kL, width);
             }
+          E* raw = s.gated ? kept : out;  // the sums, where they are wanted
+          for (int64_t v = 0; v < vectors && raw; ++v)
+            rows.template expect<true>(raw + (b * s.outs + panels.first(panel, v)) * plane + y * s.width, plane,
+                                       panels.live(panel, v));
+          if (s.gated)
+            rows.template expect<true>(out + (b * s.results() + panel * kL) * plane + y * s.width, plane,
+                                       panels.live(panel, 0));
           for_each_group(s.width, [&](int64_t from, int64_t count) {
             stretches.clear();
             const T* w = weights.data() + k * panels.begin(panel);
@@ -327,7 +344,6 @@ void conv_forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept)
             rows.from_tile(from, ld);
             rows.write(to + y * s.width, plane, channels);
           };
-          E* raw = s.gated ? kept : out;
           for (int64_t v = 0; v < vectors && raw; ++v)
             write(raw + (b * s.outs + panels.first(panel, v)) * plane, tile.data() + v * kL, width,
                   panels.live(panel, v));

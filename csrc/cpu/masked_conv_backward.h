@@ -111,6 +111,10 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
             }
           } else {
             const int64_t h = panels.first(q, 0), n = panels.live(q, 0), gate_channels = s.results();
+            for (int64_t v = 0; v < 2 && out.cond; ++v)
+              first_rows.template expect<true>(out.cond + (b * s.outs + panels.first(q, v)) * plane + y * s.width,
+                                               plane, n);
+            first_rows.expect(grad + (b * gate_channels + h) * plane + (y + 2) * s.width, plane, n);
             first_rows.read(kept + (b * s.outs + h) * plane + y * s.width, plane, n);
             second_rows.read(kept + (b * s.outs + gate_channels + h) * plane + y * s.width, plane, n);
             for (int64_t c = 0; c < n; ++c) {
@@ -159,6 +163,9 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
         const int64_t vectors = inputs.vectors(panel), width = vectors * kL;
         for (int64_t y = first; y < last; ++y) {
           std::fill_n(tile.data(), s.width * width, T(0));
+          for (int64_t v = 0; v < vectors; ++v)
+            first_rows.template expect<true>(out.x + (b * s.channels + inputs.first(panel, v)) * plane + y * s.width,
+                                             plane, inputs.live(panel, v));
           for (int64_t q = 0; q < panels.count(); ++q)
             for_each_group(s.width, [&](int64_t from, int64_t count) {
               stretches.clear();

@@ -117,7 +117,11 @@ template <class W>
 class Inputs {
  public:
   Inputs(int columns, int k)
-      : blocks_((k + kBlock - 1) / kBlock), k_(k), fixed_(kFixed<W> ? columns * blocks_ : 0), x_(columns), at_(columns) {
+      : blocks_((k + kBlock - 1) / kBlock),
+        k_(k),
+        fixed_(kFixed<W> ? columns * blocks_ : 0),
+        x_(columns),
+        at_(columns) {
     for (int s = 0; s < columns; ++s) at_[s] = s * blocks_;
   }
 

@@ -123,7 +123,8 @@ struct PixelJob {
 };
 
 // Where two threads must meet: before an instruction that reads all channels of what was written since they last met,
-// or that overwrites what the other may still be reading. They also meet before a row's first instruction, and a pixel's.
+// or that overwrites what the other may still be reading. They also meet before a row's first instruction, and a
+// pixel's.
 inline void mark_meetings(std::vector<Instruction>& instructions) {
   const auto has = [](const std::vector<int64_t>& v, int64_t p) { return std::find(v.begin(), v.end(), p) != v.end(); };
   for (const bool per_pixel : {false, true}) {
