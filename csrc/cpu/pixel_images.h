@@ -128,6 +128,7 @@ class Images {
       if (begin == 0) draw_values(i, y, x0);
       return meet(begin, end);
     }
+    if (i.kind == Kind::kRemember) return remember(i, begin, end, y, x0);
     const Plane& dst = job_.planes[i.dst];
     for (int64_t b = 0; b < n_; ++b)
       for (int64_t x = x0; x < x1; ++x) {
@@ -206,39 +207,59 @@ class Images {
                           static_cast<int>(i.extra), static_cast<int>(src.channels));
   }
 
-  // Softmax of the products with the keys of all pixels so far, over their values. Keys and values of each pixel are
-  // kept as they are made; keys lie [head][channel][pixel], so that scores of many pixels are computed at once.
+  // Keys and values of all pixels drawn: keys [head][channel][pixel], so that scores of many pixels are computed at
+  // once, and values [head][pixel][channel]. Two threads take turns at the heads.
+  struct Cache {
+    int64_t heads, keys, values, room;
+    float *key, *value;
+    Cache(const Instruction& i, int64_t pixels, float* image)
+        : heads(i.bias),
+          keys(i.dy / heads),
+          values(i.dx / heads),
+          room(round_up(pixels, kChannelBlock)),
+          key(image + i.extra),
+          value(key + i.dy * room) {}
+  };
+
+  void remember(const Instruction& i, int begin, int end, int64_t y, int64_t x) {
+    const int64_t pixel = y * job_.width + x;
+    for (int64_t b = 0; b < n_; ++b) {
+      const Cache cache(i, job_.height * job_.width, image(b));
+      const float *key = job_.planes[i.src].at(image(b), y, x), *value = job_.planes[i.other].at(image(b), y, x);
+      for (int64_t h = begin; h < cache.heads; h += end - begin == 2 ? 1 : 2) {
+        for (int64_t k = h * cache.keys; k < (h + 1) * cache.keys; ++k) cache.key[k * cache.room + pixel] = key[k];
+        std::memcpy(cache.value + (h * cache.room + pixel) * cache.values, value + h * cache.values,
+                    cache.values * sizeof(float));
+      }
+    }
+  }
+
+  // Softmax of the products with the keys of all pixels before and with a key of zeros, over their values; the value of
+  // the key of zeros is zero.
   void attend(const Instruction& i, int begin, int end, float* image, float* to, const float* query, int64_t y,
               int64_t x) {
-    const int64_t heads = i.bias, keys = i.dy / heads, values = i.dx / heads, pixel = y * job_.width + x;
-    const int64_t room = round_up(job_.height * job_.width, kChannelBlock);
-    float *key_cache = image + i.extra, *value_cache = key_cache + i.dy * room, *score = sides_[begin].scratch.data();
-    const float *key = job_.planes[i.other].at(image, y, x), *value = job_.planes[i.matrix].at(image, y, x);
-    const float scale = 1.0f / std::sqrt(static_cast<float>(keys));
-    // two threads take turns at the heads
-    for (int64_t h = begin; h < heads; h += end - begin == 2 ? 1 : 2) {
-      float* key_rows = key_cache + h * keys * room;
-      for (int64_t k = 0; k < keys; ++k) key_rows[k * room + pixel] = key[h * keys + k];
-      float* value_rows = value_cache + h * room * values;
-      std::memcpy(value_rows + pixel * values, value + h * values, values * sizeof(float));
-      float top = -INFINITY, total = 0;
-      for (int64_t j = 0; j <= pixel; j += kF) {
+    const int64_t pixels = y * job_.width + x;
+    const Cache cache(i, job_.height * job_.width, image);
+    float* score = sides_[begin].scratch.data();
+    const float scale = 1.0f / std::sqrt(static_cast<float>(cache.keys));
+    for (int64_t h = begin; h < cache.heads; h += end - begin == 2 ? 1 : 2) {
+      float top = 0;
+      for (int64_t j = 0; j < pixels; j += kF) {
         VecF sum = {};
-        for (int64_t k = 0; k < keys; ++k) sum += load(key_rows + k * room + j) * (query[h * keys + k] * scale);
+        for (int64_t k = h * cache.keys; k < (h + 1) * cache.keys; ++k)
+          sum += load(cache.key + k * cache.room + j) * (query[k] * scale);
         store(score + j, sum);
-        for (int64_t l = j; l <= std::min(pixel, j + kF - 1); ++l) top = std::max(top, score[l]);
+        for (int64_t l = j; l < std::min(pixels, j + kF); ++l) top = std::max(top, score[l]);
       }
-      for (int64_t j = pixel + 1; j % kF; ++j) score[j] = -INFINITY;
-      for (int64_t j = 0; j <= pixel; j += kF) {
-        const VecF e = exp_bounded(at_least(load(score + j) - top, -87.0f));
-        store(score + j, e);
-      }
-      for (int64_t j = 0; j <= pixel; ++j) total += score[j];
-      float* result = to + h * values;
-      std::fill_n(result, values, 0.0f);
-      for (int64_t j = 0; j <= pixel; ++j) {
+      float total = exp_bounded(splat(std::max(-top, -87.0f)))[0];
+      for (int64_t j = 0; j < pixels; j += kF) store(score + j, exp_bounded(at_least(load(score + j) - top, -87.0f)));
+      for (int64_t j = 0; j < pixels; ++j) total += score[j];
+      float* result = to + h * cache.values;
+      std::fill_n(result, cache.values, 0.0f);
+      const float* value = cache.value + h * cache.room * cache.values;
+      for (int64_t j = 0; j < pixels; ++j, value += cache.values) {
         const float weight = score[j] / total;
-        for (int64_t c = 0; c < values; ++c) result[c] += weight * value_rows[j * values + c];
+        for (int64_t c = 0; c < cache.values; ++c) result[c] += weight * value[c];
       }
     }
   }

@@ -20,7 +20,17 @@ namespace {
 constexpr int kPlaneInts = 6, kInstructionInts = 10, kMatrixInts = 4;
 constexpr int kChannelBlock = 16;  // channels are padded to whole blocks
 
-enum class Kind { kConv = 0, kGate = 1, kGlu = 2, kRelu = 3, kElu = 4, kAdd = 5, kAttention = 6, kSample = 7 };
+enum class Kind {
+  kConv = 0,
+  kGate = 1,
+  kGlu = 2,
+  kRelu = 3,
+  kElu = 4,
+  kAdd = 5,
+  kAttention = 6,
+  kRemember = 7,
+  kSample = 8
+};
 
 struct Plane {
   int64_t channels;  // padded; with a gate's two halves, blocks of them alternate
@@ -132,8 +142,8 @@ inline void mark_meetings(std::vector<Instruction>& instructions) {
     for (Instruction& i : instructions) {
       if (i.per_pixel != per_pixel) continue;
       std::vector<int64_t> whole;
-      if (i.kind == Kind::kConv || i.kind == Kind::kSample) whole = {i.src};
-      if (i.kind == Kind::kAttention) whole = {i.src, i.other, i.matrix};
+      if (i.kind == Kind::kConv || i.kind == Kind::kSample || i.kind == Kind::kAttention) whole = {i.src};
+      if (i.kind == Kind::kRemember) whole = {i.src, i.other};
       i.meet = i.kind == Kind::kSample || has(read, i.dst) || has(across, i.src) || has(across, i.other);
       for (int64_t p : whole) i.meet = i.meet || has(written, p);
       if (i.meet) written.clear(), across.clear(), read.clear();

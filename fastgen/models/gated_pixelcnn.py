@@ -61,7 +61,8 @@ class GatedPixelCNN(PixelModel):
         self.vertical = MaskedConv2d(self.inputs, channels, first_kernel_size, "vertical")
         self.horizontal = MaskedConv2d(self.inputs, channels, (1, first_kernel_size), "A")
         self.blocks = nn.ModuleList(
-            GatedPixelCNNBlock(channels, kernel_size, self.context_channels) for _ in range(layers)
+            GatedPixelCNNBlock(channels, kernel_size, self.context_channels, last=layer == layers - 1)
+            for layer in range(layers)
         )
 
     def trunk(self, e: Tensor, context: Tensor | None) -> Tensor:

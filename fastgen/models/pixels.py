@@ -237,6 +237,7 @@ class PixelModel(nn.Module):
         plane, table = self.plane(size, context), self._table()
         program = PixelProgram(self.inputs, 0 if plane is None else plane.shape[1])
         self.head.emit(program, self.emit_trunk(program, context if plane is None else None))
+        program.finish()
         kept = _generators.setdefault(self, {})
         key = (dtype, resolve("pixelcnn_generate", backend, table.device), table.device, program.context)
         held = kept.get(key)

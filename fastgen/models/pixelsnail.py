@@ -1,7 +1,7 @@
 """PixelSNAIL: masked residual convolutions and causal attention over all pixels before.
 
 Source: Chen et al., "PixelSNAIL: An Improved Autoregressive Generative Model" (2018). Here the colors of a pixel are
-ordered in the head rather than in every layer, and attention works on the features alone.
+ordered in the head rather than in every layer.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class PixelSNAIL(PixelModel):
         self.blocks = nn.ModuleList(
             PixelSNAILBlock(
                 channels, hidden_channels, residual_layers, kernel_size, key_channels, value_channels, heads,
-                2, self.context_channels,
+                2, self.inputs, self.context_channels,
             )
             for _ in range(layers)
         )  # fmt: skip
@@ -83,7 +83,7 @@ class PixelSNAIL(PixelModel):
         if context is not None:
             context = context.expand(-1, -1, *e.shape[2:])
         for block in self.blocks:
-            h = block(h, where, context)
+            h = block(h, where, e, context)
         return h  # type: ignore[no-any-return]
 
     def plane(self, size: tuple[int, int], context: Tensor | None) -> Tensor:

@@ -127,11 +127,15 @@ class GatedPixelCNNBlock(nn.Module):
         kernel_size without the pixels to the right.
     context_channels
         Channels of the conditioning, 0 for none.
+    last
+        Whether no further block reads v, which is then returned as it came.
 
     Shapes: forward(v (B, C, H, W), h (B, C, H, W), context (B, context_channels, H or 1, W or 1)) -> v, h.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3, context_channels: int = 0) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int = 3, context_channels: int = 0, *, last: bool = False
+    ) -> None:  # fmt: skip
         super().__init__()
         check_integer("GatedPixelCNNBlock", "channels", channels)
         check_integer("GatedPixelCNNBlock", "kernel_size", kernel_size)
@@ -140,21 +144,21 @@ class GatedPixelCNNBlock(nn.Module):
             raise ValueError(f"GatedPixelCNNBlock: kernel_size must be odd, got {kernel_size}")
         self.context_channels = context_channels
         self.vertical = GatedMaskedConv2d(channels, channels, kernel_size, "vertical_B")
-        self.vertical_out = MaskedConv2d(channels, channels, 1)
+        self.vertical_out = None if last else MaskedConv2d(channels, channels, 1)
         self.link = MaskedConv2d(channels, 2 * channels, 1, bias=False)
         self.horizontal = GatedMaskedConv2d(channels, channels, (1, kernel_size), "B")
         self.horizontal_out = MaskedConv2d(channels, channels, 1)
         self.context = MaskedConv2d(context_channels, 4 * channels, 1, bias=False) if context_channels else None
 
     def forward(self, v: Tensor, h: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_context("GatedPixelCNNBlock", context, self.context_channels)
+        check_input("GatedPixelCNNBlock", "context", context, self.context_channels)
         vertical = horizontal = None
         if context is not None and self.context is not None:
             vertical, horizontal = self.context(context).chunk(2, 1)
         z = self.vertical(v, vertical)
         link = self.link(z)
         z_h = self.horizontal(h, link if horizontal is None else link + horizontal)
-        return v + self.vertical_out(z), h + self.horizontal_out(z_h)
+        return v if self.vertical_out is None else v + self.vertical_out(z), h + self.horizontal_out(z_h)
 
     def emit(self, p: PixelProgram, v: int, h: int, context: Tensor | None = None) -> tuple[int, int]:
         """Append the block to a sampling program; context: (B, context_channels, 1, 1), or None where the program has a
@@ -173,15 +177,16 @@ class GatedPixelCNNBlock(nn.Module):
         z = p.gate(p.conv(v, self.vertical.weight, vertical_bias, add=vertical, **mask))  # type: ignore[arg-type]
         link = self.link.emit(p, z, add=horizontal, halves=2)
         z_h = p.gate(p.conv(h, self.horizontal.weight, horizontal_bias, mask="B", add=link, halves=2))
-        return self.vertical_out.emit(p, z, add=v), self.horizontal_out.emit(p, z_h, add=h)
+        v = v if self.vertical_out is None else self.vertical_out.emit(p, z, add=v)
+        return v, self.horizontal_out.emit(p, z_h, add=h)
 
 
-def check_context(name: str, context: Tensor | None, channels: int) -> None:
-    """Raise unless `context` is there exactly where a layer was made for it, with so many channels."""
-    if (context is None) != (channels == 0):
-        was = "is needed" if context is None else "was given"
-        raise ValueError(f"{name}: context {was}, the layer has context_channels={channels}")
-    if context is not None:
-        check_tensor(name, "context", context, f"(B, {channels}, H, W)")
-        if context.dim() != 4 or context.shape[1] != channels:
-            raise ValueError(f"{name}: context must be (B, {channels}, H, W), got {tuple(context.shape)}")
+def check_input(name: str, what: str, value: Tensor | None, channels: int) -> None:
+    """Raise unless `value` is there exactly where a layer was made for it, with so many channels."""
+    if (value is None) != (channels == 0):
+        was = "is needed" if value is None else "was given"
+        raise ValueError(f"{name}: {what} {was}, the layer has {what}_channels={channels}")
+    if value is not None:
+        check_tensor(name, what, value, f"(B, {channels}, H, W)")
+        if value.dim() != 4 or value.shape[1] != channels:
+            raise ValueError(f"{name}: {what} must be (B, {channels}, H, W), got {tuple(value.shape)}")

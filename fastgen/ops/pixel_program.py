@@ -15,6 +15,7 @@ each pixel; nothing is computed again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fastgen.ops.masked_conv2d import weight_mask
 
-KINDS = ("conv", "gate", "glu", "relu", "elu", "add", "attention", "sample")
+KINDS = ("conv", "gate", "glu", "relu", "elu", "add", "attention", "remember", "sample")
 BLOCK = 16  # channels are padded to whole blocks
 Phase = Literal["row", "pixel"]
 
@@ -51,8 +52,8 @@ class Instruction(NamedTuple):
     """dst, src, other: planes, -1 for none.
 
     conv: dst = bias + other + matrix * (src at row dy, columns dx ... dx + taps - 1); gate, glu, relu, elu: of src;
-    add: src + other; attention: of the queries src, the keys other and the values `matrix`, `bias` heads; sample: color
-    `extra` from the parameters src, its features into dst.
+    add: src + other; attention: of the queries src to what the cache `extra` holds; remember: the key src and the value
+    other, into the cache `extra`; sample: color `extra` from the parameters src, its features into dst.
     """
 
     kind: str
@@ -65,6 +66,14 @@ class Instruction(NamedTuple):
     dy: int = 0
     dx: int = 0
     extra: int = 0
+
+
+class Cache(NamedTuple):
+    """Of an attention's keys and values; channels of all heads."""
+
+    keys: int
+    values: int
+    heads: int
 
 
 @dataclass
@@ -82,6 +91,8 @@ class PixelProgram:
     matrices: list[Tensor] = field(default_factory=list)
     matrix_halves: list[int] = field(default_factory=list)
     biases: list[Tensor] = field(default_factory=list)
+    caches: list[Cache] = field(default_factory=list)
+    later: list[Callable[[], object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.input = self._plane(self.features, "pixel")
@@ -144,13 +155,24 @@ class PixelProgram:
         result = self._plane(self.planes[x].channels, phase, self.planes[x].halves)
         return self._emit("add", phase, result, x, y)
 
-    def attention(self, query: int, key: int, value: int, heads: int) -> int:
-        """Of each pixel, to itself and all pixels before it."""
-        result = self._plane(self.planes[value].channels, "pixel")
-        return self._emit("attention", "pixel", result, query, key, value, heads)
+    def attention(self, query: int, values: int, heads: int, remember: Callable[[], tuple[int, int]]) -> int:
+        """Of each pixel to all pixels before it, and to a key and a value of zeros; `values` channels.
+
+        remember() appends what makes the key and the value of a pixel, when its own values are drawn.
+        """
+        self.caches.append(Cache(self.planes[query].channels, values, heads))
+        cache = len(self.caches) - 1
+        self.later.append(lambda: self._emit("remember", "pixel", -1, *remember(), extra=cache))
+        return self._emit("attention", "pixel", self._plane(values, "pixel"), query, extra=cache)
 
     def sample(self, parameters: int, color: int) -> None:
         self._emit("sample", "pixel", self.input, parameters, extra=color)
+
+    def finish(self) -> None:
+        """Append what runs when a pixel's values are drawn."""
+        for append in self.later:
+            append()
+        self.later.clear()
 
     def _plane(self, channels: int, phase: Phase, halves: int = 1) -> int:
         self.planes.append(Plane(channels, phase, halves))

@@ -149,10 +149,10 @@ class PixelGenerator:
                 if report is not None:
                     report(row + 1)
             return values, kept
-        planes, attention, size = _layout(self.program, height, width)
+        planes, caches, size = _layout(self.program, height, width)
         memory = uniforms.new_zeros(batch, size)
         offsets, biases = _biases(self.program, batch)
-        instructions = _encoded(self.program, offsets, attention)
+        instructions = _encoded(self.program, offsets, caches)
         if context is not None:
             context = context.permute(0, 2, 3, 1).float().contiguous()
         rows = 1 if report is not None else max(height, 1)
@@ -174,16 +174,15 @@ def _check_finite(tensors: list[Tensor]) -> None:
         raise ValueError("pixelcnn_generate: the model's weights must be finite, one holds NaN or infinity")
 
 
-def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], dict[int, int], int]:
-    """How the kernel lays the planes of one image: their numbers, the caches of each attention, and floats in all.
+def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], list[int], int]:
+    """How the kernel lays the planes of one image: their numbers, the offset of each cache, and floats in all.
 
     Planes that live only within a row phase share memory where their lives do not overlap.
     """
     lives: dict[int, list[int]] = {}
     by_pixel: set[int] = {program.input, program.context}
     for i, instruction in enumerate(program.instructions):
-        sources = [instruction.src, instruction.other] + [instruction.matrix] * (instruction.kind == "attention")
-        for plane in (instruction.dst, *sources):
+        for plane in (instruction.dst, instruction.src, instruction.other):
             lives.setdefault(plane, []).append(i)
             if instruction.phase == "pixel":
                 by_pixel.add(plane)
@@ -206,12 +205,11 @@ def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], 
                 free.append((size, offset, used[-1]))
         numbers += [padded, plane.rows, row, plane.left * padded, padded, offset]
         end = max(end, offset + size)
-    caches = {}
+    caches = []
     room = -(-height * width // BLOCK) * BLOCK
-    for i, instruction in enumerate(program.instructions):
-        if instruction.kind == "attention":
-            caches[i] = end
-            end += room * sum(program.planes[p].channels for p in (instruction.other, instruction.matrix))
+    for cache in program.caches:
+        caches.append(end)
+        end += room * (cache.keys + cache.values)
     return numbers, caches, -(-end // 32) * 32
 
 
@@ -231,16 +229,15 @@ def _biases(program: PixelProgram, batch: int) -> tuple[list[int], Tensor]:
     return offsets, torch.cat(parts, 1).contiguous() if parts else program.matrices[0].new_zeros(1, 0)
 
 
-def _encoded(program: PixelProgram, offsets: list[int], attention: dict[int, int]) -> list[int]:
+def _encoded(program: PixelProgram, offsets: list[int], caches: list[int]) -> list[int]:
     """The instructions as the kernel reads them."""
     encoded: list[int] = []
-    for index, i in enumerate(program.instructions):
+    for i in program.instructions:
         bias, dy, dx, extra = (offsets[i.bias] if i.bias >= 0 else -1), i.dy, i.dx, i.extra
-        if i.kind == "attention":
-            bias, dy, dx = i.bias, program.planes[i.other].channels, program.planes[i.matrix].channels
-            extra = attention[index]
-        per_pixel = int(i.phase == "pixel")
-        encoded += [KINDS.index(i.kind), per_pixel, i.dst, i.src, i.other, i.matrix, bias, dy, dx, extra]
+        if i.kind in ("attention", "remember"):
+            dy, dx, bias = program.caches[i.extra]
+            extra = caches[i.extra]
+        encoded += [KINDS.index(i.kind), int(i.phase == "pixel"), i.dst, i.src, i.other, i.matrix, bias, dy, dx, extra]
     return encoded
 
 
@@ -259,6 +256,9 @@ class _Reference:
             table.new_zeros(batch, p.rows - 1 + height, p.left + self.width + p.right, p.channels)
             for p in program.planes
         ]
+        self.caches = [
+            tuple(table.new_zeros(batch, height * self.width, n) for n in (c.keys, c.values)) for c in program.caches
+        ]
         if context is not None:
             self.planes[program.context].copy_(context.permute(0, 2, 3, 1))
 
@@ -274,7 +274,10 @@ class _Reference:
                 if i.phase != "pixel":
                     continue
                 here = slice(x, x + 1)
-                if i.kind == "sample":
+                if i.kind == "remember":
+                    for cache, plane in zip(self.caches[i.extra], (i.src, i.other), strict=True):
+                        cache[:, y * self.width + x] = self._at(plane, y, here)[:, 0]
+                elif i.kind == "sample":
                     out = self._at(i.src, y, here)[:, 0]  # (B, outputs)
                     value = self.distribution.sample(out, uniforms[:, i.extra, y, x], temperature)
                     if known is not None and given is not None:
@@ -310,11 +313,8 @@ class _Reference:
         if i.kind == "add":
             return x + self._at(i.other, y, columns)
         if i.kind == "attention":
-            pixels = y * self.width + columns.start + 1
-            key, value = (
-                self.planes[p][:, :, : self.width].flatten(1, 2)[:, :pixels].unflatten(2, (i.bias, -1)).transpose(1, 2)
-                for p in (i.other, i.matrix)
-            )
-            query = x.unflatten(2, (i.bias, -1)).transpose(1, 2)
+            heads, pixels = self.program.caches[i.extra].heads, y * self.width + columns.start
+            key, value = (F.pad(c[:, :pixels], (0, 0, 1, 0)) for c in self.caches[i.extra])  # the first is of zeros
+            query, key, value = (c.unflatten(2, (heads, -1)).transpose(1, 2) for c in (x, key, value))
             return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return F.relu(x) if i.kind == "relu" else F.elu(x)
