@@ -23,6 +23,12 @@ VQVAE_SIZES = {
     "hidden-channels": 128, "residual-layers": 2, "residual-channels": 32, "codebook-size": 512, "code-dim": 64,
     "downsample": 2,
 }  # fmt: skip
+PIXEL_SIZES = {
+    "PixelCNN": {"channels": 64, "layers": 8},
+    "GatedPixelCNN": {"channels": 64, "layers": 8},
+    "PixelSNAIL": {"channels": 32, "layers": 3},
+}
+PIXEL_COMMANDS = {"pixelcnn": "PixelCNN", "gated_pixelcnn": "GatedPixelCNN", "pixelsnail": "PixelSNAIL"}
 GRID_IMAGES = 16
 
 
@@ -86,9 +92,7 @@ def _train_vqvae(options: argparse.Namespace) -> None:
 
     chosen = {name: getattr(options, name) for name in (size.replace("-", "_") for size in VQVAE_SIZES)}
     given = {name: value for name, value in chosen.items() if value is not None}
-    grid = options.grid or options.out.with_suffix(".png")
-    if grid.resolve() == options.out.resolve():
-        raise ValueError(f"{options.out}: is where the reconstructions go; choose another --out or --grid")
+    grid = _grid_beside(options)
     if options.resume:
         model = load_vqvae(options.out)
         different = [f"--{n.replace('_', '-')} {v}" for n, v in given.items() if model.config[n] != v]
@@ -122,6 +126,82 @@ def _train_vqvae(options: argparse.Namespace) -> None:
     print(f"{grid}: images above, reconstructions below")
 
 
+def _train_pixels(options: argparse.Namespace) -> None:
+    from fastgen.images import load_codes, load_images, load_labels
+    from fastgen.training_pixels import MODELS, load_pixels, save_samples, train_pixels
+
+    kind = MODELS[PIXEL_COMMANDS[options.model]]
+    grid = _grid_beside(options)
+    asked = {name: getattr(options, name) for name in ("channels", "layers", "levels", "codes", "distribution")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if options.resume:
+        model, _ = load_pixels(options.out)
+        different = [f"--{name} {value}" for name, value in asked.items() if model.config[name] != value]
+        if bool(model.config["classes"]) != options.labels:
+            different.append("--labels" if options.labels else "(it needs --labels)")
+        if different or type(model) is not kind:
+            what = ", ".join(different) or f"the model is a {type(model).__name__}"
+            raise ValueError(f"{options.out}: is of another model: leave out {what}, or --resume")
+    elif options.out.exists():  # said before any image is read
+        raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+    of_codes = model.codes if options.resume else options.codes
+    if of_codes and options.data is None:
+        raise ValueError("--codes: needs --data, an npz archive of integers (N, H, W)")
+    images = load_codes(options.data) if of_codes else load_images(options.data, size=options.size)
+    labels = load_labels(options.data) if options.labels else None
+    if not len(images):
+        raise ValueError(f"{options.data}: expected at least one image, got none")
+    if not options.resume:
+        torch.manual_seed(options.seed)
+        if not of_codes:
+            asked["image_channels"] = images.shape[1]
+        if labels is not None:
+            asked["classes"] = int(labels.max()) + 1
+        model = kind(**PIXEL_SIZES[kind.__name__] | asked)
+    log = train_pixels(
+        model, images, labels=labels, steps=options.steps, batch_size=options.batch_size,
+        learning_rate=options.learning_rate, seed=options.seed, checkpoint=options.out, save_every=options.save_every,
+        resume=options.resume,
+    )  # fmt: skip
+    held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
+    print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f} bits per value{held_out}")
+    save_samples(
+        grid, model, images[-GRID_IMAGES:], None if labels is None else labels[-GRID_IMAGES:], seed=options.seed
+    )
+    print(f"{grid}: samples; images, and their upper halves completed")
+
+
+def _sample_pixels(options: argparse.Namespace) -> None:
+    from fastgen.images import save_grid
+    from fastgen.training_pixels import load_pixels, to_pixels
+
+    model, size = load_pixels(options.checkpoint)
+    if model.config["cond_codes"] or model.config["cond_channels"]:
+        raise ValueError(f"{options.checkpoint}: the model is conditioned on a map; sample it from Python")
+    if (options.label is None) == bool(model.config["classes"]):
+        wanted = "needs --label" if model.config["classes"] else "has no classes: leave out --label"
+        raise ValueError(f"{options.checkpoint}: the model {wanted}")
+    labels = None if options.label is None else torch.full((options.number,), options.label)
+    values = model.sample(
+        options.number, tuple(options.image_size or size), labels=labels, temperature=options.temperature,
+        dtype=DTYPES[options.dtype], generator=torch.Generator().manual_seed(options.seed), backend=options.backend,
+        progress=True,
+    )  # fmt: skip
+    pictures = to_pixels(values, model)
+    columns = math.ceil(math.sqrt(options.number))
+    rows = -(-options.number // columns)
+    blank = pictures.new_ones(rows * columns - options.number, *pictures.shape[1:])
+    save_grid(options.out, list(torch.cat([pictures, blank]).split(columns)))
+    print(f"{options.out}: {options.number} images of {values.shape[-1]} x {values.shape[-2]} pixels")
+
+
+def _grid_beside(options: argparse.Namespace) -> Path:
+    grid: Path = options.grid or options.out.with_suffix(".png")
+    if grid.resolve() == options.out.resolve():
+        raise ValueError(f"{options.out}: is where the pictures go; choose another --out or --grid")
+    return grid
+
+
 def _sample(options: argparse.Namespace) -> None:
     from fastgen.audio import check_output, mu_law_decode, save_audio
     from fastgen.training import load_wavenet
@@ -151,6 +231,12 @@ def _seconds(text: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"expected a finite number of seconds > 0, got {text!r}")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -188,17 +274,31 @@ def _parser() -> argparse.ArgumentParser:
         wavenet.add_argument(f"--{size}", type=type(default), help=f"default: {default}")
     training(wavenet, {"batch-size": 8, "segment": 4096})
 
-    for name, text in (("vqvae", "one map of codes"), ("vqvae2", "a top and a bottom map of codes")):
-        vqvae = command(name, _train_vqvae, f"train a VQ-VAE with {text} on images", train)
-        vqvae.add_argument(
+    def on_images(name: str, run: object, text: str, grid: str) -> argparse.ArgumentParser:
+        added = command(name, run, text, train)
+        added.add_argument(
             "--data", type=Path, metavar="PATH",
             help="MNIST's IDX files, npz, or a folder of pictures; default: scikit-learn's digits",
         )  # fmt: skip
-        vqvae.add_argument("--size", type=int, help="side to crop and resize a folder's pictures to")
-        vqvae.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
-        vqvae.add_argument("--grid", type=Path, metavar="FILE.png", help="reconstructions, default: beside --out")
-        vqvae.add_argument("--steps", type=int, required=True, help="step to train up to")
-        vqvae.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
+        added.add_argument("--size", type=int, help="side to crop and resize a folder's pictures to")
+        added.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+        added.add_argument("--grid", type=Path, metavar="FILE.png", help=f"{grid}, default: beside --out")
+        added.add_argument("--steps", type=int, required=True, help="step to train up to")
+        added.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
+        return added
+
+    for name, kind in PIXEL_COMMANDS.items():
+        pixels = on_images(name, _train_pixels, f"train a {kind} on images or maps of codes", "samples")
+        pixels.add_argument("--labels", action="store_true", help="condition on the labels that come with the data")
+        pixels.add_argument("--levels", type=int, help="of a pixel, 2 (binarised anew each time) to 256; default: 2")
+        pixels.add_argument("--codes", type=int, metavar="K", help="the data are maps of K codes, an npz of integers")
+        pixels.add_argument("--distribution", choices=("bernoulli", "categorical", "logistic"))
+        for size, value in PIXEL_SIZES[kind].items():
+            pixels.add_argument(f"--{size}", type=int, help=f"default: {value}")
+        training(pixels, {"batch-size": 32})
+
+    for name, text in (("vqvae", "one map of codes"), ("vqvae2", "a top and a bottom map of codes")):
+        vqvae = on_images(name, _train_vqvae, f"train a VQ-VAE with {text} on images", "reconstructions")
         for size, default in VQVAE_SIZES.items():
             vqvae.add_argument(f"--{size}", type=int, help=f"default: {default}")
         training(vqvae, {"batch-size": 64})
@@ -210,10 +310,21 @@ def _parser() -> argparse.ArgumentParser:
     wavenet.add_argument("checkpoint", type=Path)
     wavenet.add_argument("--seconds", type=_seconds, default=1.0, help="default: %(default)s")
     wavenet.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
-    wavenet.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    wavenet.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
-    wavenet.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights, default: %(default)s")
-    wavenet.add_argument("--backend", choices=(*BACKENDS, "auto"), help="default: the fastest that is live")
+    pixels = command(
+        "pixels", _sample_pixels, "draw images with a trained PixelCNN, GatedPixelCNN or PixelSNAIL", sample
+    )
+    pixels.add_argument("checkpoint", type=Path)
+    pixels.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
+    pixels.add_argument(
+        "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: that of the training images"
+    )
+    pixels.add_argument("--label", type=int, help="class of all images")
+    pixels.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    for added in (wavenet, pixels):
+        added.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        added.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+        added.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights, default: %(default)s")
+        added.add_argument("--backend", choices=(*BACKENDS, "auto"), help="default: the fastest that is live")
 
     bench = command("bench", _bench, "run the benchmarks of a source checkout and write the README's tables")
     bench.add_argument(

@@ -68,7 +68,7 @@ def save_checkpoint(
 ) -> None:
     """Write a model that has a `config`, and what training needs to go on exactly, whole or not at all.
 
-    Makes the folder. Without the optimizer the checkpoint cannot be trained on. `more` entries are written beside the others.
+    Makes the folder. Without the optimizer the checkpoint cannot be trained on. `more` entries stand beside the others.
     """
     content = {
         "model": type(model).__name__,

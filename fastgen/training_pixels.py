@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgen.checkpoints import load_checkpoint, restore_checkpoint, save_checkpoint
 from fastgen.checks import check_classes, check_progress, check_tensor
+from fastgen.images import save_grid
 from fastgen.loop import Progress, TrainingLog, begin, check_loop, optimise
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelModel, PixelSNAIL
 
@@ -125,8 +126,8 @@ def train_pixels(
 
     def keep() -> None:
         if number < len(images):
-            held_out = {name: rows[number:] for name, rows in given.items()}
-            log.validation.append((log.step, validate(model, images[number:], **held_out)))
+            held_out = [None if rows is None else rows[number:] for rows in (labels, cond)]
+            log.validation.append((log.step, validate(model, images[number:], *held_out)))
             model.train()
         if checkpoint is not None:
             save_checkpoint(checkpoint, model, optimizer=optimizer, step=log.step, image_size=list(images.shape[-2:]))
@@ -193,3 +194,23 @@ def load_pixels(path: str | os.PathLike[str]) -> tuple[PixelModel, tuple[int, in
         raise ValueError(f"{os.fspath(path)}: image_size must be [height, width], got {size!r}")
     assert isinstance(model, PixelModel)
     return model, (size[0], size[1])
+
+
+@torch.no_grad()
+def save_samples(
+    path: str | os.PathLike[str], model: PixelModel, images: Tensor, labels: Tensor | None = None, *, seed: int = 0
+) -> None:
+    """Write a grid: samples of the model (two rows), the images (uint8, or codes), and their completions.
+
+    Completed from the upper half; `labels` are the images'. The model must not be conditioned on a map.
+    """
+    given = to_levels(images, model, torch.Generator().manual_seed(VALIDATION_SEED))
+    number, (height, width) = len(given), given.shape[-2:]
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = model.sample(
+        2 * number, (height, width), labels=None if labels is None else labels.repeat(2), generator=generator
+    )
+    known = (torch.arange(height) < height // 2)[:, None]
+    completed = model.sample(number, (height, width), given=given, known=known, labels=labels, generator=generator)
+    save_grid(path, [to_pixels(v, model) for v in (drawn[:number], drawn[number:], given, completed)])

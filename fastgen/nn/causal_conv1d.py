@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer
-from fastgen.ops import wavenet_layer
+from fastgen.ops.wavenet_layer import wavenet_layer
 
 
 def folded_weight(module: nn.Module) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_tensor
-from fastgen.ops import gated_masked_conv2d, masked_conv2d
-from fastgen.ops.masked_conv2d import MASKS, weight_mask
+from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
+from fastgen.ops.masked_conv2d import MASKS, masked_conv2d, weight_mask
 from fastgen.ops.pixel_program import PixelProgram
 
 KernelSize = int | tuple[int, int]
@@ -41,7 +42,7 @@ class _Masked(nn.Module):
             raise ValueError(f"{name}: mask must be one of {MASKS}, got {mask!r}")
         self.mask, self.colors, self.halves = mask, colors, halves
         self.weight = nn.Parameter(torch.empty(halves * out_channels, in_channels, *_pair(name, kernel_size)))
-        self.bias = nn.Parameter(torch.empty(halves * out_channels)) if bias else None
+        self.bias: Tensor | None = nn.Parameter(torch.empty(halves * out_channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -163,20 +164,16 @@ class GatedPixelCNNBlock(nn.Module):
     def emit(self, p: PixelProgram, v: int, h: int, context: Tensor | None = None) -> tuple[int, int]:
         """Append the block to a sampling program; context: (B, context_channels, 1, 1), or None where the program has a
         plane of it."""
-        vertical_bias, horizontal_bias, vertical, horizontal = self.vertical.bias, self.horizontal.bias, -1, -1
-        if self.context is not None:
-            weights = self.context.weight.chunk(2)
+        biases: list[Any] = [self.vertical.bias, self.horizontal.bias]
+        added = [-1, -1]
+        for i, weight in enumerate(() if self.context is None else self.context.weight.chunk(2)):
             if context is None:
-                vertical, horizontal = (p.conv(p.context, w, halves=2) for w in weights)
+                added[i] = p.conv(p.context, weight, halves=2)
             else:
-                vertical_bias, horizontal_bias = (
-                    bias + (context[:, :, 0, 0] @ w[:, :, 0, 0].T)
-                    for bias, w in zip((vertical_bias, horizontal_bias), weights, strict=True)
-                )
-        mask = {"mask": self.vertical.mask, "halves": 2}
-        z = p.gate(p.conv(v, self.vertical.weight, vertical_bias, add=vertical, **mask))  # type: ignore[arg-type]
-        link = self.link.emit(p, z, add=horizontal, halves=2)
-        z_h = p.gate(p.conv(h, self.horizontal.weight, horizontal_bias, mask="B", add=link, halves=2))
+                biases[i] = biases[i] + context[:, :, 0, 0] @ weight[:, :, 0, 0].T
+        z = p.gate(p.conv(v, self.vertical.weight, biases[0], mask="vertical_B", add=added[0], halves=2))
+        link = self.link.emit(p, z, add=added[1], halves=2)
+        z_h = p.gate(p.conv(h, self.horizontal.weight, biases[1], mask="B", add=link, halves=2))
         v = v if self.vertical_out is None else self.vertical_out.emit(p, z, add=v)
         return v, self.horizontal_out.emit(p, z_h, add=h)
 

@@ -70,7 +70,7 @@ class CausalAttention2d(nn.Module):
         query, key, value = (t.flatten(2).unflatten(1, (self.heads, -1)).mT for t in (query, key, value))
         key, value = (F.pad(t[:, :, :-1], (0, 0, 1, 0)) for t in (key, value))
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return out.mT.flatten(1, 2).unflatten(2, x.shape[2:])
+        return out.mT.flatten(1, 2).unflatten(2, x.shape[2:])  # type: ignore[no-any-return]
 
     def emit(self, p: PixelProgram, x: int, position: int = -1) -> int:
         """Append the layer to a sampling program; position: the plane that begins with its channels."""

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
-from fastgen.ops import distributions
+from fastgen.ops.distributions import KINDS as LOOP_KINDS
+from fastgen.ops.distributions import sample_levels
 from fastgen.ops.pixel_program import BLOCK, KINDS, Instruction, PixelProgram
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -36,9 +37,7 @@ class PixelDistribution:
 
     def sample(self, parameters: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
         """parameters (..., outputs), uniforms (...) -> int64 (...)."""
-        return distributions.sample_levels(
-            self.kind, parameters, uniforms, self.levels, temperature, self.log_scale_min
-        )
+        return sample_levels(self.kind, parameters, uniforms, self.levels, temperature, self.log_scale_min)
 
 
 lib.define("pixelcnn_pack(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor")
@@ -156,7 +155,7 @@ class PixelGenerator:
         if context is not None:
             context = context.permute(0, 2, 3, 1).float().contiguous()
         rows = 1 if report is not None else max(height, 1)
-        kind = distributions.KINDS.index("logistic" if self.distribution.kind == "logistic" else "categorical")
+        kind = LOOP_KINDS.index("logistic" if self.distribution.kind == "logistic" else "categorical")
         for row in range(0, height, rows):
             torch.ops.fastgen.pixelcnn_generate(
                 self._packed, self._shapes, planes, instructions, self.dtype == torch.bfloat16, biases, context,
@@ -182,10 +181,10 @@ def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], 
     lives: dict[int, list[int]] = {}
     by_pixel: set[int] = {program.input, program.context}
     for i, instruction in enumerate(program.instructions):
-        for plane in (instruction.dst, instruction.src, instruction.other):
-            lives.setdefault(plane, []).append(i)
+        for used in (instruction.dst, instruction.src, instruction.other):
+            lives.setdefault(used, []).append(i)
             if instruction.phase == "pixel":
-                by_pixel.add(plane)
+                by_pixel.add(used)
     free: list[tuple[int, int, int]] = []  # (size, offset, last use)
     numbers, end = [], 0
     for index, plane in enumerate(program.planes):
@@ -194,15 +193,15 @@ def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], 
             numbers += [padded, 1, 0, 0, 0, end]
             end += padded
             continue
-        size, used = plane.rows * row, lives.get(index, [0])
+        size, life = plane.rows * row, lives.get(index, [0])
         offset = end
         if index not in by_pixel and plane.rows == 1 and not (plane.left or plane.right):
             for slot, (room, where, last) in enumerate(free):
-                if room == size and last < used[0]:
-                    offset, free[slot] = where, (room, where, used[-1])
+                if room == size and last < life[0]:
+                    offset, free[slot] = where, (room, where, life[-1])
                     break
             else:
-                free.append((size, offset, used[-1]))
+                free.append((size, offset, life[-1]))
         numbers += [padded, plane.rows, row, plane.left * padded, padded, offset]
         end = max(end, offset + size)
     caches = []
