@@ -119,6 +119,7 @@ def render(results: list[dict[str, Any]]) -> str:
                 f"| {b['case'].removeprefix('layer ')} | {' | '.join(cells)} | {b['of_fma_peak']:.0%} | {megabytes} |"
             )
         lines += _quantization(result["benchmarks"])
+        lines += _pixels(result["benchmarks"])
         lines.append("")
     return "\n".join(lines).strip()
 
@@ -151,6 +152,38 @@ def _quantization(benchmarks: list[dict[str, Any]]) -> list[str]:
         ours, theirs = b["seconds"]["fastgen"], b["seconds"]["vector-quantize-pytorch"]
         megabytes = _megabytes(b["peak_extra_bytes"], ("fastgen", "vector-quantize-pytorch"))
         lines.append(f"| {b['case']} | {1e3 * ours:.1f} | {1e3 * theirs:.0f} | {theirs / ours:.0f}x | {megabytes} |")
+    return lines
+
+
+def _pixels(benchmarks: list[dict[str, Any]]) -> list[str]:
+    """The tables of the masked convolution and of sampling images."""
+    lines = []
+    convolutions = [b for b in benchmarks if b.get("masked")]
+    if convolutions:
+        lines += [
+            "",
+            "| gated masked convolution, ms | fastgen | eager | cropped to live rows | torch.compile | of FMA peak | "
+            "extra memory, MB: fastgen / eager |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+    for b in convolutions:
+        ms = [f"{1e3 * b['seconds'][k]:.1f}" for k in ("fastgen", "eager", "cropped", "torch.compile")]
+        megabytes = _megabytes(b["peak_extra_bytes"], ("fastgen", "eager"))
+        lines.append(f"| {b['case']} | {' | '.join(ms)} | {b['of_fma_peak']:.0%} | {megabytes} |")
+    samples = [b for b in benchmarks if "pixels" in b]
+    if samples:
+        lines += [
+            "",
+            "| sampling images of 28x28, ms | float32 | bfloat16 weights | one forward pass | cropped forward pass | "
+            "faster than a forward pass for each pixel |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+    for b in samples:
+        seconds = b["seconds"]
+        ms = [f"{1e3 * seconds[k]:.0f}" for k in ("float32", "bfloat16", "forward", "cropped forward")]
+        naive = b["pixels"] * seconds["forward"]
+        ratio = f"{naive / seconds['float32']:.0f}x, {naive / seconds['bfloat16']:.0f}x"
+        lines.append(f"| {b['case']} | {' | '.join(ms)} | {ratio} |")
     return lines
 
 
