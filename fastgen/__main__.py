@@ -254,12 +254,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "versions, the machine, and the live backends of every op")
 
-    demo = command("demo", _demo, "train a small WaveNet on speech and a VQ-VAE on digits, timed against other ways")
+    demo = command("demo", _demo, "train a small WaveNet on speech, a VQ-VAE and a Gated PixelCNN on digits, timed")
     demo.add_argument("--data", type=Path, metavar="FOLDER_OR_FILE", help="WAV or FLAC, instead of the speech included")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="default: %(default)s")
     demo.add_argument("--seconds", type=_seconds, default=60, help="of training, default: %(default)s")
 
-    demo.add_argument("--only", choices=("wavenet", "vqvae"), help="one part alone, default: both")
+    demo.add_argument("--only", choices=("wavenet", "vqvae", "pixels"), help="one part alone, default: all")
 
     train = commands.add_parser("train", help="train a model").add_subparsers(
         dest="model", required=True, metavar="MODEL"

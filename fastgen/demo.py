@@ -1,4 +1,4 @@
-"""`python -m fastgen demo`: train a small WaveNet, generate a second of audio, time the ways to do so; then a VQ-VAE.
+"""`python -m fastgen demo`: train a small WaveNet, generate a second of audio, time the ways to do so; then images.
 
 The teacher-forced forward in float64 on the generated samples is the truth that each way's logits are held against.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastgen.audio import load_folder, mu_law_decode, save_audio, speech_path
 from fastgen.backend import cpu_isa, why_not
+from fastgen.demo_pixels import demo_pixels
 from fastgen.demo_vqvae import demo_vqvae
 from fastgen.files import whole_file
 from fastgen.images import load_images
@@ -27,6 +28,7 @@ from fastgen.models import WaveNet
 from fastgen.ops import Generator, distributions
 from fastgen.training import save_checkpoint, train_wavenet
 
+PARTS = ("wavenet", "vqvae", "pixels")
 RATE = 16000  # Hz
 TEMPERATURE = 1.0
 NAIVE_STEPS = 20
@@ -49,16 +51,17 @@ def demo(
     seconds: float = 60.0,
     only: str | None = None,
 ) -> None:
-    """Train a WaveNet for `seconds` and a VQ-VAE for half of that, and print tables of speeds.
+    """Train a WaveNet for `seconds`, a VQ-VAE and a Gated PixelCNN for half of that each, and print tables of speeds.
 
-    Writes sample.wav, sample.png, wavenet.pt, reconstructions.png and vqvae.pt into the folder `out`.
+    Writes sample.wav, sample.png, wavenet.pt, reconstructions.png, vqvae.pt, digits.png and pixels.pt into the folder
+    `out`.
 
     Parameters
     ----------
     data
         A WAV or FLAC file or a folder of them, any rate, mono or stereo; by default the speech that comes with fastgen.
     only
-        "wavenet" or "vqvae": that part alone.
+        "wavenet", "vqvae" or "pixels": that part alone.
 
     Raises
     ------
@@ -67,14 +70,18 @@ def demo(
     ValueError, FileNotFoundError
         As `fastgen.audio.load_folder` and `fastgen.training.train_wavenet`.
     """
-    if only not in (None, "wavenet", "vqvae"):
-        raise ValueError(f"demo: only must be wavenet, vqvae or None, got {only!r}")
+    if only is not None and only not in PARTS:
+        raise ValueError(f"demo: only must be one of {PARTS} or None, got {only!r}")
+    parts = PARTS if only is None else (only,)
     console = _rich_console()
-    images = None if only == "wavenet" else load_images()  # what is missing is found out before the training
-    if only != "vqvae":
+    # what is missing is found out before the training
+    images = None if parts == ("wavenet",) else load_images()
+    if "wavenet" in parts:
         _demo_wavenet(console, data, Path(out), seconds)
-    if images is not None:
+    if "vqvae" in parts and images is not None:
         demo_vqvae(console, images, out, seconds / 2)
+    if "pixels" in parts and images is not None:
+        demo_pixels(console, images, out, seconds / 2)
 
 
 def _demo_wavenet(console: Any, data: str | os.PathLike[str] | None, out: Path, seconds: float) -> None:

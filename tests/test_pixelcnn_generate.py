@@ -81,7 +81,7 @@ def parameters(model, batch, size, which, dtype=torch.float32, **kw):
     """Values and parameters that the op computes while it samples."""
     with torch.no_grad():
         context = model._context(batch, size, kw.get("labels"), kw.get("cond"))
-        loop, plane = model._generator(size, context, dtype, which)
+        loop, plane = model.generator(size, context, dtype, which)
         return loop.run(draw(model, batch, size), context=plane, parameters=True)
 
 

@@ -293,7 +293,7 @@ def test_command_line(name, tmp_path, capsys):
         ([*base, "--steps", "9", "--resume", "--codebook-size", "8"], "leave out --codebook-size 8"),
         (["train", "vqvae2" if name == "vqvae" else "vqvae", *base[2:], "--steps", "9", "--resume"], "the model is a"),
         (["train", name, "--out", str(tmp_path / "n.pt"), "--steps", "1", "--data", "/none"], "no such file"),
-        (["train", name, "--out", str(tmp_path / "n.png"), "--steps", "1"], "is where the reconstructions go"),
+        (["train", name, "--out", str(tmp_path / "n.png"), "--steps", "1"], "is where the pictures go"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -148,9 +148,10 @@ class PixelModel(nn.Module):
         return self.head(self.trunk(e, context), e)  # type: ignore[no-any-return]
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """Log-probability (B,) of the images in nats, float32; arguments as in `forward`."""
+        """Log-probability (B,) of the images in nats, float32 or float64; arguments as in `forward`."""
         x = self._check_images("x", x)
-        parameters = self._outputs(x, labels, cond).movedim(2, -1).float()  # (B, C, H, W, O)
+        parameters = self._outputs(x, labels, cond).movedim(2, -1)  # (B, C, H, W, O)
+        parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
         kind = self.distribution.kind
         if kind == "logistic":
             x = self._scaled(x)
@@ -218,7 +219,7 @@ class PixelModel(nn.Module):
             name, batch_size, image_size, given, known, temperature, uniforms, generator, progress
         )
         context = self._context(batch_size, size, labels, cond)
-        loop, plane = self._generator(size, context, dtype, backend)
+        loop, plane = self.generator(size, context, dtype, backend)
         with reporter(name, progress, size[0], "rows") as report:
             values, _ = loop.run(
                 uniforms, temperature=temperature, given=given, known=known, context=plane,
@@ -230,8 +231,12 @@ class PixelModel(nn.Module):
         """(B or 1, channels, H, W): what sampling knows of every pixel beforehand, where it is not the same for all."""
         return None if context is None or context.shape[2:] == (1, 1) else context
 
-    def _generator(
-        self, size: tuple[int, int], context: Tensor | None, dtype: torch.dtype, backend: str | None
+    def generator(
+        self,
+        size: tuple[int, int],
+        context: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
     ) -> tuple[PixelGenerator, Tensor | None]:
         """The sampling op with the weights as they are now, laid out anew only where they have changed; the plane."""
         plane, table = self.plane(size, context), self._table()

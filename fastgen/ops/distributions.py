@@ -41,9 +41,10 @@ def log_prob(kind: str, parameters: Tensor, x: Tensor, *, levels: int = 256, log
         return -F.binary_cross_entropy_with_logits(parameters[..., 0], x.to(parameters.dtype), reduction="none")
     if kind == "categorical":
         return -F.cross_entropy(parameters.movedim(-1, 1), x, reduction="none")
-    log_weights, means, log_scales = _split(parameters.float())
+    dtype = torch.promote_types(parameters.dtype, torch.float32)
+    log_weights, means, log_scales = _split(parameters.to(dtype))
     log_scales = log_scales.clamp(min=log_scale_min)
-    x = x.float()[..., None]
+    x = x.to(dtype)[..., None]
     if kind == "gaussian":
         normed = (x - means) * torch.exp(-log_scales)
         log_p = -0.5 * normed**2 - log_scales - 0.5 * math.log(2 * math.pi)
