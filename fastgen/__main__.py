@@ -137,11 +137,13 @@ def _train_pixels(options: argparse.Namespace) -> None:
     if options.resume:
         model, _ = load_pixels(options.out)
         different = [f"--{name} {value}" for name, value in asked.items() if model.config[name] != value]
+        if type(model) is not kind:
+            raise ValueError(f"{options.out}: is of a {type(model).__name__}, not of a {kind.__name__}")
         if bool(model.config["classes"]) != options.labels:
-            different.append("--labels" if options.labels else "(it needs --labels)")
-        if different or type(model) is not kind:
-            what = ", ".join(different) or f"the model is a {type(model).__name__}"
-            raise ValueError(f"{options.out}: is of another model: leave out {what}, or --resume")
+            wanted = "leave out --labels" if options.labels else "add --labels"
+            raise ValueError(f"{options.out}: the model has {model.config['classes']} classes: {wanted}")
+        if different:
+            raise ValueError(f"{options.out}: is of another model: leave out {', '.join(different)}, or --resume")
     elif options.out.exists():  # said before any image is read
         raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
     of_codes = model.codes if options.resume else options.codes
@@ -192,7 +194,7 @@ def _sample_pixels(options: argparse.Namespace) -> None:
     rows = -(-options.number // columns)
     blank = pictures.new_ones(rows * columns - options.number, *pictures.shape[1:])
     save_grid(options.out, list(torch.cat([pictures, blank]).split(columns)))
-    print(f"{options.out}: {options.number} images of {values.shape[-1]} x {values.shape[-2]} pixels")
+    print(f"{options.out}: {options.number} images of {values.shape[-2]} x {values.shape[-1]} pixels")
 
 
 def _grid_beside(options: argparse.Namespace) -> Path:

@@ -24,7 +24,7 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Sequence[str], made_b
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes break the unpickler in any of its steps
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first_line = str(error).splitlines()[0] if str(error) and not str(error).isdigit() else type(error).__name__
         raise ValueError(f"{name}: expected a checkpoint of {made_by}, unreadable: {first_line}") from error
     if not isinstance(content, dict) or any(entry not in content for entry in entries):
         came = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__

@@ -61,6 +61,13 @@ def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None,
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors)
 
 
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through autograd: for a backward pass, or to refuse forward-mode differentiation."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def check_unit_range(op: str, name: str, x: Tensor) -> None:
     """Values in [-1, 1]; NaN is outside."""
     if x.numel() and not bool((x.detach().abs() <= 1).all()):

@@ -109,8 +109,10 @@ def train_pixels(
     given = {name: rows for name, rows in (("labels", labels), ("cond", cond)) if rows is not None}
     for name, rows in given.items():
         check_tensor(op, name, rows)
-        if len(rows) != len(images):
-            raise ValueError(f"{op}: {name} must be one for each of the {len(images)} images, got {len(rows)}")
+        if rows.dim() == 0 or len(rows) != len(images):
+            raise ValueError(f"{op}: {name} must be one for each of the {len(images)} images, got {tuple(rows.shape)}")
+    # all of them before the training, not each when its turn comes
+    model.conditioning.check(op, len(images), (images.shape[-2], images.shape[-1]), labels, cond)
     number = len(images) - int(len(images) * holdout)
     if number < 1:
         raise ValueError(f"{op}: images must hold at least one to train on, got {len(images)}")
@@ -146,6 +148,8 @@ def train_pixels(
 
 def check_data(op: str, model: PixelModel, images: Tensor) -> None:
     """Raise on images or codes that the model cannot take."""
+    if not isinstance(model, PixelModel):
+        raise TypeError(f"{op}: model must be one of {', '.join(MODELS)}, got {type(model).__name__}")
     check_tensor(op, "images", images)
     came = f"{images.dtype} {tuple(images.shape)}"
     if model.codes:

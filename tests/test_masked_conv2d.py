@@ -335,6 +335,13 @@ def test_functional_grad():
         torch.testing.assert_close(torch.func.grad(lambda w: loss(w, op))(args["weight"]), exact)  # noqa: B023
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_is_refused_not_wrong(op):
+    args = arguments(1, 2, 4, 4, 4)
+    with pytest.raises(RuntimeError, match="forward"):
+        torch.func.jvp(lambda x: OPS[op](**(args | {"x": x}), mask="B", backend="cpu"), (args["x"],), (args["x"],))
+
+
 def test_autocast():
     args = floats(arguments(2, 3, 6, 7, 4))
     with torch.autocast("cpu", torch.bfloat16):
@@ -379,6 +386,7 @@ BAD_GATE = {
     "odd rows": ({"weight": torch.zeros(7, 3, 3, 3).double()}, ValueError, "even number of rows.*got 7"),
     "cond": ({"cond": torch.zeros(2, 8, 4, 5).double()}, ValueError, r"cond must have shape \(2, 8, 4, 4\), got"),
     "cond batch": ({"cond": torch.zeros(1, 8, 1, 1).double()}, ValueError, r"cond must have shape \(2, 8, 1, 1\)"),
+    "cond list": ({"cond": [1.0]}, TypeError, "cond must be a tensor, got list"),
     "cond rank": ({"cond": torch.zeros(2, 8).double()}, ValueError, r"cond must have shape \(2, 8, 4, 4\), got"),
 }
 

@@ -106,6 +106,7 @@ def test_log_prob_is_what_the_distributions_say():
     exact = -F.binary_cross_entropy_with_logits(logits, x[:, 0].float(), reduction="none").flatten(1).sum(1)
     torch.testing.assert_close(model.log_prob(x), exact)
     torch.testing.assert_close(model.bits_per_dim(x), -exact / math.log(2) / 30)
+    assert model.bits_per_dim(x[:0]).shape == (0,)
     model = small("PixelCNN", levels=7)
     x = torch.randint(0, 7, (4, 1, 5, 6))
     exact = -F.cross_entropy(model(x)[:, 0], x[:, 0], reduction="none").flatten(1).sum(1)
@@ -174,6 +175,10 @@ def test_block_in_a_users_network():
         block(v, h)
     with pytest.raises(ValueError, match=r"context must be \(B, 3, H, W\), got \(2, 3\)"):
         block(v, h, context[:, :, 0, 0])
+    with pytest.raises(ValueError, match=r"context must broadcast to \(2, 3, 5, 4\), got \(4, 3, 1, 1\)"):
+        block(v, h, torch.randn(4, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"v and h must have one shape, got \(2, 6, 5, 4\), \(2, 6, 5, 3\)"):
+        block(v, h[..., :3], context)
     with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
         GatedPixelCNNBlock(6, 4)
 
@@ -215,6 +220,7 @@ def test_initial_weights_know_the_live_taps():
         (lambda: PixelCNN(cond_codes=3, cond_channels=2), "cond_codes or cond_channels, one of the two; got 3, 2"),
         (lambda: MaskedConv2d(4, 6, 3, "C"), "mask must be one of .*got 'C'"),
         (lambda: MaskedConv2d(4, 6, 3, colors=3), "colors must divide in_channels, got 3 for 4"),
+        (lambda: MaskedConv2d(4, 6, 3, colors=0), "colors must be an integer >= 1, got 0"),
         (lambda: MaskedConv2d(4, 6, (3, 0)), "kernel_size must be an integer >= 1, got 0"),
         (lambda: CausalAttention2d(4, 6, 7, heads=2), "heads must divide value_channels, got 2 for 7"),
     ],

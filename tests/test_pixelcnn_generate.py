@@ -294,3 +294,67 @@ def test_weights_that_are_not_finite():
         model.blocks[0].conv.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="weights must be finite"):
         model.sample(1, (4, 4))
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_that_are_not_finite(name, which):
+    model = small(name, levels=5, cond_channels=2)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="cond holds NaN or infinity"):
+            model.sample(1, (4, 4), cond=torch.full((1, 2, 2, 2), value), backend=which)
+    model = small(name, levels=5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1e25)
+    with pytest.raises(ValueError, match="the network's outputs are not finite"):
+        model.sample(2, (4, 4), backend=which)
+
+
+def _program(features=1, outputs=4, color=0, **options):
+    p = PixelProgram(features, **options)
+    p.sample(p.conv(p.conv(p.input, torch.randn(8, features, 3, 3), mask="A"), torch.randn(outputs, 8, 1, 1)), color)
+    return p
+
+
+PROGRAMS = {
+    r"table must be \(4, a divisor of 1\), got \(4, 40\)": lambda: (_program(), torch.zeros(4, 40)),
+    r"table must be \(4, a divisor of 1\), got \(3, 1\)": lambda: (_program(), torch.zeros(3, 1)),
+    r"must sample the colors 0 to 0 in order.*got \[7\]": lambda: (_program(color=7), torch.zeros(4, 1)),
+    r"must sample the colors 0 to 1 in order.*got \[0\]": lambda: (_program(2), torch.zeros(4, 1)),
+    "must sample from 4 parameters, got 2": lambda: (_program(outputs=2), torch.zeros(4, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@pytest.mark.parametrize("message", PROGRAMS)
+def test_programs_that_do_not_fit(message, which):
+    program, table = PROGRAMS[message]()
+    with pytest.raises(ValueError, match=message):
+        PixelGenerator(program, table, PixelDistribution("categorical", 4, 4), backend=which)
+
+
+def test_calls_of_a_generator_that_do_not_fit():
+    generator = PixelGenerator(_program(), torch.zeros(4, 1), PixelDistribution("categorical", 4, 4))
+    u = torch.rand(2, 1, 5, 5)
+    known, given = torch.ones(2, 1, 5, 5, dtype=torch.bool), torch.zeros(2, 1, 5, 5, dtype=torch.int64)
+    for options, message in (
+        ({"uniforms": u[0]}, r"uniforms must be \(B, 1, H, W\)"),
+        ({"uniforms": u.expand(2, 3, 5, 5)}, r"uniforms must be \(B, 1, H, W\)"),
+        ({"given": given + 10**9, "known": known}, r"given must lie in \[0, 4\)"),
+        ({"given": given[:1], "known": known}, r"given must be \(2, 1, 5, 5\) torch.int64, got \(1, 1, 5, 5\)"),
+        ({"given": given, "known": given}, "known must be .* torch.bool, got .* torch.int64"),
+        ({"given": given}, "given and known belong together"),
+        ({"context": u}, "context must be there where the program has context channels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generator.run(**{"uniforms": u} | options)
+    generator = PixelGenerator(_program(context_channels=3), torch.zeros(4, 1), PixelDistribution("categorical", 4, 4))
+    for context in (None, torch.zeros(2, 300, 2, 2)):
+        with pytest.raises(ValueError, match="context must be"):
+            generator.run(u, context=context)
+    p = PixelProgram(4)
+    with pytest.raises(ValueError, match="weight must have at most the plane's 4 channels, got 5 from channel 0 on"):
+        p.conv(p.input, torch.randn(2, 5, 1, 1))
+    with pytest.raises(ValueError, match="heads must divide 4 and 8 channels, got 3"):
+        p.attention(p.input, 8, 3, lambda: (0, 0))

@@ -107,6 +107,8 @@ def test_labels_of_idx_files(tmp_path):
         ({"images": pictures()[:0]}, ValueError, "at least one to train on, got 0"),
         ({"images": [1]}, TypeError, "images must be a tensor, got list"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "labels must be one for each of the 40 images"),
+        ({"labels": torch.tensor(3)}, ValueError, r"labels must be one for each of the 40 images, got \(\)"),
+        ({"labels": torch.zeros(40, dtype=torch.int64)}, ValueError, "labels were given, but the model has classes=0"),
         ({"steps": 0}, ValueError, "steps must be an integer >= 1, got 0"),
         ({"holdout": 1}, ValueError, r"holdout must lie in \[0, 1\), got 1"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
@@ -116,6 +118,24 @@ def test_labels_of_idx_files(tmp_path):
 def test_bad_input(options, kind, message):
     with pytest.raises(kind, match=message):
         train(small("PixelCNN"), **{"images": pictures()} | options)
+
+
+def test_bad_labels_are_found_before_the_training(tmp_path):
+    """Also those that are held out."""
+    for options, given, message in (
+        ({"classes": 3}, {"labels": torch.arange(40) // 10}, r"labels must lie in \[0, 3\), got 0 to 3"),
+        (
+            {"cond_codes": 3},
+            {"cond": (torch.arange(40) // 10)[:, None, None]},
+            r"cond must lie in \[0, 3\), got 0 to 3",
+        ),
+    ):
+        steps = []
+        with pytest.raises(ValueError, match=message):
+            train(small("PixelCNN", **options), pictures(), **given, progress=lambda *_: steps.append(1))  # noqa: B023
+        assert not steps
+    with pytest.raises(TypeError, match="model must be one of PixelCNN, GatedPixelCNN, PixelSNAIL, got Linear"):
+        train(torch.nn.Linear(2, 2), pictures())
 
 
 def test_bad_codes_and_checkpoints(tmp_path):
@@ -173,7 +193,7 @@ def test_command_line(name, tmp_path, capsys):
     picture = tmp_path / "drawn.png"
     draw = ["sample", "pixels", str(out), "--out", str(picture), "--number", "5"]
     assert main([*draw, "--label", "7", "--image-size", "6", "9", "--dtype", "bfloat16"]) == 0
-    assert "5 images of 9 x 6 pixels" in capsys.readouterr().out
+    assert "5 images of 6 x 9 pixels" in capsys.readouterr().out
     assert picture.exists()
     np.savez(tmp_path / "codes.npz", codes=np.random.default_rng(0).integers(0, 5, (20, 4, 4)))
     codes = ["train", name, "--out", str(tmp_path / "c.pt"), "--steps", "1", "--codes", "5", *size]
@@ -183,7 +203,7 @@ def test_command_line(name, tmp_path, capsys):
     for arguments, message in (
         ([*base, "--steps", "9"], "exists; add --resume"),
         ([*base, "--steps", "9", "--resume", "--levels", "8"], "leave out --levels 8"),
-        ([*base[:-1], "--steps", "9", "--resume"], "it needs --labels"),
+        ([*base[:-1], "--steps", "9", "--resume"], "has 10 classes: add --labels"),
         (["train", name, *fresh, "--codes", "5"], "--codes: needs --data"),
         (["train", name, *fresh, "--data", "/none"], "no such file"),
         (["train", name, *fresh, "--levels", "300"], "levels must lie in [2, 256], got 300"),

@@ -270,6 +270,9 @@ class Images {
     for (int64_t b = 0; b < n_; ++b) {
       const int64_t at = ((first_ + b) * job_.colors + color) * plane + y * job_.width + x;
       const float* out = job_.planes[i.src].at(image(b), y, x);
+      float zero = 0;
+      for (int64_t o = 0; o < job_.outputs; ++o) zero += 0.0f * out[o];
+      if (zero != 0) job_.not_finite->store(true, std::memory_order_relaxed);
       if (job_.parameters) std::memcpy(job_.parameters + at * job_.outputs, out, job_.outputs * sizeof(float));
       const int64_t value = job_.known && job_.known[at] ? job_.given[at] : draw_value(out, job_.uniforms[at]);
       job_.values[at] = value;

@@ -130,6 +130,7 @@ struct PixelJob {
   const uint8_t* known;
   float *memory, *parameters;
   int64_t* values;
+  std::atomic<bool>* not_finite;  // set where the network's outputs were not
 };
 
 // Where two threads must meet: before an instruction that reads all channels of what was written since they last met,

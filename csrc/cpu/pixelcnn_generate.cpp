@@ -47,6 +47,8 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
                        int64_t first_row, int64_t last_row, Tensor memory, Tensor values,
                        std::optional<Tensor> parameters) {
   PixelJob job{};
+  std::atomic<bool> not_finite = false;
+  job.not_finite = &not_finite;
   for (size_t i = 0; i < planes.size(); i += kPlaneInts) {
     const int64_t* p = planes.data() + i;
     job.planes.push_back({p[0], p[1], p[2], p[3], p[4], p[5]});
@@ -89,6 +91,8 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
     FASTGEN_CHECK(packed.numel() == net.bytes, "pixelcnn_generate: packed weights of ", net.bytes,
                   " bytes are expected, got ", packed.numel(), " (packed for another instruction set?)");
     if (job.images > 0) generate(job, net);
+    FASTGEN_CHECK(!not_finite, "pixelcnn_generate: the network's outputs are not finite (its weights or its context ",
+                  "are too large)");
   };
   bf16 ? run(PackedProgram<int16_t>(shapes, data)) : run(PackedProgram<float>(shapes, data));
 }

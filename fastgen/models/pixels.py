@@ -162,7 +162,7 @@ class PixelModel(nn.Module):
 
     def bits_per_dim(self, x: Tensor, labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """-log2 p(x) over the number of values in an image, (B,)."""
-        return -self.log_prob(x, labels, cond) / (math.log(2) * x[0].numel())
+        return -self.log_prob(x, labels, cond) / (math.log(2) * x.shape[1:].numel())
 
     @torch.no_grad()
     def sample(
@@ -212,13 +212,16 @@ class PixelModel(nn.Module):
         Raises
         ------
         TypeError, ValueError
-            For an argument that does not fit; the message names it, what was expected and what came.
+            For an argument that does not fit; the message names it, what was expected and what came. Also where the
+            weights are not finite, or so large that the network's outputs are not.
         """
         name = f"{self._name}.sample"
         size, uniforms, given, known = self._sampling_arguments(
             name, batch_size, image_size, given, known, temperature, uniforms, generator, progress
         )
         context = self._context(batch_size, size, labels, cond)
+        if context is not None and not bool(torch.isfinite(context).all()):
+            raise ValueError(f"{name}: cond holds NaN or infinity, or becomes so in the network that reads it")
         loop, plane = self.generator(size, context, dtype, backend)
         with reporter(name, progress, size[0], "rows") as report:
             values, _ = loop.run(
@@ -305,6 +308,8 @@ class PixelModel(nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"{name}: generator must be a torch.Generator, got {type(generator).__name__}")
         device = self.head.out.weight.device
+        if device.type == "meta":
+            raise ValueError(f"{name}: the model must have values to draw from, it is on the meta device")
         shape = (batch, self.image_channels, *size)
         wanted = (batch, *size) if self.codes else shape
         if uniforms is None:

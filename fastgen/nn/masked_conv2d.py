@@ -34,7 +34,8 @@ class _Masked(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         name = type(self).__name__
-        for size_name, size in (("in_channels", in_channels), ("out_channels", out_channels), ("colors", colors)):
+        check_integer(name, "colors", colors)
+        for size_name, size in (("in_channels", in_channels), ("out_channels", out_channels)):
             check_integer(name, size_name, size)
             if size % colors:
                 raise ValueError(f"{name}: colors must divide {size_name}, got {colors} for {size}")
@@ -110,6 +111,7 @@ class GatedMaskedConv2d(_Masked):
         return gated_masked_conv2d(x, self.weight, self.bias, cond, mask=self.mask, colors=self.colors)
 
     def emit(self, p: PixelProgram, x: int, *, add: int = -1) -> int:
+        """Append the layer to a sampling program: plane of x -> plane of the result; `add` enters the gate."""
         return p.gate(p.conv(x, self.weight, self.bias, mask=self.mask, colors=self.colors, add=add, halves=2))
 
 
@@ -152,7 +154,9 @@ class GatedPixelCNNBlock(nn.Module):
         self.context = MaskedConv2d(context_channels, 4 * channels, 1, bias=False) if context_channels else None
 
     def forward(self, v: Tensor, h: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_input("GatedPixelCNNBlock", "context", context, self.context_channels)
+        check_input("GatedPixelCNNBlock", "context", context, self.context_channels, h)
+        if v.shape != h.shape:
+            raise ValueError(f"GatedPixelCNNBlock: v and h must have one shape, got {tuple(v.shape)}, {tuple(h.shape)}")
         vertical = horizontal = None
         if context is not None and self.context is not None:
             vertical, horizontal = self.context(context).chunk(2, 1)
@@ -178,8 +182,8 @@ class GatedPixelCNNBlock(nn.Module):
         return v, self.horizontal_out.emit(p, z_h, add=h)
 
 
-def check_input(name: str, what: str, value: Tensor | None, channels: int) -> None:
-    """Raise unless `value` is there exactly where a layer was made for it, with so many channels."""
+def check_input(name: str, what: str, value: Tensor | None, channels: int, x: Tensor) -> None:
+    """Raise unless `value` is there exactly where a layer was made for it, and can be added to what comes of x."""
     if (value is None) != (channels == 0):
         was = "is needed" if value is None else "was given"
         raise ValueError(f"{name}: {what} {was}, the layer has {what}_channels={channels}")
@@ -187,3 +191,6 @@ def check_input(name: str, what: str, value: Tensor | None, channels: int) -> No
         check_tensor(name, what, value, f"(B, {channels}, H, W)")
         if value.dim() != 4 or value.shape[1] != channels:
             raise ValueError(f"{name}: {what} must be (B, {channels}, H, W), got {tuple(value.shape)}")
+        if any(n not in (1, m) for n, m in zip(value.shape, (len(x), channels, *x.shape[2:]), strict=True)):
+            fits = f"({len(x)}, {channels}, {x.shape[2]}, {x.shape[3]})"
+            raise ValueError(f"{name}: {what} must broadcast to {fits}, got {tuple(value.shape)}")

@@ -46,17 +46,23 @@ class PixelContext(nn.Module):
         self, name: str, batch: int, size: tuple[int, int], labels: Tensor | None, cond: Tensor | None
     ) -> Tensor | None:
         """`name` is the model's, for errors; None where there is nothing to be conditioned on."""
-        label = self._label(name, batch, labels)
-        features = self._map(name, batch, size, cond)
-        if label is None or features is None:
-            return features if label is None else label
-        return features + label
+        self.check(name, batch, size, labels, cond)
+        features = self._map(size, cond)
+        if self.label is None or labels is None:
+            return features
+        label = self.label(labels)[:, :, None, None]
+        return label if features is None else features + label  # type: ignore[no-any-return]
 
-    def _label(self, name: str, batch: int, labels: Tensor | None) -> Tensor | None:
+    def check(self, name: str, batch: int, size: tuple[int, int], labels: Tensor | None, cond: Tensor | None) -> None:
+        """Raise on labels and maps that are missing, surplus or do not fit."""
+        self._check_labels(name, batch, labels)
+        self._check_map(name, batch, size, cond)
+
+    def _check_labels(self, name: str, batch: int, labels: Tensor | None) -> None:
         if self.label is None:
             if labels is not None:
                 raise ValueError(f"{name}: labels were given, but the model has classes=0")
-            return None
+            return
         if labels is None:
             raise ValueError(f"{name}: labels are needed: ({batch},) int64 in [0, {self.classes})")
         check_tensor(name, "labels", labels, f"({batch},) of int64")
@@ -64,13 +70,12 @@ class PixelContext(nn.Module):
             raise ValueError(f"{name}: labels must be ({batch},) int64, got {tuple(labels.shape)} {labels.dtype}")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             check_classes(name, "labels", labels, self.classes)
-        return self.label(labels)[:, :, None, None]  # type: ignore[no-any-return]
 
-    def _map(self, name: str, batch: int, size: tuple[int, int], cond: Tensor | None) -> Tensor | None:
+    def _check_map(self, name: str, batch: int, size: tuple[int, int], cond: Tensor | None) -> None:
         if not self.spatial:
             if cond is not None:
                 raise ValueError(f"{name}: cond was given, but the model has cond_codes=0 and cond_channels=0")
-            return None
+            return
         wanted = f"({batch}, h, w) int64" if self.code is not None else f"({batch}, {self.cond_channels}, h, w)"
         if cond is None:
             raise ValueError(f"{name}: cond is needed: {wanted}")
@@ -81,17 +86,21 @@ class PixelContext(nn.Module):
         low = tuple(cond.shape[-2:])
         if 0 in low or size[0] % low[0] or size[1] % low[1]:
             raise ValueError(f"{name}: cond must have sides that divide the image's {size}, got {low}")
-        if self.code is not None:
-            if cond.dtype != torch.int64:
-                raise TypeError(f"{name}: cond must be int64 codes, got {cond.dtype}")
-            if cond.device.type == "cpu" and not torch.compiler.is_compiling():
-                check_classes(name, "cond", cond, self.cond_codes)
-            features = self.code(cond).movedim(-1, 1)
-        else:
-            assert self.feature is not None
+        if self.feature is not None:
             if cond.dtype != self.feature.weight.dtype and not torch.is_autocast_enabled(cond.device.type):
                 raise TypeError(f"{name}: cond must be {self.feature.weight.dtype}, as the model is, got {cond.dtype}")
-            features = self.feature(cond)
+            return
+        if cond.dtype != torch.int64:
+            raise TypeError(f"{name}: cond must be int64 codes, got {cond.dtype}")
+        if cond.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_classes(name, "cond", cond, self.cond_codes)
+
+    def _map(self, size: tuple[int, int], cond: Tensor | None) -> Tensor | None:
+        if cond is None:
+            return None
+        features = self.feature(cond) if self.code is None else self.code(cond).movedim(-1, 1)  # type: ignore[misc]
         for layer in self.residual:
             features = features + layer(features)
-        return F.interpolate(features, size=size, mode="nearest") if low != size else features
+        if tuple(features.shape[2:]) == size:
+            return features  # type: ignore[no-any-return]
+        return F.interpolate(features, size=size, mode="nearest")

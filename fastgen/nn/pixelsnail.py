@@ -56,8 +56,8 @@ class CausalAttention2d(nn.Module):
         )
 
     def forward(self, x: Tensor, position: Tensor | None = None, pixel: Tensor | None = None) -> Tensor:
-        check_input("CausalAttention2d", "position", position, self.position_channels)
-        check_input("CausalAttention2d", "pixel", pixel, self.pixel_channels)
+        check_input("CausalAttention2d", "position", position, self.position_channels, x)
+        check_input("CausalAttention2d", "pixel", pixel, self.pixel_channels, x)
         query, key_value = self.query(x), self.key_value(x)
         if pixel is not None and self.pixel is not None:
             key_value = key_value + self.pixel(pixel)
@@ -106,7 +106,7 @@ class PixelSNAILResidual(nn.Module):
         self.context = MaskedConv2d(context_channels, 2 * channels, 1, bias=False) if context_channels else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        check_input("PixelSNAILResidual", "context", context, self.context_channels)
+        check_input("PixelSNAILResidual", "context", context, self.context_channels, x)
         u = self.second(F.elu(self.first(F.elu(x))))
         if context is not None and self.context is not None:
             u = u + self.context(context)
@@ -151,6 +151,7 @@ class PixelSNAILBlock(nn.Module):
         context_channels: int = 0,
     ) -> None:
         super().__init__()
+        check_integer("PixelSNAILBlock", "residual_layers", residual_layers, 0)
         self.residual = nn.ModuleList(
             PixelSNAILResidual(channels, hidden, kernel_size, context_channels) for _ in range(residual_layers)
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, check_integer
+from fastgen.checks import autocast, check, check_integer, differentiates
 
 MOST_DILATION = 2**31 - 1  # (K - 1) * dilation stays far within 64 bits
 
@@ -147,6 +147,6 @@ def gated_causal_conv1d(
     if resolve(op, backend, x.device) == "reference":
         return gated_causal_conv1d_reference(x, weight, bias, cond, dilation=dilation)
     args = (x.contiguous(), weight.contiguous(), *(None if t is None else t.contiguous() for t in (bias, cond)))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+    if differentiates(*args):
         return _GatedCausalConv1d.apply(*args, dilation)  # type: ignore[no-any-return,no-untyped-call]
     return torch.ops.fastgen.gated_causal_conv1d(*args, dilation)  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check
+from fastgen.checks import autocast, check, check_tensor, differentiates
 from fastgen.ops.masked_conv2d import MASKS, check_masked, masked_conv2d_reference
 
 
@@ -125,11 +125,12 @@ def gated_masked_conv2d(
     x, weight, bias, cond = autocast(op, x, weight, bias, cond)  # type: ignore[assignment]
     check_masked(op, x, weight, bias, mask, colors, 2)
     if cond is not None:
+        check_tensor(op, "cond", cond)
         size = tuple(cond.shape[2:]) == (1, 1) if cond.dim() == 4 else False
         check(op, "cond", cond, x, (x.shape[0], weight.shape[0], *((1, 1) if size else x.shape[2:])))
     if resolve(op, backend, x.device) == "reference":
         return gated_masked_conv2d_reference(x, weight, bias, cond, mask=mask, colors=colors)
     args = (x.contiguous(), weight.contiguous(), *(None if t is None else t.contiguous() for t in (bias, cond)))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+    if differentiates(*args):
         return _GatedMaskedConv2d.apply(*args, MASKS.index(mask), colors)[0]  # type: ignore[no-any-return,no-untyped-call]
     return torch.ops.fastgen.gated_masked_conv2d(*args, MASKS.index(mask), colors, False)[0]  # type: ignore[no-any-return]

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, check_integer
+from fastgen.checks import autocast, check, check_integer, differentiates
 
 MASKS = ("A", "B", "vertical", "vertical_B")
 
@@ -181,6 +181,6 @@ def masked_conv2d(
     if resolve(op, backend, x.device) == "reference":
         return masked_conv2d_reference(x, weight, bias, mask=mask, colors=colors)
     args = (x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+    if differentiates(*args):
         return _MaskedConv2d.apply(*args, MASKS.index(mask), colors)  # type: ignore[no-any-return,no-untyped-call]
     return torch.ops.fastgen.masked_conv2d(*args, MASKS.index(mask), colors)  # type: ignore[no-any-return]

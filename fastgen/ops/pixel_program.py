@@ -107,6 +107,11 @@ class PixelProgram:
         halves: 2 where a gate comes next.
         """
         after = self.planes[x].channels - offset - weight.shape[1]
+        if offset < 0 or after < 0:
+            raise ValueError(
+                f"PixelProgram: weight must have at most the plane's {self.planes[x].channels} channels, got "
+                f"{weight.shape[1]} from channel {offset} on"
+            )
         weight = F.pad(weight.detach().float(), (0, 0, 0, 0, offset, after))
         outs, _, height, width = weight.shape
         live = weight_mask(weight, mask, colors, halves)
@@ -160,7 +165,10 @@ class PixelProgram:
 
         remember() appends what makes the key and the value of a pixel, when its own values are drawn.
         """
-        self.caches.append(Cache(self.planes[query].channels, values, heads))
+        keys = self.planes[query].channels
+        if keys % heads or values % heads:
+            raise ValueError(f"PixelProgram: heads must divide {keys} and {values} channels, got {heads}")
+        self.caches.append(Cache(keys, values, heads))
         cache = len(self.caches) - 1
         self.later.append(lambda: self._emit("remember", "pixel", -1, *remember(), extra=cache))
         return self._emit("attention", "pixel", self._plane(values, "pixel"), query, extra=cache)

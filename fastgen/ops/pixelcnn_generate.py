@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
+from fastgen.checks import check_classes, check_tensor, refused
 from fastgen.ops.distributions import KINDS as LOOP_KINDS
 from fastgen.ops.distributions import sample_levels
 from fastgen.ops.pixel_program import BLOCK, KINDS, Instruction, PixelProgram
 
 DTYPES = (torch.float32, torch.bfloat16)
+TOO_LARGE = "(its weights or its context are too large)"
 DISTRIBUTIONS = ("bernoulli", "categorical", "logistic")
 
 
@@ -69,6 +71,11 @@ class PixelGenerator:
         Of the weights inside the loop: float32, or bfloat16 (sums stay float32).
     backend
         See `fastgen.backend`; "reference" runs the program in plain PyTorch.
+
+    Raises
+    ------
+    ValueError
+        If the table or the distribution does not fit the program, or weights are not finite.
     """
 
     def __init__(
@@ -83,8 +90,8 @@ class PixelGenerator:
         if dtype not in DTYPES:
             raise ValueError(f"pixelcnn_generate: dtype must be float32 or bfloat16, got {dtype}")
         _check_finite(program.matrices)
-        self._use(program, table)
         self.distribution, self.dtype = distribution, dtype
+        self._use(program, table)
         self.backend = resolve("pixelcnn_generate", backend, table.device)
         self._shapes = [
             n
@@ -105,6 +112,24 @@ class PixelGenerator:
 
     def _use(self, program: PixelProgram, table: Tensor) -> None:
         _check_finite([*program.biases, table])
+        if table.dim() != 2 or len(table) != self.distribution.levels or program.features % max(1, table.shape[1]):
+            raise ValueError(
+                f"pixelcnn_generate: table must be ({self.distribution.levels}, a divisor of {program.features}), got "
+                f"{tuple(table.shape)}"
+            )
+        self.colors = program.features // table.shape[1]
+        drawn = [i for i in program.instructions if i.kind == "sample"]
+        if [i.extra for i in drawn] != list(range(self.colors)) or program.later:
+            raise ValueError(
+                f"pixelcnn_generate: program must sample the colors 0 to {self.colors - 1} in order and be finished, "
+                f"got {[i.extra for i in drawn]}"
+            )
+        for i in drawn:
+            if program.planes[i.src].channels != self.distribution.outputs:
+                raise ValueError(
+                    f"pixelcnn_generate: program must sample from {self.distribution.outputs} parameters, got "
+                    f"{program.planes[i.src].channels}"
+                )
         self.program, self.table = program, table.detach().float().contiguous()
 
     @torch.no_grad()
@@ -137,13 +162,19 @@ class PixelGenerator:
         Returns
         -------
         values (B, C, H, W) int64; parameters (B, C, H, W, outputs) float32 or None.
+
+        Raises
+        ------
+        ValueError
+            For a tensor of another shape or type, values outside the levels, or a network whose outputs are not finite.
         """
+        self._check_call(uniforms, given, known, context)
         batch, colors, height, width = uniforms.shape
         values = torch.zeros(batch, colors, height, width, dtype=torch.int64, device=uniforms.device)
         kept = uniforms.new_empty(*values.shape, self.distribution.outputs) if parameters else None
         if self.backend == "reference":
             run = _Reference(self.program, self._matrices, self.table, self.distribution, context, values, kept)
-            for row in range(height):
+            for row in range(height if batch else 0):
                 run.row(row, uniforms, temperature, given, known)
                 if report is not None:
                     report(row + 1)
@@ -157,7 +188,8 @@ class PixelGenerator:
         rows = 1 if report is not None else max(height, 1)
         kind = LOOP_KINDS.index("logistic" if self.distribution.kind == "logistic" else "categorical")
         for row in range(0, height, rows):
-            torch.ops.fastgen.pixelcnn_generate(
+            with refused():
+                torch.ops.fastgen.pixelcnn_generate(
                 self._packed, self._shapes, planes, instructions, self.dtype == torch.bfloat16, biases, context,
                 self.program.context, self.table, kind, self.distribution.outputs, self.distribution.log_scale_min,
                 temperature, uniforms.float().contiguous(), None if given is None else given.contiguous(),
@@ -166,6 +198,33 @@ class PixelGenerator:
             if report is not None:
                 report(row + 1)
         return values, kept
+
+    def _check_call(
+        self, uniforms: Tensor, given: Tensor | None, known: Tensor | None, context: Tensor | None
+    ) -> None:  # fmt: skip
+        """The kernels read these tensors as they lie in memory: nothing that does not fit may reach them."""
+        op = "pixelcnn_generate"
+        check_tensor(op, "uniforms", uniforms)
+        if uniforms.dim() != 4 or uniforms.shape[1] != self.colors or not uniforms.is_floating_point():
+            came = f"{tuple(uniforms.shape)} {uniforms.dtype}"
+            raise ValueError(f"{op}: uniforms must be (B, {self.colors}, H, W) floating point, got {came}")
+        if (given is None) != (known is None):
+            raise ValueError(f"{op}: given and known belong together, got one of the two")
+        for name, tensor, dtype in (("given", given, torch.int64), ("known", known, torch.bool)):
+            if tensor is not None and (tensor.shape != uniforms.shape or tensor.dtype != dtype):
+                came = f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise ValueError(f"{op}: {name} must be {tuple(uniforms.shape)} {dtype}, got {came}")
+        if given is not None and known is not None:
+            check_classes(op, "given", given[known], self.distribution.levels)
+        batch, channels = len(uniforms), self.program.context_channels
+        wanted = (channels, *uniforms.shape[2:])
+        if (context is None) != (channels == 0):
+            raise ValueError(f"{op}: context must be there where the program has context channels ({channels})")
+        if context is not None and (tuple(context.shape[1:]) != wanted or len(context) not in (1, batch)):
+            raise ValueError(f"{op}: context must be ({batch} or 1, *{wanted}), got {tuple(context.shape)}")
+        for bias in self.program.biases:
+            if bias.dim() == 2 and len(bias) != batch:
+                raise ValueError(f"{op}: the program's biases are for {len(bias)} images, uniforms for {batch}")
 
 
 def _check_finite(tensors: list[Tensor]) -> None:
@@ -278,6 +337,8 @@ class _Reference:
                         cache[:, y * self.width + x] = self._at(plane, y, here)[:, 0]
                 elif i.kind == "sample":
                     out = self._at(i.src, y, here)[:, 0]  # (B, outputs)
+                    if not bool(torch.isfinite(out).all()):
+                        raise ValueError(f"pixelcnn_generate: the network's outputs are not finite {TOO_LARGE}")
                     value = self.distribution.sample(out, uniforms[:, i.extra, y, x], temperature)
                     if known is not None and given is not None:
                         value = torch.where(known[:, i.extra, y, x], given[:, i.extra, y, x], value)
