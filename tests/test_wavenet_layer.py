@@ -224,6 +224,16 @@ def test_second_derivative_raises():
         grad.sum().backward()
 
 
+def test_forward_mode_is_refused_not_wrong():
+    args = arguments(1, 2, 9, 2, 2, 2)
+    for call in (
+        lambda x: wavenet_layer(**(args | {"x": x}), backend="cpu")[0],
+        lambda x: gated_causal_conv1d(**(gate_arguments(args) | {"x": x}), backend="cpu"),
+    ):
+        with pytest.raises(RuntimeError, match="forward mode"):
+            torch.func.jvp(call, (args["x"],), (args["x"],))
+
+
 def test_gradcheck():
     args = {k: v.requires_grad_() for k, v in arguments(2, 3, 9, 2, 2, 2, "local").items()}
     names = list(args)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, refused
+from fastgen.checks import check, differentiates, refused
 
 Metric = Literal["euclidean", "cosine"]
 SCORES = 1 << 24  # of the reference, in memory at a time
@@ -164,6 +164,6 @@ def nearest_code(
             index, distance = torch.ops.fastgen.nearest_code(
                 by_rows(rows), codes.contiguous(), metric == "cosine", strict
             )
-    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+    if differentiates(x, codebook):
         distance = squared_distance(x.to(distance.dtype), F.embedding(index, codebook).to(distance.dtype), metric)
     return index, distance

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check_tensor, is_finite, refused
+from fastgen.checks import check_tensor, differentiates, is_finite, refused
 from fastgen.ops.nearest_code import (
     Metric,
     assert_finite,
@@ -174,7 +174,7 @@ def quantize(
         return quantize_reference(x, codebook, mask, metric=metric, estimator=estimator)
     args = by_rows(x), codebook.contiguous(), None if mask is None else mask.contiguous(), metric == "cosine", strict
     with refused():
-        if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+        if differentiates(x, codebook):
             return Quantized(*_VectorQuantize.apply(*args, estimator == "rotation"))  # type: ignore[no-untyped-call]
         quantized, indices, error, counts = torch.ops.fastgen.vector_quantize(*args)
     return Quantized(quantized, indices, error, error, counts)

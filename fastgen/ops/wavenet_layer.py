@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check
+from fastgen.checks import autocast, check, differentiates
 from fastgen.ops.gated_causal_conv1d import check_gate, empty_cond_grad, gated_causal_conv1d_reference
 
 
@@ -173,7 +173,7 @@ def wavenet_layer(
     if out_bias is not None:
         check(op, "out_bias", out_bias, x, (out_weight.shape[0],))
     tensors = (x, weight, bias, out_weight, out_bias, cond)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    needs_grad = differentiates(*tensors)
     if out is not None:
         if not isinstance(out, tuple | list) or len(out) != 2:
             came = f"{len(out)} elements" if isinstance(out, tuple | list) else type(out).__name__
