@@ -334,6 +334,40 @@ def test_programs_that_do_not_fit(message, which):
         PixelGenerator(program, table, PixelDistribution("categorical", 4, 4), backend=which)
 
 
+@pytest.mark.parametrize("which", BACKENDS)
+def test_uniforms_of_any_floating_type(which):
+    generator = PixelGenerator(
+        _program(), torch.linspace(-1, 1, 4)[:, None], PixelDistribution("categorical", 4, 4), backend=which
+    )
+    u = torch.rand(2, 1, 9, 9).bfloat16().clamp(max=0.99)
+    values, parameters = generator.run(u.float(), parameters=True)
+    for dtype in (torch.bfloat16, torch.float64):
+        got = generator.run(u.to(dtype), parameters=True)
+        assert torch.equal(got[0], values)
+        assert torch.equal(got[1], parameters)
+
+
+def test_threads_divide_the_halves_of_a_gate_alike():
+    """One image, two threads: a sum of planes of 3 x 16 gate channels, written as a sum, read as a gate."""
+    torch.set_num_threads(2)
+    p = PixelProgram(1)
+    h = p.conv(p.input, torch.randn(48, 1, 3, 3), mask="A")
+    for _ in range(4):
+        other = p.conv(h, torch.randn(96, 48, 1, 1) / 7, halves=2)
+        h = p.gate(p.conv(h, torch.randn(96, 48, 3, 3) / 14, add=other, halves=2))
+    p.sample(p.conv(h, torch.randn(4, 48, 1, 1)), 0)
+    u = torch.rand(1, 1, 12, 12)
+    runs = [
+        PixelGenerator(
+            p, torch.linspace(-1, 1, 4)[:, None], PixelDistribution("categorical", 4, 4), backend=which
+        ).run(u, parameters=True)
+        for which in ("reference", *["cpu"] * 5)
+    ]  # fmt: skip
+    for values, parameters in runs[1:]:
+        assert torch.equal(values, runs[0][0])
+        torch.testing.assert_close(parameters, runs[0][1], atol=1e-5, rtol=1e-5)
+
+
 def test_calls_of_a_generator_that_do_not_fit():
     generator = PixelGenerator(_program(), torch.zeros(4, 1), PixelDistribution("categorical", 4, 4))
     u = torch.rand(2, 1, 5, 5)
@@ -345,6 +379,7 @@ def test_calls_of_a_generator_that_do_not_fit():
         ({"given": given[:1], "known": known}, r"given must be \(2, 1, 5, 5\) torch.int64, got \(1, 1, 5, 5\)"),
         ({"given": given, "known": given}, "known must be .* torch.bool, got .* torch.int64"),
         ({"given": given}, "given and known belong together"),
+        ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
         ({"context": u}, "context must be there where the program has context channels"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -356,5 +391,7 @@ def test_calls_of_a_generator_that_do_not_fit():
     p = PixelProgram(4)
     with pytest.raises(ValueError, match="weight must have at most the plane's 4 channels, got 5 from channel 0 on"):
         p.conv(p.input, torch.randn(2, 5, 1, 1))
+    with pytest.raises(ValueError, match=r"mask must be one of .*got 'C'"):
+        p.conv(p.input, torch.randn(2, 4, 1, 1), mask="C")
     with pytest.raises(ValueError, match="heads must divide 4 and 8 channels, got 3"):
         p.attention(p.input, 8, 3, lambda: (0, 0))

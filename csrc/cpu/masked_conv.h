@@ -69,7 +69,10 @@ struct Panels {
   int64_t rows;
   bool gated;
 
-  int64_t count() const { return ((gated ? rows / 2 : rows) + (gated ? kL : 2 * kL) - 1) / (gated ? kL : 2 * kL); }
+  int64_t count() const {
+    const int64_t channels = gated ? rows / 2 : rows, each = gated ? kL : 2 * kL;
+    return (channels + each - 1) / each;
+  }
   int64_t vectors(int64_t panel) const { return gated || rows - panel * 2 * kL > kL ? 2 : 1; }
   int64_t width(int64_t panel) const { return vectors(panel) * kL; }
   // Lanes before a panel.
@@ -83,6 +86,7 @@ struct Panels {
     return gated ? std::min(kL, rows / 2 - panel * kL) : std::min(kL, rows - (2 * panel + vector) * kL);
   }
 };
+
 // One part of a product: `count` inputs from a on, each with a row of b.
 template <class T>
 struct Stretch {
@@ -160,7 +164,7 @@ class RowTile {
       for (int64_t x = 0; x < width_ + kLine - 1; x += kLine) __builtin_prefetch(rows + c * plane + x, Write);
   }
 
-  // Those rows; the others become zero. Asks for the next row of the image.
+  // Those rows; the others become zero. Asks for a later row of the image.
   template <class E>
   void read(const E* from, int64_t plane, int64_t channels) {
     expect(from + kRowsAhead * width_, plane, channels);

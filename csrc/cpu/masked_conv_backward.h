@@ -114,7 +114,8 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
             for (int64_t v = 0; v < 2 && out.cond; ++v)
               first_rows.template expect<true>(out.cond + (b * s.outs + panels.first(q, v)) * plane + y * s.width,
                                                plane, n);
-            first_rows.expect(grad + (b * gate_channels + h) * plane + (y + 2) * s.width, plane, n);
+            first_rows.expect(grad + (b * gate_channels + h) * plane + (y + RowTile<T>::kRowsAhead) * s.width, plane,
+                              n);
             first_rows.read(kept + (b * s.outs + h) * plane + y * s.width, plane, n);
             second_rows.read(kept + (b * s.outs + gate_channels + h) * plane + y * s.width, plane, n);
             for (int64_t c = 0; c < n; ++c) {

@@ -50,6 +50,17 @@ struct PackedMatrix {
   }
 };
 
+// Zeros for packed weights, on huge pages from the first byte on.
+inline Tensor packed_buffer(const Tensor& like, int64_t bytes) {
+  constexpr int64_t kHuge = int64_t{2} << 20;
+  Tensor buffer =
+      torch::stable::new_empty(like, std::vector<int64_t>{round_up(bytes, kHuge) + kHuge}, ScalarType::Byte);
+  prefer_huge_pages(buffer);
+  std::memset(buffer.data_ptr(), 0, buffer.numel());
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data_ptr());
+  return torch::stable::narrow(buffer, 0, round_up(address, kHuge) - address, bytes);
+}
+
 // weight(row, k) -> panels.
 template <class F>
 void pack_matrix(const PackedMatrix<float>& m, float* out, F&& weight) {

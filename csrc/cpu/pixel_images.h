@@ -113,11 +113,10 @@ class Images {
       }
   }
 
-  // f(channel) for each vector of channels of the parts; channels of a plane that is not a gate's.
+  // f(channel) for each vector of channels of the parts.
   template <class F>
-  static void for_each_vector(int64_t channels, int begin, int end, F&& f) {
-    const int64_t half = first_half(channels);
-    for (int64_t c = begin == 0 ? 0 : half; c < (end == 1 ? half : channels); c += kF) f(c);
+  static void for_each_vector(const Plane& plane, int begin, int end, F&& f) {
+    for (int64_t c = begin == 0 ? 0 : plane.middle(); c < (end == 1 ? plane.middle() : plane.channels); c += kF) f(c);
   }
 
   void execute(const Instruction& i, int begin, int end, int64_t y, int64_t x0, int64_t x1) {
@@ -135,13 +134,13 @@ class Images {
         float* to = dst.at(image(b), y, x);
         const float* from = job_.planes[i.src].at(image(b), y, x);
         const auto halves = [&](auto&& f) FASTGEN_INLINE {
-          for_each_vector(dst.channels, begin, end, [&](int64_t c) FASTGEN_INLINE {
+          for_each_vector(dst, begin, end, [&](int64_t c) FASTGEN_INLINE {
             const float* pair = from + c / kChannelBlock * 2 * kChannelBlock + c % kChannelBlock;
             store(to + c, f(load(pair), load(pair + kChannelBlock)));
           });
         };
         const auto each = [&](auto&& f) FASTGEN_INLINE {
-          for_each_vector(dst.channels, begin, end, [&](int64_t c) FASTGEN_INLINE { store(to + c, f(c)); });
+          for_each_vector(dst, begin, end, [&](int64_t c) FASTGEN_INLINE { store(to + c, f(c)); });
         };
         switch (i.kind) {
           case Kind::kGate:

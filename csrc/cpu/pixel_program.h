@@ -17,7 +17,7 @@
 namespace fastgen {
 namespace {
 
-constexpr int kPlaneInts = 6, kInstructionInts = 10, kMatrixInts = 4;
+constexpr int kPlaneInts = 7, kInstructionInts = 10, kMatrixInts = 4;
 constexpr int kChannelBlock = 16;  // channels are padded to whole blocks
 
 enum class Kind {
@@ -32,10 +32,16 @@ enum class Kind {
   kSample = 8
 };
 
+// Where two threads that share a plane's channels divide them: the same channels of both halves go together.
+inline int64_t middle_of(int64_t channels, int64_t halves) {
+  return halves * round_up(channels / halves / 2, kChannelBlock);
+}
+
 struct Plane {
-  int64_t channels;  // padded; with a gate's two halves, blocks of them alternate
+  int64_t channels, halves;  // padded channels; with a gate's two halves, blocks of them alternate
   int64_t rows, row_size, start, step, offset;
 
+  int64_t middle() const { return middle_of(channels, halves); }
   float* at(float* image, int64_t y, int64_t x) const {
     return image + offset + ((y % rows) + rows) % rows * row_size + start + x * step;
   }
@@ -56,9 +62,6 @@ struct SplitMatrix {
   int64_t first[2];
 };
 
-// The channels [begin, end) of a plane that a thread computes; of a gate's plane, the same channels of both halves.
-inline int64_t first_half(int64_t channels) { return round_up(channels / 2, kChannelBlock); }
-
 // Rows of a matrix as they are stored: a gate's halves in alternating blocks. -> row of the weight, or -1.
 inline int64_t stored_row(int64_t r, int64_t rows, int64_t halves) {
   if (halves == 1) return r < rows ? r : -1;
@@ -69,7 +72,7 @@ inline int64_t stored_row(int64_t r, int64_t rows, int64_t halves) {
 inline int64_t stored_rows(int64_t rows, int64_t halves) { return halves * round_up(rows / halves, kChannelBlock); }
 
 // The matrices of a program in one buffer. With data == nullptr it only measures. Each is described by its rows,
-// halves, taps, and channels of a tap, and whether it is kept in float32.
+// halves, taps, and channels of a tap.
 template <class W>
 struct PackedProgram {
   std::vector<SplitMatrix<W>> matrices;
@@ -81,7 +84,7 @@ struct PackedProgram {
       const int64_t k = shapes[i + 2] * round_up(shapes[i + 3], kChannelBlock);
       SplitMatrix<W> matrix;
       matrix.first[0] = 0;
-      matrix.first[1] = halves * first_half(rows / halves);
+      matrix.first[1] = middle_of(rows, halves);
       for (int p = 0; p < 2; ++p) {
         const int64_t end = p == 0 ? matrix.first[1] : rows;
         matrix.part[p] = {static_cast<int>(end - matrix.first[p]), static_cast<int>(k),

@@ -27,13 +27,7 @@ Tensor pixelcnn_pack(std::vector<Tensor> matrices, std::vector<int64_t> shapes, 
   FASTGEN_CHECK(matrices.size() * kMatrixInts == shapes.size(), "pixelcnn_pack: shapes do not fit the matrices");
   const int64_t bytes =
       bf16 ? PackedProgram<int16_t>(shapes, nullptr).bytes : PackedProgram<float>(shapes, nullptr).bytes;
-  constexpr int64_t kHuge = int64_t{2} << 20;
-  Tensor buffer =
-      torch::stable::new_empty(matrices[0], std::vector<int64_t>{round_up(bytes, kHuge) + kHuge}, ScalarType::Byte);
-  prefer_huge_pages(buffer);
-  std::memset(buffer.data_ptr(), 0, buffer.numel());
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data_ptr());
-  Tensor packed = torch::stable::narrow(buffer, 0, round_up(address, kHuge) - address, bytes);
+  Tensor packed = packed_buffer(matrices[0], bytes);
   auto* data = static_cast<uint8_t*>(packed.data_ptr());
   bf16 ? pack_program<int16_t>(matrices, shapes, data) : pack_program<float>(matrices, shapes, data);
   return packed;
@@ -51,7 +45,7 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.not_finite = &not_finite;
   for (size_t i = 0; i < planes.size(); i += kPlaneInts) {
     const int64_t* p = planes.data() + i;
-    job.planes.push_back({p[0], p[1], p[2], p[3], p[4], p[5]});
+    job.planes.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6]});
   }
   for (size_t i = 0; i < instructions.size(); i += kInstructionInts) {
     const int64_t* p = instructions.data() + i;

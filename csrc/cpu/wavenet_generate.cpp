@@ -24,13 +24,7 @@ void generate(const Job& job, const uint8_t* packed) {
 Tensor wavenet_pack(std::vector<Tensor> weights, bool bf16) {
   const Shape s = shape_of(weights);
   const int64_t bytes = bf16 ? Packed<int16_t>(s, nullptr).bytes : Packed<float>(s, nullptr).bytes;
-  constexpr int64_t kHuge = int64_t{2} << 20;
-  Tensor buffer =
-      torch::stable::new_empty(weights[0], std::vector<int64_t>{round_up(bytes, kHuge) + kHuge}, ScalarType::Byte);
-  prefer_huge_pages(buffer);
-  std::memset(buffer.data_ptr(), 0, buffer.numel());
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data_ptr());
-  Tensor packed = torch::stable::narrow(buffer, 0, round_up(address, kHuge) - address, bytes);
+  Tensor packed = packed_buffer(weights[0], bytes);
   if (bf16)
     pack<int16_t>(weights, s, static_cast<uint8_t*>(packed.data_ptr()));
   else

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.ops.masked_conv2d import weight_mask
+from fastgen.ops.masked_conv2d import MASKS, weight_mask
 
 KINDS = ("conv", "gate", "glu", "relu", "elu", "add", "attention", "remember", "sample")
 BLOCK = 16  # channels are padded to whole blocks
@@ -51,7 +51,7 @@ class Plane:
 class Instruction(NamedTuple):
     """dst, src, other: planes, -1 for none.
 
-    conv: dst = bias + other + matrix * (src at row dy, columns dx ... dx + taps - 1); gate, glu, relu, elu: of src;
+    conv: dst = bias + other + matrix * (src at row dy, `extra` columns from dx on); gate, glu, relu, elu: of src;
     add: src + other; attention: of the queries src to what the cache `extra` holds; remember: the key src and the value
     other, into the cache `extra`; sample: color `extra` from the parameters src, its features into dst.
     """
@@ -112,6 +112,8 @@ class PixelProgram:
                 f"PixelProgram: weight must have at most the plane's {self.planes[x].channels} channels, got "
                 f"{weight.shape[1]} from channel {offset} on"
             )
+        if mask not in MASKS:
+            raise ValueError(f"PixelProgram: mask must be one of {MASKS}, got {mask!r}")
         weight = F.pad(weight.detach().float(), (0, 0, 0, 0, offset, after))
         outs, _, height, width = weight.shape
         live = weight_mask(weight, mask, colors, halves)
@@ -129,8 +131,9 @@ class PixelProgram:
                 if new:
                     if result < 0 and add >= 0 and (phase == "pixel" or self.planes[add].phase == "row"):
                         init, add = add, -1
-                    start = bias if bias is not None else weight.new_zeros(outs)
-                    number = self._bias(start) if result < 0 and (bias is not None or init < 0) else -1
+                    if bias is None and init < 0:
+                        bias = weight.new_zeros(outs)  # something to begin the sums with
+                    number = -1 if bias is None or result >= 0 else self._bias(bias)
                     result = self._plane(outs, phase, halves)
                 else:
                     number = -1

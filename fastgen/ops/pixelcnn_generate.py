@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check_classes, check_tensor, refused
-from fastgen.ops.distributions import KINDS as LOOP_KINDS
-from fastgen.ops.distributions import sample_levels
+from fastgen.checks import check_classes, check_positive, check_tensor, refused
+from fastgen.ops import distributions
 from fastgen.ops.pixel_program import BLOCK, KINDS, Instruction, PixelProgram
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,7 +38,9 @@ class PixelDistribution:
 
     def sample(self, parameters: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
         """parameters (..., outputs), uniforms (...) -> int64 (...)."""
-        return sample_levels(self.kind, parameters, uniforms, self.levels, temperature, self.log_scale_min)
+        return distributions.sample_levels(
+            self.kind, parameters, uniforms, self.levels, temperature, self.log_scale_min
+        )
 
 
 lib.define("pixelcnn_pack(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor")
@@ -169,6 +170,8 @@ class PixelGenerator:
             For a tensor of another shape or type, values outside the levels, or a network whose outputs are not finite.
         """
         self._check_call(uniforms, given, known, context)
+        check_positive("pixelcnn_generate", "temperature", temperature)
+        uniforms = uniforms.float().contiguous()
         batch, colors, height, width = uniforms.shape
         values = torch.zeros(batch, colors, height, width, dtype=torch.int64, device=uniforms.device)
         kept = uniforms.new_empty(*values.shape, self.distribution.outputs) if parameters else None
@@ -186,15 +189,16 @@ class PixelGenerator:
         if context is not None:
             context = context.permute(0, 2, 3, 1).float().contiguous()
         rows = 1 if report is not None else max(height, 1)
-        kind = LOOP_KINDS.index("logistic" if self.distribution.kind == "logistic" else "categorical")
+        kind = distributions.KINDS.index("logistic" if self.distribution.kind == "logistic" else "categorical")
         for row in range(0, height, rows):
             with refused():
                 torch.ops.fastgen.pixelcnn_generate(
-                self._packed, self._shapes, planes, instructions, self.dtype == torch.bfloat16, biases, context,
-                self.program.context, self.table, kind, self.distribution.outputs, self.distribution.log_scale_min,
-                temperature, uniforms.float().contiguous(), None if given is None else given.contiguous(),
-                None if known is None else known.to(torch.uint8).contiguous(), row, row + rows, memory, values, kept,
-            )  # fmt: skip
+                    self._packed, self._shapes, planes, instructions, self.dtype == torch.bfloat16, biases, context,
+                    self.program.context, self.table, kind, self.distribution.outputs, self.distribution.log_scale_min,
+                    temperature, uniforms, None if given is None else given.contiguous(),
+                    None if known is None else known.to(torch.uint8).contiguous(), row, row + rows, memory, values,
+                    kept,
+                )  # fmt: skip
             if report is not None:
                 report(row + 1)
         return values, kept
@@ -249,7 +253,7 @@ def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], 
     for index, plane in enumerate(program.planes):
         padded, row = plane.padded, (plane.left + width + plane.right) * plane.padded
         if plane.phase == "pixel" and not plane.apart and index != program.input:
-            numbers += [padded, 1, 0, 0, 0, end]
+            numbers += [padded, plane.halves, 1, 0, 0, 0, end]
             end += padded
             continue
         size, life = plane.rows * row, lives.get(index, [0])
@@ -261,7 +265,7 @@ def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], 
                     break
             else:
                 free.append((size, offset, life[-1]))
-        numbers += [padded, plane.rows, row, plane.left * padded, padded, offset]
+        numbers += [padded, plane.halves, plane.rows, row, plane.left * padded, padded, offset]
         end = max(end, offset + size)
     caches = []
     room = -(-height * width // BLOCK) * BLOCK
@@ -309,7 +313,7 @@ class _Reference:
         self.program, self.matrices, self.table, self.distribution = program, matrices, table, distribution
         self.values, self.kept = values, kept
         batch, _, height, self.width = values.shape
-        # a row and a column of zeros for whatever a window reaches beyond the image
+        # rows and columns of zeros for what windows reach beyond the image
         self.planes = [
             table.new_zeros(batch, p.rows - 1 + height, p.left + self.width + p.right, p.channels)
             for p in program.planes
