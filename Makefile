@@ -1,4 +1,4 @@
-# make demo   train a small WaveNet on speech and a VQ-VAE on digits, print the tables of speeds (DATA=folder_or_file)
+# make demo   train small models on speech, digits and points, print the tables of speeds (DATA=folder_or_file)
 # make test   the whole test suite
 # make check  lint, format and types
 # make bench  the benchmarks, and the README's table from them

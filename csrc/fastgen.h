@@ -92,6 +92,15 @@ void share(int64_t items, F&& f) {
 // Compute type of an element type.
 template <class E>
 using ComputeType = std::conditional_t<std::is_same_v<E, double>, double, float>;
+template <class T>
+constexpr ScalarType kTypeOf = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+// The product of a tensor's sizes from dimension `first` on.
+inline int64_t values_from(const Tensor& tensor, int64_t first) {
+  int64_t n = 1;
+  for (int64_t i = first; i < tensor.dim(); ++i) n *= tensor.size(i);
+  return n;
+}
 
 template <class E>
 const E* data_of(const Tensor& tensor) {

@@ -120,6 +120,7 @@ def render(results: list[dict[str, Any]]) -> str:
             )
         lines += _quantization(result["benchmarks"])
         lines += _pixels(result["benchmarks"])
+        lines += _flows(result["benchmarks"])
         lines.append("")
     return "\n".join(lines).strip()
 
@@ -184,6 +185,40 @@ def _pixels(benchmarks: list[dict[str, Any]]) -> list[str]:
         naive = b["pixels"] * seconds["forward"]
         ratio = f"{naive / seconds['float32']:.0f}x, {naive / seconds['bfloat16']:.0f}x"
         lines.append(f"| {b['case']} | {' | '.join(ms)} | {ratio} |")
+    return lines
+
+
+def _flows(benchmarks: list[dict[str, Any]]) -> list[str]:
+    """The tables of the coupling, of a step of Glow, and of Glow's training."""
+    lines = []
+    couplings = [b for b in benchmarks if b.get("coupling") or b.get("glow_step")]
+    if couplings:
+        lines += [
+            "",
+            "| flows, ms | fastgen | eager | torch.compile | normflows | nflows | of copy bandwidth | "
+            "extra memory, MB: fastgen / eager or normflows |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+    for b in couplings:
+        names = ("fastgen", "eager", "torch.compile", "normflows", "nflows")
+        ms = [f"{1e3 * b['seconds'][k]:.2f}" if k in b["seconds"] else "" for k in names]
+        share = f"{b['of_copy']:.0%}" if "of_copy" in b else ""
+        other = "eager" if "eager" in b["seconds"] else "normflows"
+        megabytes = _megabytes(b["peak_extra_bytes"], ("fastgen", other))
+        lines.append(f"| {b['case']} | {' | '.join(ms)} | {share} | {megabytes} |")
+    trainings = [b for b in benchmarks if b.get("glow_training")]
+    if trainings:
+        lines += [
+            "",
+            "| training step | reversible, ms | plain, ms | normflows, ms | activations, MB: reversible / plain / "
+            "normflows | parameters, MB |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+    for b in trainings:
+        ways = ("reversible", "plain", "normflows")
+        ms = [f"{1e3 * b['seconds'][k]:.0f}" for k in ways]
+        megabytes = _megabytes(b["activation_bytes"], ways)
+        lines.append(f"| {b['case']} | {' | '.join(ms)} | {megabytes} | {b['parameter_bytes'] / 1e6:.0f} |")
     return lines
 
 

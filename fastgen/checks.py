@@ -61,6 +61,23 @@ def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None,
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors)
 
 
+def keep_dtype(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """x and the others; under torch.autocast the others in x's dtype: what is inverted must stay exact."""
+    check_tensor(op, "x", x)
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return x, *others
+    return x, *(t.to(x.dtype) if isinstance(t, Tensor) else t for t in others)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Within it, products on x's device keep the dtype of their factors."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 def differentiates(*tensors: Tensor | None) -> bool:
     """Whether a call must go through autograd: for a backward pass, or to refuse forward-mode differentiation."""
     if torch.autograd.forward_ad._current_level >= 0:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastgen.audio import load_folder, mu_law_decode, save_audio, speech_path
 from fastgen.backend import cpu_isa, why_not
+from fastgen.demo_flows import demo_flows
 from fastgen.demo_pixels import demo_pixels
 from fastgen.demo_vqvae import demo_vqvae
 from fastgen.files import whole_file
@@ -28,7 +29,7 @@ from fastgen.models import WaveNet
 from fastgen.ops import Generator, distributions
 from fastgen.training import save_checkpoint, train_wavenet
 
-PARTS = ("wavenet", "vqvae", "pixels")
+PARTS = ("wavenet", "vqvae", "pixels", "flows")
 RATE = 16000  # Hz
 TEMPERATURE = 1.0
 NAIVE_STEPS = 20
@@ -51,17 +52,17 @@ def demo(
     seconds: float = 60.0,
     only: str | None = None,
 ) -> None:
-    """Train a WaveNet for `seconds`, a VQ-VAE and a Gated PixelCNN for half of that each, and print tables of speeds.
+    """Train a WaveNet for `seconds`, a VQ-VAE and a Gated PixelCNN for half of that each, a flow for a quarter.
 
-    Writes sample.wav, sample.png, wavenet.pt, reconstructions.png, vqvae.pt, digits.png and pixels.pt into the folder
-    `out`.
+    Prints tables of speeds, and writes sample.wav, sample.png, wavenet.pt, reconstructions.png, vqvae.pt, digits.png,
+    pixels.pt, moons.png and flow.pt into the folder `out`.
 
     Parameters
     ----------
     data
         A WAV or FLAC file or a folder of them, any rate, mono or stereo; by default the speech that comes with fastgen.
     only
-        "wavenet", "vqvae" or "pixels": that part alone.
+        "wavenet", "vqvae", "pixels" or "flows": that part alone.
 
     Raises
     ------
@@ -75,13 +76,15 @@ def demo(
     parts = PARTS if only is None else (only,)
     console = _rich_console()
     # what is missing is found out before the training
-    images = None if parts == ("wavenet",) else load_images()
+    images = load_images() if {"vqvae", "pixels"} & set(parts) else None
     if "wavenet" in parts:
         _demo_wavenet(console, data, Path(out), seconds)
     if "vqvae" in parts and images is not None:
         demo_vqvae(console, images, out, seconds / 2)
     if "pixels" in parts and images is not None:
         demo_pixels(console, images, out, seconds / 2)
+    if "flows" in parts:
+        demo_flows(console, out, seconds / 4)
 
 
 def _demo_wavenet(console: Any, data: str | os.PathLike[str] | None, out: Path, seconds: float) -> None:

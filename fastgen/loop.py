@@ -8,13 +8,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgen.checkpoints import restore_checkpoint, save_checkpoint
 from fastgen.checks import check_integer, check_positive
 
 Progress = bool | Callable[[int, float], object]
@@ -67,6 +69,50 @@ def begin(
             raise ValueError(f"{os.fspath(checkpoint)}: is at step {log.step}; steps must be larger, got {steps}")
     elif checkpoint is not None and Path(checkpoint).exists():
         raise FileExistsError(f"{os.fspath(checkpoint)}: exists; resume from it, or choose another file")
+
+
+def fit(
+    op: str,
+    model: nn.Module,
+    models: Mapping[str, type[nn.Module]],
+    batch_loss: Callable[[], Tensor],
+    held_out: Callable[[], float] | None,
+    *,
+    steps: int | None,
+    seconds: float | None,
+    learning_rate: float,
+    clip_norm: float,
+    seed: int,
+    checkpoint: str | os.PathLike[str] | None,
+    save_every: int,
+    resume: bool,
+    progress: Progress,
+    unit: str,
+    **more: Any,
+) -> TrainingLog:
+    """Train a model that describes itself by `config`, with Adam, from the beginning or from its checkpoint.
+
+    `models` are those that a checkpoint may hold; `held_out()` is recorded, and a checkpoint with the entries `more`
+    written, every `save_every` steps and at the end. The global random state is left as it was. See `optimise`.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    log = TrainingLog()
+
+    def keep() -> None:
+        if held_out is not None:
+            log.validation.append((log.step, held_out()))
+            model.train()
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, model, optimizer=optimizer, step=log.step, **more)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        begin(op, log, checkpoint, resume, steps, lambda path: restore_checkpoint(path, models, op, model, optimizer))
+        optimise(
+            op, model, optimizer, batch_loss, keep, log, steps=steps, seconds=seconds, learning_rate=learning_rate,
+            clip_norm=clip_norm, save_every=save_every, progress=progress, unit=unit,
+        )  # fmt: skip
+    return log
 
 
 def optimise(

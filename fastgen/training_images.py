@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.checkpoints import load_checkpoint, restore_checkpoint, save_checkpoint
+from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_progress, check_tensor
-from fastgen.loop import Progress, TrainingLog, begin, check_loop, optimise
+from fastgen.loop import Progress, TrainingLog, check_loop, fit
 from fastgen.models import VQVAE, VQVAE2
 from fastgen.models.vqvae import perplexity
 
@@ -90,26 +90,12 @@ def train_vqvae(
     if number < 1:
         raise ValueError(f"{op}: images must hold at least one to train on, got {len(images)}")
     train, held_out = images[:number], images[number:]
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    log = TrainingLog()
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        begin(op, log, checkpoint, resume, steps, lambda path: restore_checkpoint(path, MODELS, op, model, optimizer))
-
-        def keep() -> None:
-            if len(held_out):
-                log.validation.append((log.step, validate(model, held_out)))
-                model.train()
-            if checkpoint is not None:
-                save_checkpoint(checkpoint, model, optimizer=optimizer, step=log.step)
-
-        optimise(
-            op, model, optimizer, lambda: model.loss(as_floats(train[torch.randint(number, (batch_size,))])), keep, log,
-            steps=steps, seconds=seconds, learning_rate=learning_rate, clip_norm=clip_norm, save_every=save_every,
-            progress=progress, unit="loss",
-        )  # fmt: skip
-    return log
+    return fit(
+        op, model, MODELS, lambda: model.loss(as_floats(train[torch.randint(number, (batch_size,))])),
+        (lambda: validate(model, held_out)) if len(held_out) else None, steps=steps, seconds=seconds,
+        learning_rate=learning_rate, clip_norm=clip_norm, seed=seed, checkpoint=checkpoint, save_every=save_every,
+        resume=resume, progress=progress, unit="loss",
+    )  # fmt: skip
 
 
 def check_images(op: str, model: VQVAE | VQVAE2, images: Tensor) -> None:

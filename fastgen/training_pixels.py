@@ -8,10 +8,10 @@ import os
 import torch
 from torch import Tensor
 
-from fastgen.checkpoints import load_checkpoint, restore_checkpoint, save_checkpoint
+from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_classes, check_progress, check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import Progress, TrainingLog, begin, check_loop, optimise
+from fastgen.loop import Progress, TrainingLog, check_loop, fit
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelModel, PixelSNAIL
 
 MODELS: dict[str, type[PixelModel]] = {
@@ -116,8 +116,6 @@ def train_pixels(
     number = len(images) - int(len(images) * holdout)
     if number < 1:
         raise ValueError(f"{op}: images must hold at least one to train on, got {len(images)}")
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    log = TrainingLog()
     dims = images[0].numel()
 
     def loss() -> Tensor:
@@ -126,24 +124,14 @@ def train_pixels(
         log_p = model.log_prob(x, **{name: rows[chosen] for name, rows in given.items()})
         return -log_p.mean() / (math.log(2) * dims)
 
-    def keep() -> None:
-        if number < len(images):
-            held_out = [None if rows is None else rows[number:] for rows in (labels, cond)]
-            log.validation.append((log.step, validate(model, images[number:], *held_out)))
-            model.train()
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, model, optimizer=optimizer, step=log.step, image_size=list(images.shape[-2:]))
+    def held_out() -> float:
+        return validate(model, images[number:], *(None if rows is None else rows[number:] for rows in (labels, cond)))
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        begin(
-            op, log, checkpoint, resume, steps, lambda path: restore_checkpoint(path, MODELS, op, model, optimizer)
-        )  # fmt: skip
-        optimise(
-            op, model, optimizer, loss, keep, log, steps=steps, seconds=seconds, learning_rate=learning_rate,
-            clip_norm=clip_norm, save_every=save_every, progress=progress, unit="bits per value",
-        )  # fmt: skip
-    return log
+    return fit(
+        op, model, MODELS, loss, held_out if number < len(images) else None, steps=steps, seconds=seconds,
+        learning_rate=learning_rate, clip_norm=clip_norm, seed=seed, checkpoint=checkpoint, save_every=save_every,
+        resume=resume, progress=progress, unit="bits per value", image_size=list(images.shape[-2:]),
+    )  # fmt: skip
 
 
 def check_data(op: str, model: PixelModel, images: Tensor) -> None:

@@ -1,9 +1,6 @@
 """Two processes that train one codebook: bit for bit the same on both, whatever each of them sees."""
 
-import sys
-
-import pytest
-import torch
+from distributed_helpers import run_two
 
 WORKER = """
 import sys, torch
@@ -66,21 +63,4 @@ print("done")
 
 
 def test_two_processes_agree(tmp_path):
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    import subprocess
-
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    commands = [[sys.executable, str(script), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)]
-    workers = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
-    ]
-    try:
-        outputs = [worker.communicate(timeout=120) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, (out, err) in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, err[-3000:]
-        assert "done" in out
+    run_two(tmp_path, WORKER)

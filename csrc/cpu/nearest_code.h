@@ -335,9 +335,6 @@ Codes<T> codes_of(const Tensor& codebook, bool cosine) {
   return {data_of<T>(codebook), count, dim, cosine};
 }
 
-template <class T>
-constexpr ScalarType kTypeOf = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-
 Tensor empty_of(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
   return torch::stable::new_empty(like, size, dtype);
 }

@@ -97,6 +97,70 @@ inline uint16_t to_bf16(float f) {
   return static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
+// A vector of the compute type from or to the element type E.
+template <class E>
+inline Vec<ComputeType<E>> load_as(const E* p) {
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    Half bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (VecF)(__builtin_convertvector(bits, VecU) << 16);
+  } else {
+    return load(p);
+  }
+}
+template <class E>
+inline void store_as(E* p, Vec<ComputeType<E>> v) {
+  if constexpr (std::is_same_v<E, BFloat16>) {  // rounds as to_bf16
+    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+    const VecU word = (VecU)v;
+    const VecU rounded = v != v ? (word >> 16) | 0x40 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    const Half bits = __builtin_convertvector(rounded, Half);
+    std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+  } else {
+    store(p, v);
+  }
+}
+// The first `count` lanes alone; those not loaded are zero.
+template <class E>
+inline auto load_some(const E* p, int count) {
+  E part[kLanes<ComputeType<E>>];
+  std::memset(static_cast<void*>(part), 0, sizeof part);
+  std::memcpy(static_cast<void*>(part), p, count * sizeof(E));
+  return load_as(part);
+}
+template <class E>
+inline void store_some(E* p, Vec<ComputeType<E>> v, int count) {
+  E part[kLanes<ComputeType<E>>];
+  store_as(part, v);
+  std::memcpy(static_cast<void*>(p), part, count * sizeof(E));
+}
+
+// f(i, n) for the vectors of [0, count): n is a constant for those that are whole.
+template <class T, class F>
+inline void by_vectors(int64_t count, F&& f) {
+  constexpr std::integral_constant<int, kLanes<T>> kWhole{};
+  int64_t i = 0;
+  for (; i + kWhole <= count; i += kWhole) f(i, kWhole);
+  if (i < count) f(i, static_cast<int>(count - i));
+}
+template <class E, int N>
+inline auto take(const E* p, std::integral_constant<int, N>) {
+  return load_as(p);
+}
+template <class E>
+inline auto take(const E* p, int count) {
+  return load_some(p, count);
+}
+template <class E, int N>
+inline void put(E* p, Vec<ComputeType<E>> v, std::integral_constant<int, N>) {
+  store_as(p, v);
+}
+template <class E>
+inline void put(E* p, Vec<ComputeType<E>> v, int count) {
+  store_some(p, v, count);
+}
+
 // `count` values to or from the tensor's element type E; the rest of a tile is zero.
 template <class T, class E>
 inline void load_row(T* to, const E* from, int64_t count, int64_t tile) {
@@ -178,10 +242,11 @@ inline VecF at_most(VecF x, float high) {
 #endif
 }
 
-// e^x = 2^n (1 + q), both within 2 ulp for x in [-87, 88]; q is small where x is (coefficients of Cephes).
-inline void exp_parts(VecF x, VecF& power, VecF& q) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  const VecF shifted = x * 1.44269504088896341f + kShift;
+// e^x = 2^n (1 + q), both within 2 ulp; q is small where x is (coefficients of Cephes). n comes plus kShift, which
+// holds it in the low bits.
+constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+inline VecF exp_fraction(VecF x, VecF& shifted) {
+  shifted = x * 1.44269504088896341f + kShift;
   const VecF n = shifted - kShift;
   const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -189,7 +254,12 @@ inline void exp_parts(VecF x, VecF& power, VecF& q) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  q = p * (r * r) + r;
+  return p * (r * r) + r;
+}
+// power is 2^n; for x in [-87, 88].
+inline void exp_parts(VecF x, VecF& power, VecF& q) {
+  VecF shifted;
+  q = exp_fraction(x, shifted);
   power = (VecF)(((VecU)shifted << 23) + 0x3f800000u);
 }
 inline VecF exp_bounded(VecF x) {
@@ -202,6 +272,42 @@ inline VecF expm1_bounded(VecF x) {
   VecF power, q;
   exp_parts(x, power, q);
   return power * q + (power - 1.0f);
+}
+
+// e^x for every x: too large gives infinity, too small zero, NaN stays.
+inline VecF exp_any(VecF x) {
+  VecF shifted;
+  const VecF q = exp_fraction(at_most(at_least(x, -104.0f), 89.0f), shifted);
+  const VecI n = (VecI)shifted - 0x4b400000, half = n >> 1;  // 2^n itself may lie outside the range of floats
+  return (1.0f + q) * (VecF)((half + 127) << 23) * (VecF)((n - half + 127) << 23);
+}
+// ln(1 + x) for x in [0, 1], exact in the relative sense near zero: 2 artanh(x / (2 + x)).
+inline VecF log1p_unit(VecF x) {
+  const VecF w = x / (2.0f + x), w2 = w * w;
+  VecF p = w2 * (1.0f / 13) + 1.0f / 11;
+  p = p * w2 + 1.0f / 9;
+  p = p * w2 + 1.0f / 7;
+  p = p * w2 + 1.0f / 5;
+  p = p * w2 + 1.0f / 3;
+  return 2.0f * w + 2.0f * w * (w2 * p);
+}
+inline VecF tanh_of(VecF x) {
+  const VecF m = expm1_bounded(-2.0f * at_most(at_least(x, -9.02f), 9.02f));
+  return -m / (2.0f + m);
+}
+template <class F>
+inline Vec<double> by_lane(Vec<double> x, F&& f) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = f(x[i]);
+  return x;
+}
+inline Vec<double> exp_any(Vec<double> x) {
+  return by_lane(x, [](double v) { return std::exp(v); });
+}
+inline Vec<double> log1p_unit(Vec<double> x) {
+  return by_lane(x, [](double v) { return std::log1p(v); });
+}
+inline Vec<double> tanh_of(Vec<double> x) {
+  return by_lane(x, [](double v) { return std::tanh(v); });
 }
 
 // a / b for b of ordinary size, within an ulp, in a third of the time of a division of 512 bits.

@@ -1,6 +1,11 @@
 """Layers with parameters: what training code imports."""
 
+from fastgen.nn.actnorm import ActNorm
 from fastgen.nn.causal_conv1d import CausalConv1d, WaveNetLayer
+from fastgen.nn.conditioners import ConvConditioner, MLPConditioner, ResidualConditioner
+from fastgen.nn.coupling import AdditiveCoupling, AffineCoupling, checkerboard
+from fastgen.nn.flow import FlowSequence, MultiScale, Permutation, Split, Squeeze
+from fastgen.nn.invertible_conv1x1 import InvertibleConv1x1
 from fastgen.nn.masked_conv2d import GatedMaskedConv2d, GatedPixelCNNBlock, MaskedConv2d
 from fastgen.nn.pixelsnail import CausalAttention2d, PixelSNAILBlock, PixelSNAILResidual
 from fastgen.nn.residual_vq import GroupedResidualVQ, ResidualVQ
@@ -9,19 +14,32 @@ from fastgen.nn.vector_quantize import VectorQuantize
 from fastgen.nn.vq_adapters import VectorQuantization, VectorQuantizer2
 
 __all__ = [
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
     "CausalAttention2d",
     "CausalConv1d",
+    "ConvConditioner",
+    "FlowSequence",
     "GatedMaskedConv2d",
     "GatedPixelCNNBlock",
     "GroupedResidualVQ",
+    "InvertibleConv1x1",
+    "MLPConditioner",
     "MaskedConv2d",
+    "MultiScale",
+    "Permutation",
     "PixelSNAILBlock",
     "PixelSNAILResidual",
+    "ResidualConditioner",
     "ResidualVQ",
+    "Split",
+    "Squeeze",
     "StretchUpsample",
     "TransposedUpsample",
     "VectorQuantization",
     "VectorQuantize",
     "VectorQuantizer2",
     "WaveNetLayer",
+    "checkerboard",
 ]

@@ -1,0 +1,113 @@
+"""The commands of normalizing flows."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from fastgen.commands_images import GRID_IMAGES, grid_beside, save_square
+
+FLOW_COMMANDS = {"realnvp": "RealNVP", "glow": "Glow"}
+FLOW_SIZES = {
+    "RealNVP": {
+        "scales": "of images; default: 2", "couplings": "on each scale and kind of mask, default: 3; points: 8",
+        "hidden": "channels of the conditioners, default: 64",
+    },
+    "Glow": {
+        "scales": "of images; default: 2", "flow-steps": "on each scale, default: 8",
+        "hidden": "channels of the conditioners, default: 128; points: 64",
+    },
+}  # fmt: skip
+POINTS = 20000
+
+
+def train_flow_command(options: argparse.Namespace) -> None:
+    """`train realnvp` and `train glow`."""
+    from fastgen.densities import draw, save_density
+    from fastgen.images import load_images, load_labels, pad_to_multiple
+    from fastgen.training_flows import MODELS, load_flow, save_samples, train_flow
+
+    kind = MODELS[FLOW_COMMANDS[options.model]]
+    grid = grid_beside(options)
+    sizes = [name.replace("-", "_") for name in FLOW_SIZES[kind.__name__]]
+    asked: dict[str, Any] = {n: v for n in ("levels", *sizes) if (v := getattr(options, n)) is not None}
+    if "flow_steps" in asked:
+        asked["steps"] = asked.pop("flow_steps")
+    if options.reversible:
+        asked["reversible"] = True
+    if options.data is not None and options.density is not None:
+        raise ValueError(f"--data or --density, one of the two; got {options.data} and {options.density}")
+    if options.resume:
+        model = load_flow(options.out)
+        different = [f"{name} {value}" for name, value in asked.items() if model.config[name] != value]
+        if type(model) is not kind:
+            raise ValueError(f"{options.out}: is of a {type(model).__name__}, not of a {kind.__name__}")
+        if bool(model.classes) != options.labels:
+            wanted = "leave out --labels" if options.labels else "add --labels"
+            raise ValueError(f"{options.out}: the model has {model.classes} classes: {wanted}")
+        if different:
+            raise ValueError(f"{options.out}: is of another model: leave out {', '.join(different)}, or --resume")
+    elif options.out.exists():  # said before any data are read
+        raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+    labels = None
+    if options.data is None:
+        if options.labels:
+            raise ValueError("--labels: needs --data; points have none")
+        data = draw(options.density or "two_moons", POINTS, torch.Generator().manual_seed(options.seed))
+        asked = {"hidden": 64} | asked
+    else:
+        scales = model.config["scales"] if options.resume else asked.get("scales", 2)
+        data = pad_to_multiple(load_images(options.data, size=options.size), 2 ** max(scales, 0))
+        labels = load_labels(options.data) if options.labels else None
+        if not len(data):
+            raise ValueError(f"{options.data}: expected at least one image, got none")
+    if not options.resume:
+        torch.manual_seed(options.seed)
+        if labels is not None:
+            asked["classes"] = int(labels.max()) + 1
+        model = kind(tuple(data.shape[1:]), **asked)  # type: ignore[call-arg]
+    log = train_flow(
+        model, data, labels=labels, steps=options.steps, batch_size=options.batch_size,
+        learning_rate=options.learning_rate, seed=options.seed, checkpoint=options.out, save_every=options.save_every,
+        resume=options.resume,
+    )  # fmt: skip
+    unit = "bits per dimension" if model.levels else "nats"
+    held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
+    print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f} {unit}{held_out}")
+    model.eval()
+    if options.data is None:
+        save_density(
+            grid, model.log_prob, data, model.sample(POINTS, generator=torch.Generator().manual_seed(options.seed))
+        )
+        print(f"{grid}: data, density and samples")
+        return
+    of_shown = None if labels is None else labels[-GRID_IMAGES:]
+    save_samples(grid, model, data[-GRID_IMAGES:], of_shown, seed=options.seed)
+    print(f"{grid}: samples; images; a way from the first to the last")
+
+
+def sample_flow(options: argparse.Namespace) -> None:
+    """`sample flow`."""
+    from fastgen.densities import save_density
+    from fastgen.training_flows import load_flow
+
+    model = load_flow(options.checkpoint).eval()
+    if (options.label is None) == bool(model.classes):
+        wanted = "needs --label" if model.classes else "has no classes: leave out --label"
+        raise ValueError(f"{options.checkpoint}: the model {wanted}")
+    generator = torch.Generator().manual_seed(options.seed)
+    if len(model.shape) == 1:
+        if model.shape != (2,):
+            raise ValueError(
+                f"{options.checkpoint}: pictures are of points in the plane, the model's have {model.dims} sides"
+            )
+        drawn = model.sample(options.number, temperature=options.temperature, generator=generator)
+        save_density(options.out, model.log_prob, drawn, drawn)
+        print(f"{options.out}: {options.number} points, and the density")
+        return
+    labels = None if options.label is None else torch.full((options.number,), options.label)
+    drawn = model.sample(options.number, labels=labels, temperature=options.temperature, generator=generator)
+    save_square(options.out, drawn.float() / (model.levels - 1))
+    print(f"{options.out}: {options.number} images of {model.shape[1]} x {model.shape[2]} pixels")

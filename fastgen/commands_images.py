@@ -1,0 +1,149 @@
+"""The commands that train on images, and draw them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VQVAE_SIZES = {
+    "hidden-channels": 128, "residual-layers": 2, "residual-channels": 32, "codebook-size": 512, "code-dim": 64,
+    "downsample": 2,
+}  # fmt: skip
+PIXEL_SIZES = {
+    "PixelCNN": {"channels": 64, "layers": 8},
+    "GatedPixelCNN": {"channels": 64, "layers": 8},
+    "PixelSNAIL": {"channels": 32, "layers": 3},
+}
+PIXEL_COMMANDS = {"pixelcnn": "PixelCNN", "gated_pixelcnn": "GatedPixelCNN", "pixelsnail": "PixelSNAIL"}
+GRID_IMAGES = 16
+
+
+def train_vqvae_command(options: argparse.Namespace) -> None:
+    """`train vqvae` and `train vqvae2`."""
+    from fastgen.images import load_images, pad_to_multiple, save_grid
+    from fastgen.training_images import MODELS, as_floats, code_perplexities, load_vqvae, train_vqvae
+
+    chosen = {name: getattr(options, name) for name in (size.replace("-", "_") for size in VQVAE_SIZES)}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    grid = grid_beside(options)
+    if options.resume:
+        model = load_vqvae(options.out)
+        different = [f"--{n.replace('_', '-')} {v}" for n, v in given.items() if model.config[n] != v]
+        if different or type(model) is not MODELS[options.model.upper()]:
+            what = ", ".join(different) or f"the model is a {type(model).__name__}"
+            raise ValueError(f"{options.out}: is of another model: leave out {what}, or --resume")
+    elif options.out.exists():  # said before any image is read
+        raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+    images = load_images(options.data, size=options.size)
+    if not len(images):
+        raise ValueError(f"{options.data}: expected at least one image, got none")
+    if not options.resume:
+        torch.manual_seed(options.seed)
+        sizes = {n.replace("-", "_"): v for n, v in VQVAE_SIZES.items()} | given
+        model = MODELS[options.model.upper()](
+            image_channels=images.shape[1], kmeans_init=True, threshold_ema_dead_code=1.0,
+            variance=max(float(as_floats(images[:4096]).var()), 1e-6), **sizes,
+        )  # type: ignore[arg-type]  # fmt: skip
+    images = pad_to_multiple(images, model.factor)
+    log = train_vqvae(
+        model, images, steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate,
+        seed=options.seed, checkpoint=options.out, save_every=options.save_every, resume=options.resume,
+    )  # fmt: skip
+    shown = as_floats(images[-GRID_IMAGES:])
+    model.eval()
+    with torch.no_grad():
+        save_grid(grid, [shown, model(shown).reconstruction])
+    used = ", ".join(f"{p:.1f}" for p in code_perplexities(model, images[-1024:]))
+    held_out = f", held out {log.validation[-1][1]:.4f} of the variance" if log.validation else ""
+    print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f}{held_out}, perplexity of the codes {used}")
+    print(f"{grid}: images above, reconstructions below")
+
+
+def train_pixels_command(options: argparse.Namespace) -> None:
+    """`train pixelcnn`, `train gated_pixelcnn` and `train pixelsnail`."""
+    from fastgen.images import load_codes, load_images, load_labels
+    from fastgen.training_pixels import MODELS, load_pixels, save_samples, train_pixels
+
+    kind = MODELS[PIXEL_COMMANDS[options.model]]
+    grid = grid_beside(options)
+    asked = {name: getattr(options, name) for name in ("channels", "layers", "levels", "codes", "distribution")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if options.resume:
+        model, _ = load_pixels(options.out)
+        different = [f"--{name} {value}" for name, value in asked.items() if model.config[name] != value]
+        if type(model) is not kind:
+            raise ValueError(f"{options.out}: is of a {type(model).__name__}, not of a {kind.__name__}")
+        if bool(model.config["classes"]) != options.labels:
+            wanted = "leave out --labels" if options.labels else "add --labels"
+            raise ValueError(f"{options.out}: the model has {model.config['classes']} classes: {wanted}")
+        if different:
+            raise ValueError(f"{options.out}: is of another model: leave out {', '.join(different)}, or --resume")
+    elif options.out.exists():  # said before any image is read
+        raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+    of_codes = model.codes if options.resume else options.codes
+    if of_codes and options.data is None:
+        raise ValueError("--codes: needs --data, an npz archive of integers (N, H, W)")
+    images = load_codes(options.data) if of_codes else load_images(options.data, size=options.size)
+    labels = load_labels(options.data) if options.labels else None
+    if not len(images):
+        raise ValueError(f"{options.data}: expected at least one image, got none")
+    if not options.resume:
+        torch.manual_seed(options.seed)
+        if not of_codes:
+            asked["image_channels"] = images.shape[1]
+        if labels is not None:
+            asked["classes"] = int(labels.max()) + 1
+        model = kind(**PIXEL_SIZES[kind.__name__] | asked)
+    log = train_pixels(
+        model, images, labels=labels, steps=options.steps, batch_size=options.batch_size,
+        learning_rate=options.learning_rate, seed=options.seed, checkpoint=options.out, save_every=options.save_every,
+        resume=options.resume,
+    )  # fmt: skip
+    held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
+    print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f} bits per value{held_out}")
+    save_samples(
+        grid, model, images[-GRID_IMAGES:], None if labels is None else labels[-GRID_IMAGES:], seed=options.seed
+    )
+    print(f"{grid}: samples; images, and their upper halves completed")
+
+
+def sample_pixels(options: argparse.Namespace) -> None:
+    """`sample pixels`."""
+    from fastgen.training_pixels import load_pixels, to_pixels
+
+    model, size = load_pixels(options.checkpoint)
+    if model.config["cond_codes"] or model.config["cond_channels"]:
+        raise ValueError(f"{options.checkpoint}: the model is conditioned on a map; sample it from Python")
+    if (options.label is None) == bool(model.config["classes"]):
+        wanted = "needs --label" if model.config["classes"] else "has no classes: leave out --label"
+        raise ValueError(f"{options.checkpoint}: the model {wanted}")
+    labels = None if options.label is None else torch.full((options.number,), options.label)
+    values = model.sample(
+        options.number, tuple(options.image_size or size), labels=labels, temperature=options.temperature,
+        dtype=getattr(torch, options.dtype), generator=torch.Generator().manual_seed(options.seed),
+        backend=options.backend, progress=True,
+    )  # fmt: skip
+    pictures = to_pixels(values, model)
+    save_square(options.out, pictures)
+    print(f"{options.out}: {options.number} images of {values.shape[-2]} x {values.shape[-1]} pixels")
+
+
+def grid_beside(options: argparse.Namespace) -> Path:
+    """Where the pictures go that belong to --out."""
+    grid: Path = options.grid or options.out.with_suffix(".png")
+    if grid.resolve() == options.out.resolve():
+        raise ValueError(f"{options.out}: is where the pictures go; choose another --out or --grid")
+    return grid
+
+
+def save_square(path: Path, pictures: Tensor) -> None:
+    """Write (n, C, H, W) in [0, 1] as a grid of about as many rows as columns."""
+    from fastgen.images import save_grid
+
+    columns = math.ceil(math.sqrt(len(pictures)))
+    blank = pictures.new_ones(-len(pictures) % columns, *pictures.shape[1:])
+    save_grid(path, list(torch.cat([pictures, blank]).split(columns)))

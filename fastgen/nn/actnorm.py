@@ -1,0 +1,82 @@
+"""Activation normalisation, initialised from the first batch that it sees in training."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastgen.checks import check_integer
+from fastgen.ops.actnorm import actnorm
+
+LEAST_VARIANCE = 1e-12  # of a channel that is scaled to unit variance; below it the channel counts as constant
+
+
+class ActNorm(nn.Module):
+    """A scale and a shift for each channel: y = x * exp(log_scale) + shift.
+
+    The first batch in training gives each channel mean 0 and variance 1 there; under `torch.distributed` the batches of
+    all ranks together do, so that ranks agree. A channel that is constant in them is only shifted, with a warning.
+
+    Parameters
+    ----------
+    channels
+        C of the input (B, C, *S).
+    """
+
+    initialized: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        check_integer("ActNorm", "channels", channels)
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.tensor(False))
+        self._ready: bool | None = None  # what the buffer holds, so that a step need not read it from a device
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C, *S) -> the same shape, log_det (B,)."""
+        self.prepare(x)
+        return actnorm(x, self.log_scale, self.shift)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo `forward`."""
+        return actnorm(z, self.log_scale, self.shift, inverse=True)
+
+    @torch.no_grad()
+    def prepare(self, x: Tensor) -> None:
+        """In training, and if it has not been done: set scale and shift from x."""
+        if self._ready is None:
+            self._ready = bool(self.initialized)
+        if self._ready or not self.training:
+            return
+        flat = x.detach().movedim(1, 0).flatten(1).double()
+        mean, variance, count = flat.mean(1), flat.var(1, correction=0), flat.shape[1]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            moments = torch.cat([count * mean, count * (variance + mean.square()), mean.new_tensor([count])])
+            moments = torch.where(torch.isfinite(moments), moments, 0) if count == 0 else moments
+            dist.all_reduce(moments)
+            total = moments[-1]
+            mean, square = moments[:-1].chunk(2)
+            mean, square = mean / total, square / total
+            variance = square - mean.square()
+        elif count == 0:
+            return
+        if not bool(torch.isfinite(variance).all()):
+            raise ValueError("ActNorm: x holds NaN or infinity in the batch that initialises it")
+        constant = variance <= LEAST_VARIANCE * (1 + mean.square())
+        if bool(constant.any()):
+            which = constant.nonzero().flatten().tolist()
+            warnings.warn(f"ActNorm: channels {which} are constant in the first batch: shifted only", stacklevel=3)
+        scale = torch.where(constant, 1.0, variance).rsqrt()
+        self.log_scale.copy_(scale.log())
+        self.shift.copy_(-mean * scale)
+        self.initialized.fill_(True)
+        self._ready = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._ready = None

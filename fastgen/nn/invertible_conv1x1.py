@@ -1,0 +1,97 @@
+"""Invertible 1x1 convolution as a layer: in LU form, or a plain matrix; with an actnorm before it, folded in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.checks import check_integer
+from fastgen.nn.actnorm import ActNorm
+from fastgen.ops.actnorm import actnorm
+from fastgen.ops.invertible_conv1x1 import invertible_conv1x1, lu_weight, mix_channels
+
+
+class InvertibleConv1x1(nn.Module):
+    """Mix the channels of every pixel by an invertible matrix; a random rotation at first.
+
+    Parameters
+    ----------
+    channels
+        C of the input (B, C, *S).
+    lu
+        Parametrised by its LU factors, so that the log-determinant is a sum; else by the matrix itself, whose
+        determinant (and in the inverse direction, inverse) is computed in float64 at every call.
+    actnorm
+        With an `ActNorm` of the input, computed as part of the same product.
+    """
+
+    sign: Tensor
+    permutation: Tensor
+
+    def __init__(self, channels: int, *, lu: bool = True, actnorm: bool = False) -> None:
+        super().__init__()
+        check_integer("InvertibleConv1x1", "channels", channels)
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        self.lu = lu
+        self.actnorm = ActNorm(channels) if actnorm else None
+        if not lu:
+            self.weight = nn.Parameter(rotation.float())
+            return
+        p, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.lower = nn.Parameter(lower.tril(-1).float())
+        self.upper = nn.Parameter(upper.triu(1).float())
+        self.log_diagonal = nn.Parameter(diagonal.abs().log().float())
+        self.register_buffer("sign", diagonal.sign().float())
+        self.register_buffer("permutation", p.argmax(1))
+
+    def matrix(self) -> Tensor:
+        """The matrix (C, C), without the actnorm."""
+        if not self.lu:
+            return self.weight
+        return lu_weight(self.lower, self.upper, self.log_diagonal, self.sign, self.permutation)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C, *S) -> the same shape, log_det (B,)."""
+        if self.actnorm is not None:
+            self.actnorm.prepare(x)
+        return self._run(x, False)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo `forward`."""
+        return self._run(z, True)
+
+    def _run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        norm = self.actnorm
+        affine = (None, None) if norm is None else (norm.log_scale, norm.shift)
+        if self.lu:
+            factors = (self.lower, self.upper, self.log_diagonal, self.sign, self.permutation)
+            return invertible_conv1x1(x, *factors, *affine, inverse=inverse)
+        kind = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.double()
+        log_det = x.shape[2:].numel() * torch.linalg.slogdet(weight)[1].to(kind).expand(x.shape[0])
+        zero = torch.zeros(len(weight), dtype=kind, device=x.device)
+        if inverse:
+            x = mix_channels(x, torch.linalg.inv(weight).to(kind), zero)
+            if norm is None:
+                return x, -log_det
+            x, of_norm = actnorm(x, *affine, inverse=True)  # type: ignore[arg-type]
+            return x, of_norm - log_det
+        if norm is not None:
+            x, of_norm = actnorm(x, *affine)  # type: ignore[arg-type]
+            log_det = log_det + of_norm
+        return mix_channels(x, weight.to(kind), zero), log_det
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = prefix + ("log_diagonal" if self.lu else "weight")
+        loaded = state_dict.get(name)
+        if isinstance(loaded, Tensor) and loaded.dim() == (1 if self.lu else 2):
+            singular = not bool(torch.isfinite(loaded).all())
+            if not self.lu and loaded.shape[0] == loaded.shape[1]:
+                singular = singular or not float(torch.linalg.cond(loaded.double())) < 1e12  # NaN for zeros
+            if singular:
+                args[-1].append(f"InvertibleConv1x1: {name} is of a singular matrix (or holds NaN)")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
