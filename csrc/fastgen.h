@@ -16,6 +16,10 @@
 #include <vector>
 
 namespace fastgen {
+
+// Memory that large results share one after another (buffers.cpp, once in each library).
+torch::stable::Tensor large_buffer(const torch::stable::Tensor& like, const std::vector<int64_t>& size);
+
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -52,10 +56,10 @@ inline void prefer_huge_pages(const Tensor& tensor) {
 #endif
 }
 
-inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& size) {
-  Tensor tensor = torch::stable::new_empty(like, size);
-  prefer_huge_pages(tensor);
-  return tensor;
+// A tensor for a result, of the dtype of `like`; see buffers.cpp.
+inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& size) { return large_buffer(like, size); }
+inline Tensor fresh_like(const Tensor& like) {
+  return large_buffer(like, std::vector<int64_t>(like.sizes().begin(), like.sizes().end()));
 }
 
 // For std::vector: on cache lines of its own, so that what one thread writes never costs another that reads something

@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -23,6 +24,7 @@ ISAS = ("generic", "avx2", "avx512", "avx512_vnni")  # slowest first
 
 lib = torch.library.Library("fastgen", "FRAGMENT")
 lib.define("fma_peak() -> float")
+lib.define("keep_buffers(int bytes, bool lasting) -> ()")
 
 
 class BackendError(RuntimeError):
@@ -48,7 +50,10 @@ def _variable(name: str, allowed: tuple[str, ...]) -> str:
     value = os.environ.get(name, "")
     if not value or value in allowed:
         return value
-    message = f"{name}: expected one of {', '.join(allowed)}, got {value!r}"
+    _refuse(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _refuse(message: str) -> NoReturn:
     if sys.argv[:1] == ["-m"]:  # `python -m fastgen` imports the package before any of its code could catch this
         print(f"fastgen: {message}", file=sys.stderr)
         raise SystemExit(2)
@@ -94,7 +99,22 @@ def _load_cpu() -> tuple[str | None, str | None]:
         torch.ops.load_library(str(folder / f"_cpu_{runnable[-1]}.so"))
     except OSError as error:
         return None, f"the C++ kernels could not be loaded: {error}"
+    megabytes = os.environ.get("FASTGEN_KEEP_MB", "")
+    if megabytes:
+        if not megabytes.isdecimal():
+            _refuse(f"FASTGEN_KEEP_MB: expected a number of megabytes, got {megabytes!r}")
+        torch.ops.fastgen.keep_buffers(int(megabytes) << 20, True)
     return runnable[-1], None
+
+
+def release_memory() -> None:
+    """Give back to the system what large results of the C++ kernels have left for the next ones.
+
+    A result of at least a megabyte takes memory that an earlier one has freed, since fresh pages cost more time than
+    most kernels. At most a gigabyte lies idle, or FASTGEN_KEEP_MB megabytes.
+    """
+    if _cpu_reason is None:
+        torch.ops.fastgen.keep_buffers(0, False)
 
 
 cpu_isa, _cpu_reason = _load_cpu()

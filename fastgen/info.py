@@ -11,7 +11,7 @@ import torch
 import fastgen
 from fastgen import backend
 
-VARIABLES = ("FASTGEN_BACKEND", "FASTGEN_CPU_ISA")
+VARIABLES = ("FASTGEN_BACKEND", "FASTGEN_CPU_ISA", "FASTGEN_KEEP_MB")
 
 
 def report() -> str:

@@ -27,8 +27,7 @@ struct Channels {
 
 // (x + before) * factor + after, (C,) each.
 Tensor actnorm(Tensor x, Tensor before, Tensor factor, Tensor after) {
-  Tensor y = torch::stable::empty_like(x);
-  prefer_huge_pages(y);
+  Tensor y = fresh_like(x);
   dispatch_float(x.scalar_type(), "actnorm", [&](auto zero) {
     using E = decltype(zero);
     using T = ComputeType<E>;
@@ -53,8 +52,7 @@ Tensor actnorm(Tensor x, Tensor before, Tensor factor, Tensor after) {
 
 // grad * factor, and the sums (C,) of grad and of grad * kept.
 std::tuple<Tensor, Tensor, Tensor> actnorm_backward(Tensor grad, Tensor kept, Tensor factor) {
-  Tensor grad_x = torch::stable::empty_like(grad), sum, product;
-  prefer_huge_pages(grad_x);
+  Tensor grad_x = fresh_like(grad), sum, product;
   dispatch_float(grad.scalar_type(), "actnorm", [&](auto zero) {
     using E = decltype(zero);
     using T = ComputeType<E>;

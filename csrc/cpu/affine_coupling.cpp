@@ -219,8 +219,7 @@ void dispatch_scale(int64_t scale, bool inverse, F&& f) {
 std::tuple<Tensor, Tensor> affine_coupling(Tensor x, Tensor params, std::optional<Tensor> mask, int64_t scale,
                                            double bound, int64_t order, bool swap, bool inverse) {
   const Layout at(x, params, mask, static_cast<Scale>(scale), static_cast<Order>(order), swap);
-  Tensor y = torch::stable::empty_like(x), log_det;
-  prefer_huge_pages(y);
+  Tensor y = fresh_like(x), log_det;
   dispatch_float(x.scalar_type(), "affine_coupling", [&](auto zero) {
     using E = decltype(zero);
     using T = ComputeType<E>;
@@ -237,9 +236,7 @@ std::tuple<Tensor, Tensor> affine_coupling_backward(Tensor grad, Tensor grad_log
                                                     std::optional<Tensor> mask, int64_t scale, double bound,
                                                     int64_t order, bool swap, bool inverse) {
   const Layout at(kept, params, mask, static_cast<Scale>(scale), static_cast<Order>(order), swap);
-  Tensor grad_x = torch::stable::empty_like(kept), grad_params = torch::stable::empty_like(params);
-  prefer_huge_pages(grad_x);
-  prefer_huge_pages(grad_params);
+  Tensor grad_x = fresh_like(kept), grad_params = fresh_like(params);
   dispatch_float(kept.scalar_type(), "affine_coupling", [&](auto zero) {
     using E = decltype(zero);
     using T = ComputeType<E>;

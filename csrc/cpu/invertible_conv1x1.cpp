@@ -61,8 +61,7 @@ void multiply(const T* weight, const T* bias, int64_t channels, const T* from, i
 
 // y[b, o, p] = bias[o] + sum_c weight[o, c] x[b, c, p]
 Tensor invertible_conv1x1(Tensor x, Tensor weight, Tensor bias) {
-  Tensor y = torch::stable::empty_like(x);
-  prefer_huge_pages(y);
+  Tensor y = fresh_like(x);
   dispatch_float(x.scalar_type(), "invertible_conv1x1", [&](auto zero) {
     using E = decltype(zero);
     using T = ComputeType<E>;
