@@ -8,6 +8,7 @@ back to the reference with one warning that says why.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import sys
@@ -120,6 +121,11 @@ def release_memory() -> None:
 cpu_isa, _cpu_reason = _load_cpu()
 
 
+@functools.cache
+def _has_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{op}", "CPU")
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(op: str, backend: str) -> str | None:
     """The reason why `backend` cannot run `op` on this machine, or None where it can.
@@ -140,7 +146,7 @@ def why_not(op: str, backend: str) -> str | None:
     if backend == "cpu":
         if _cpu_reason:
             return _cpu_reason
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{op}", "CPU"):
+        if not _has_kernel(op):
             return "this op has no C++ kernel"
         return None
     return "this version has no GPU kernel for it"

@@ -98,8 +98,17 @@ def test_gradcheck(inverse):
 def test_opcheck_compile_export(ran):
     args, kept = {k: v.float() for k, v in arguments(2, 3, (4, 5)).items()}, fixed(3)
     weight, bias = torch.randn(3, 3), torch.randn(3)
-    torch.library.opcheck(torch.ops.fastgen.invertible_conv1x1.default, (args["x"], weight, bias))
-    torch.library.opcheck(torch.ops.fastgen.invertible_conv1x1_backward.default, (args["x"], args["x"]))
+    ops = torch.ops.fastgen
+    torch.library.opcheck(ops.mix_channels.default, (args["x"], weight, bias))
+    torch.library.opcheck(ops.mix_channels_backward.default, (args["x"], args["x"]))
+    factors = [args[k] for k in ("lower", "upper", "log_diagonal")] + [kept["sign"], kept["permutation"]]
+    for inverse in (False, True):
+        for norm in ((None, None), (bias, bias)):
+            y, log_det, mixed = ops.invertible_conv1x1(args["x"], *factors, *norm, inverse)
+            torch.library.opcheck(ops.invertible_conv1x1.default, (args["x"], *factors, *norm, inverse))
+            torch.library.opcheck(
+                ops.invertible_conv1x1_backward.default, (y, log_det, args["x"], mixed, *factors, *norm, inverse)
+            )
     torch._dynamo.reset()
     compiled = torch.compile(lambda **a: invertible_conv1x1(**a), fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(**args, **kept), invertible_conv1x1_reference(**args, **kept))

@@ -1,15 +1,15 @@
-// invertible_conv1x1: the product of every pixel's channels with a small matrix, and the gradient of that matrix. The
-// matrix is assembled, and inverted, in fastgen/ops/invertible_conv1x1.py.
-#include "simd.h"
+// invertible_conv1x1 and mix_channels: the product of every pixel's channels with a small matrix, and its gradients;
+// arguments are checked in fastgen/ops/invertible_conv1x1.py.
+#include "lu_weight.h"
 
 namespace fastgen {
 namespace {
 
-constexpr int kRows = 6;                               // output channels in registers
-constexpr int kWide = kVectorRegisters == 32 ? 4 : 2;  // vectors of pixels
-constexpr int kGradRows = kVectorRegisters == 32 ? 6 : 3, kGradColumns = 4;
-constexpr int64_t kStretch = 2048;  // pixels between sums of lanes in the gradient
-constexpr int64_t kGroups = 32;     // of stretches that are summed apart, for any number of threads
+constexpr int kRows = 6;                                                   // output channels in registers
+constexpr int kWide = kVectorRegisters == 32 ? 4 : 2;                      // vectors of pixels
+constexpr int kGradRows = kVectorRegisters == 32 ? 12 : 6, kGradWide = 2;  // in the matrix's gradient
+constexpr int64_t kStretch = 2048;                                         // pixels summed in float32 there
+constexpr int64_t kGroups = 32;  // of stretches that are summed apart, for any number of threads
 
 template <class T>
 constexpr int kTile = kWide * kLanes<T>;  // pixels
@@ -41,6 +41,16 @@ void gather(const E* x, const Pixels& at, int64_t begin, int64_t end, T* to, int
   }
 }
 
+// Rows lie far apart, which the processor's own prefetching does not follow: the next tile is asked for early.
+template <class T, class E>
+void expect(const E* x, const Pixels& at, int64_t begin) {
+  if (begin + kTile<T> > at.count()) return;
+  const E* from = x + begin / at.size * at.channels * at.size + begin % at.size;
+  for (int64_t c = 0; c < at.channels; ++c)
+    for (int64_t line = 0; line < kTile<T> * static_cast<int64_t>(sizeof(E)); line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(from + c * at.size) + line);
+}
+
 // to[o][p] = bias[o] + sum_c weight[c][o] from[c][p] for R rows o and a tile of pixels.
 template <int R, class T>
 void multiply(const T* weight, const T* bias, int64_t channels, const T* from, int64_t from_ld, T* to, int64_t to_ld) {
@@ -60,117 +70,213 @@ void multiply(const T* weight, const T* bias, int64_t channels, const T* from, i
 }
 
 // y[b, o, p] = bias[o] + sum_c weight[o, c] x[b, c, p]
-Tensor invertible_conv1x1(Tensor x, Tensor weight, Tensor bias) {
-  Tensor y = fresh_like(x);
-  dispatch_float(x.scalar_type(), "invertible_conv1x1", [&](auto zero) {
-    using E = decltype(zero);
-    using T = ComputeType<E>;
-    const Pixels at(x);
-    const int64_t channels = at.channels, full = channels / kRows * kRows, tile = kTile<T>;
-    const T* w = data_of<T>(weight);
-    std::vector<T> panels(channels * channels);  // of kRows outputs each, then the rest: [c][o]
-    for (int64_t o = 0; o < channels; ++o) {
-      const int64_t panel = o / kRows * kRows, rows = panel < full ? kRows : channels - full;
-      for (int64_t c = 0; c < channels; ++c) panels[panel * channels + c * rows + o - panel] = w[o * channels + c];
-    }
-    share((at.count() + tile - 1) / tile, [&](int64_t first, int64_t last) {
-      OwnVector<T> in(channels * tile), out(channels * tile);
-      for (int64_t begin = first * tile; begin < std::min(last * tile, at.count()); begin += tile) {
-        const int64_t end = std::min(begin + tile, at.count()), in_image = begin % at.size;
-        const bool whole = std::is_same_v<E, T> && in_image + tile <= at.size;  // read and written where it lies
-        const int64_t offset = begin / at.size * channels * at.size + in_image, ld = whole ? at.size : tile;
-        const T* from = in.data();
-        T* to = out.data();
-        if constexpr (std::is_same_v<E, T>) {
-          if (whole) to = static_cast<E*>(y.data_ptr()) + offset;
-        }
-        // rows far apart fall on few lines of the nearest cache: those read more than once are brought together
-        const bool in_place = whole && full <= kRows;
-        if (!in_place) gather(data_of<E>(x), at, begin, end, in.data(), tile);
-        if constexpr (std::is_same_v<E, T>)
-          if (in_place) from = data_of<E>(x) + offset;
-        const int64_t from_ld = in_place ? at.size : tile;
-        for (int64_t o = 0; o < full; o += kRows)
-          multiply<kRows>(panels.data() + o * channels, data_of<T>(bias) + o, channels, from, from_ld, to + o * ld, ld);
-        unroll<kRows - 1>([&](auto r) {
-          if (channels - full == r + 1)
-            multiply<r + 1>(panels.data() + full * channels, data_of<T>(bias) + full, channels, from, from_ld,
-                            to + full * ld, ld);
-        });
-        if (whole) continue;
-        for (int64_t o = 0; o < channels; ++o)
-          at.stretches(begin, end, [&](int64_t k, int64_t place, int64_t n) {
-            store_row(static_cast<E*>(y.data_ptr()) + place + o * at.size, to + o * tile + k, n);
-          });
+template <class E>
+void mix(const Tensor& x, const ComputeType<E>* weight, const ComputeType<E>* bias, const Tensor& y) {
+  using T = ComputeType<E>;
+  const Pixels at(x);
+  const int64_t channels = at.channels, full = channels / kRows * kRows, tile = kTile<T>;
+  std::vector<T> panels(channels * channels);  // of kRows outputs each, then the rest: [c][o]
+  for (int64_t o = 0; o < channels; ++o) {
+    const int64_t panel = o / kRows * kRows, rows = panel < full ? kRows : channels - full;
+    for (int64_t c = 0; c < channels; ++c) panels[panel * channels + c * rows + o - panel] = weight[o * channels + c];
+  }
+  // rows a multiple of 4 KB apart fall on few lines of the nearest cache: then they are brought together first
+  const bool apart = at.size * static_cast<int64_t>(sizeof(T)) % 4096 != 0 || channels <= kRows;
+  share((at.count() + tile - 1) / tile, [&](int64_t first, int64_t last) {
+    OwnVector<T> in(channels * tile), out(channels * tile);
+    for (int64_t begin = first * tile; begin < std::min(last * tile, at.count()); begin += tile) {
+      const int64_t end = std::min(begin + tile, at.count()), in_image = begin % at.size;
+      const bool whole = std::is_same_v<E, T> && in_image + tile <= at.size;  // written where it belongs
+      const int64_t offset = begin / at.size * channels * at.size + in_image, ld = whole ? at.size : tile;
+      const T* from = in.data();
+      T* to = out.data();
+      if constexpr (std::is_same_v<E, T>) {
+        if (whole) to = static_cast<E*>(y.data_ptr()) + offset;
+        if (whole && apart) from = data_of<E>(x) + offset;
       }
-    });
+      const int64_t from_ld = from == in.data() ? tile : at.size;
+      if (from == in.data()) gather(data_of<E>(x), at, begin, end, in.data(), tile);
+      expect<T>(data_of<E>(x), at, begin + tile);
+      for (int64_t o = 0; o < full; o += kRows)
+        multiply<kRows>(panels.data() + o * channels, bias + o, channels, from, from_ld, to + o * ld, ld);
+      unroll<kRows - 1>([&](auto r) {
+        if (channels - full == r + 1)
+          multiply<r + 1>(panels.data() + full * channels, bias + full, channels, from, from_ld, to + full * ld, ld);
+      });
+      if (whole) continue;
+      for (int64_t o = 0; o < channels; ++o)
+        at.stretches(begin, end, [&](int64_t k, int64_t place, int64_t n) {
+          store_row(static_cast<E*>(y.data_ptr()) + place + o * at.size, to + o * tile + k, n);
+        });
+    }
   });
-  return y;
 }
 
-// sums[r][c] += sum over a stretch of pixels of a[r][p] b[c][p], for R x C rows.
-template <int R, int C, class T>
-void multiply_stretch(const T* a, const T* b, int64_t width, int64_t count, double* sums, int64_t ld) {
-  Vec<T> sum[R][C] = {};
-  for (int64_t p = 0; p < count; p += kLanes<T>) {
-    Vec<T> of_b[C];
-    unroll<C>([&](auto c) FASTGEN_INLINE { of_b[c] = load(b + c * width + p); });
+// sums[r][c] += sum over a tile of pixels of a[r][p] b[p][c], for R rows and V vectors of columns.
+template <int R, int V, class T>
+void multiply_transposed(const T* a, int64_t a_ld, const T* b, int64_t ld, T* sums) {
+  Vec<T> sum[R][V];
+  unroll<R>([&](auto r) FASTGEN_INLINE {
+    unroll<V>([&](auto v) FASTGEN_INLINE { sum[r][v] = load(sums + r * ld + v * kLanes<T>); });
+  });
+  for (int64_t p = 0; p < kTile<T>; ++p) {
+    Vec<T> of_b[V];
+    unroll<V>([&](auto v) FASTGEN_INLINE { of_b[v] = load(b + p * ld + v * kLanes<T>); });
     unroll<R>([&](auto r) FASTGEN_INLINE {
-      const Vec<T> of_a = load(a + r * width + p);
-      unroll<C>([&](auto c) FASTGEN_INLINE { sum[r][c] += of_a * of_b[c]; });
+      const Vec<T> of_a = splat(a[r * a_ld + p]);
+      unroll<V>([&](auto v) FASTGEN_INLINE { sum[r][v] += of_a * of_b[v]; });
     });
   }
   unroll<R>([&](auto r) FASTGEN_INLINE {
-    unroll<C>([&](auto c) FASTGEN_INLINE { sums[r * ld + c] += sum_of_lanes<T>(sum[r][c]); });
+    unroll<V>([&](auto v) FASTGEN_INLINE { store(sums + r * ld + v * kLanes<T>, sum[r][v]); });
   });
 }
 
 // The gradients of weight (O, C) and bias (O,) from those of the result and x.
-std::tuple<Tensor, Tensor> invertible_conv1x1_backward(Tensor grad, Tensor x) {
-  Tensor grad_weight, grad_bias;
-  dispatch_float(x.scalar_type(), "invertible_conv1x1", [&](auto zero) {
-    using E = decltype(zero);
-    using T = ComputeType<E>;
-    const Pixels at(x);
-    const int64_t channels = at.channels, stretches = (at.count() + kStretch - 1) / kStretch;
-    const int64_t groups = std::min(stretches, kGroups);
-    const int64_t rows = round_up(channels, kGradRows), columns = round_up(channels + 1, kGradColumns);
-    OwnVector<double> sums(groups * rows * columns);
-    share(groups, [&](int64_t first, int64_t last) {
-      const int64_t width = kStretch + kLanes<T>;  // rows on lines of the caches that differ
-      OwnVector<T> g(rows * width), v(columns * width);
-      std::fill_n(v.data() + channels * width, width, T(1));  // for the bias
-      for (int64_t group = first; group < last; ++group) {
-        double* to = sums.data() + group * rows * columns;
-        for (int64_t i = group * stretches / groups; i < (group + 1) * stretches / groups; ++i) {
-          const int64_t begin = i * kStretch, end = std::min(begin + kStretch, at.count());
-          gather(data_of<E>(grad), at, begin, end, g.data(), width);
-          gather(data_of<E>(x), at, begin, end, v.data(), width);
-          for (int64_t r = 0; r < rows; r += kGradRows)
-            for (int64_t c = 0; c < columns; c += kGradColumns)
-              multiply_stretch<kGradRows, kGradColumns>(g.data() + r * width, v.data() + c * width, width, end - begin,
-                                                        to + r * columns + c, columns);
+template <class E>
+void mix_backward(const Tensor& grad, const Tensor& x, ComputeType<E>* grad_weight, ComputeType<E>* grad_bias) {
+  using T = ComputeType<E>;
+  const Pixels at(x);
+  const int64_t channels = at.channels, stretches = (at.count() + kStretch - 1) / kStretch;
+  const int64_t groups = std::min(stretches, kGroups), tile = kTile<T>;
+  const int64_t ld = round_up(channels, kLanes<T>), wide = kGradWide * kLanes<T>;
+  OwnVector<double> sums(groups * channels * (ld + 1));  // of a group: the weight's, the bias's
+  share(groups, [&](int64_t first, int64_t last) {
+    OwnVector<T> rows(ld * tile), columns(tile * ld), g(channels * tile), part(channels * ld);
+    for (int64_t group = first; group < last; ++group) {
+      double *to = sums.data() + group * channels * (ld + 1), *to_bias = to + channels * ld;
+      for (int64_t i = group * stretches / groups; i < (group + 1) * stretches / groups; ++i) {
+        const int64_t limit = std::min((i + 1) * kStretch, at.count());
+        std::fill(part.begin(), part.end(), T(0));
+        for (int64_t begin = i * kStretch; begin < limit; begin += tile) {
+          const int64_t end = std::min(begin + tile, limit), in_image = begin % at.size;
+          const bool whole = std::is_same_v<E, T> && end - begin == tile && in_image + tile <= at.size;
+          const int64_t offset = begin / at.size * channels * at.size + in_image;
+          const T *from = rows.data(), *of_grad = g.data();
+          if constexpr (std::is_same_v<E, T>) {
+            if (whole) of_grad = data_of<E>(grad) + offset;
+            if (whole && ld == channels) from = data_of<E>(x) + offset;
+          }
+          if (of_grad == g.data()) gather(data_of<E>(grad), at, begin, end, g.data(), tile);
+          if (from == rows.data()) gather(data_of<E>(x), at, begin, end, rows.data(), tile);
+          expect<T>(data_of<E>(grad), at, begin + tile);
+          expect<T>(data_of<E>(x), at, begin + tile);
+          const int64_t from_ld = from == rows.data() ? tile : at.size, grad_ld = of_grad == g.data() ? tile : at.size;
+          for (int64_t c = 0; c < ld; c += kLanes<T>)
+            for (int64_t p = 0; p < tile; p += kLanes<T>)
+              transpose_square(from + c * from_ld + p, from_ld, columns.data() + p * ld + c, ld);
+          for (int64_t c = 0; c < ld; c += wide) {
+            const auto block = [&](auto r, int64_t o) {
+              const T *a = of_grad + o * grad_ld, *b = columns.data() + c;
+              T* result = part.data() + o * ld + c;
+              if (ld - c >= wide)
+                multiply_transposed<r, kGradWide>(a, grad_ld, b, ld, result);
+              else
+                multiply_transposed<r, 1>(a, grad_ld, b, ld, result);
+            };
+            int64_t o = 0;
+            for (; o + kGradRows <= channels; o += kGradRows) block(std::integral_constant<int, kGradRows>{}, o);
+            unroll<kGradRows - 1>([&](auto r) {
+              if (channels - o == r + 1) block(std::integral_constant<int, r + 1>{}, o);
+            });
+          }
+          for (int64_t o = 0; o < channels; ++o) {
+            Vec<T> sum{};
+            for (int64_t p = 0; p < tile; p += kLanes<T>) sum += load(of_grad + o * grad_ld + p);
+            to_bias[o] += sum_of_lanes<T>(sum);
+          }
         }
+        for (int64_t k = 0; k < channels * ld; ++k) to[k] += part[k];
       }
-    });
-    grad_weight = torch::stable::new_empty(x, {channels, channels}, kTypeOf<T>);
-    grad_bias = torch::stable::new_empty(x, {channels}, kTypeOf<T>);
-    for (int64_t r = 0; r < channels; ++r)
-      for (int64_t c = 0; c <= channels; ++c) {
-        double total = 0;
-        for (int64_t group = 0; group < groups; ++group) total += sums[(group * rows + r) * columns + c];
-        T* to = c < channels ? static_cast<T*>(grad_weight.data_ptr()) + r * channels + c
-                             : static_cast<T*>(grad_bias.data_ptr()) + r;
-        *to = static_cast<T>(total);
-      }
+    }
+  });
+  for (int64_t r = 0; r < channels; ++r)
+    for (int64_t c = 0; c <= channels; ++c) {
+      double total = 0;
+      for (int64_t group = 0; group < groups; ++group)
+        total += sums[group * channels * (ld + 1) + (c < channels ? r * ld + c : channels * ld + r)];
+      (c < channels ? grad_weight[r * channels + c] : grad_bias[r]) = static_cast<T>(total);
+    }
+}
+
+Tensor mix_channels(Tensor x, Tensor weight, Tensor bias) {
+  Tensor y = fresh_like(x);
+  dispatch_float(x.scalar_type(), "mix_channels", [&](auto zero) {
+    using T = ComputeType<decltype(zero)>;
+    mix<decltype(zero)>(x, data_of<T>(weight), data_of<T>(bias), y);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> mix_channels_backward(Tensor grad, Tensor x) {
+  Tensor grad_weight, grad_bias;
+  dispatch_float(x.scalar_type(), "mix_channels", [&](auto zero) {
+    using T = ComputeType<decltype(zero)>;
+    grad_weight = torch::stable::new_empty(x, {x.size(1), x.size(1)}, kTypeOf<T>);
+    grad_bias = torch::stable::new_empty(x, {x.size(1)}, kTypeOf<T>);
+    mix_backward<decltype(zero)>(grad, x, static_cast<T*>(grad_weight.data_ptr()),
+                                 static_cast<T*>(grad_bias.data_ptr()));
   });
   return {grad_weight, grad_bias};
+}
+
+// -> y, log_det (B,), and for the backward pass the matrix (C, C) that multiplied the pixels.
+std::tuple<Tensor, Tensor, Tensor> invertible_conv1x1(Tensor x, Tensor lower, Tensor upper, Tensor log_diagonal,
+                                                      Tensor sign, Tensor permutation, std::optional<Tensor> log_scale,
+                                                      std::optional<Tensor> shift, bool inverse) {
+  Tensor y = fresh_like(x), log_det, weight;
+  dispatch_float(x.scalar_type(), "invertible_conv1x1", [&](auto zero) {
+    using T = ComputeType<decltype(zero)>;
+    const Factors<T> factors(lower, upper, log_diagonal, sign, permutation, log_scale, shift);
+    weight = torch::stable::new_empty(x, {factors.n, factors.n}, kTypeOf<T>);
+    log_det = torch::stable::new_empty(x, {x.size(0)}, kTypeOf<T>);
+    auto* w = static_cast<T*>(weight.data_ptr());
+    std::vector<T> bias(factors.n);
+    inverse ? factors.assemble_inverse(w, bias.data()) : factors.assemble(w, bias.data());
+    const T total = static_cast<T>(values_from(x, 2)) * factors.log_det;
+    std::fill_n(static_cast<T*>(log_det.data_ptr()), x.size(0), inverse ? -total : total);
+    mix<decltype(zero)>(x, w, bias.data(), y);
+  });
+  return {y, log_det, weight};
+}
+
+// -> gradients of x, lower, upper, log_diagonal, log_scale, shift.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> invertible_conv1x1_backward(
+    Tensor grad, Tensor grad_log_det, Tensor x, Tensor weight, Tensor lower, Tensor upper, Tensor log_diagonal,
+    Tensor sign, Tensor permutation, std::optional<Tensor> log_scale, std::optional<Tensor> shift, bool inverse) {
+  Tensor grad_x = fresh_like(x), matrices[2], vectors[3];
+  dispatch_float(x.scalar_type(), "invertible_conv1x1", [&](auto zero) {
+    using T = ComputeType<decltype(zero)>;
+    const Factors<T> factors(lower, upper, log_diagonal, sign, permutation, log_scale, shift);
+    const int64_t n = factors.n;
+    for (auto& m : matrices) m = torch::stable::new_empty(x, {n, n}, kTypeOf<T>);
+    for (auto& v : vectors) v = torch::stable::new_empty(x, {n}, kTypeOf<T>);
+    const auto data = [](const Tensor& t) { return static_cast<T*>(t.data_ptr()); };
+    const FactorGrads<T> to{data(matrices[0]), data(matrices[1]), data(vectors[0]), data(vectors[1]), data(vectors[2])};
+    std::vector<T> transposed(n * n), grad_weight(n * n), grad_bias(n), none(n);
+    const T* w = data_of<T>(weight);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) transposed[j * n + i] = w[i * n + j];
+    mix<decltype(zero)>(grad, transposed.data(), none.data(), grad_x);
+    mix_backward<decltype(zero)>(grad, x, grad_weight.data(), grad_bias.data());
+    const T* g = data_of<T>(grad_log_det);
+    double total = 0;
+    for (int64_t b = 0; b < x.size(0); ++b) total += g[b];
+    const T of_log_det = static_cast<T>(total * static_cast<double>(values_from(x, 2)));
+    if (inverse)
+      assemble_inverse_backward(factors, grad_weight.data(), grad_bias.data(), of_log_det, to);
+    else
+      assemble_backward(factors, w, grad_weight.data(), grad_bias.data(), of_log_det, to);
+  });
+  return {grad_x, matrices[0], matrices[1], vectors[0], vectors[1], vectors[2]};
 }
 
 }  // namespace
 }  // namespace fastgen
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("mix_channels", TORCH_BOX(&fastgen::mix_channels));
+  m.impl("mix_channels_backward", TORCH_BOX(&fastgen::mix_channels_backward));
   m.impl("invertible_conv1x1", TORCH_BOX(&fastgen::invertible_conv1x1));
   m.impl("invertible_conv1x1_backward", TORCH_BOX(&fastgen::invertible_conv1x1_backward));
 }

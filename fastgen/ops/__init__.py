@@ -5,7 +5,7 @@ from fastgen.ops.affine_coupling import affine_coupling
 from fastgen.ops.code_statistics import code_statistics, update_codebook_
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
-from fastgen.ops.invertible_conv1x1 import invertible_conv1x1
+from fastgen.ops.invertible_conv1x1 import invertible_conv1x1, mix_channels
 from fastgen.ops.masked_conv2d import masked_conv2d
 from fastgen.ops.nearest_code import nearest_code
 from fastgen.ops.pixel_program import PixelProgram
@@ -18,7 +18,7 @@ OPS = (
     "gated_causal_conv1d", "wavenet_layer", "wavenet_generate",
     "masked_conv2d", "gated_masked_conv2d", "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
-    "affine_coupling", "actnorm", "invertible_conv1x1",
+    "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels",
 )  # fmt: skip
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "initial_state",
     "invertible_conv1x1",
     "masked_conv2d",
+    "mix_channels",
     "nearest_code",
     "update_codebook_",
     "vector_quantize",

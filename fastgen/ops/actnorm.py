@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, differentiates, keep_dtype
+from fastgen.checks import check, differentiates, keep_dtype, quick_apply
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
@@ -46,6 +46,7 @@ def _(grad: Tensor, kept: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tenso
     return torch.empty_like(grad), torch.empty_like(factor), torch.empty_like(factor)
 
 
+@quick_apply
 class _Actnorm(torch.autograd.Function):
     generate_vmap_rule = True
 

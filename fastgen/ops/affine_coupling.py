@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, check_positive, check_tensor, differentiates, keep_dtype
+from fastgen.checks import check, check_positive, check_tensor, differentiates, keep_dtype, quick_apply
 
 SCALES = ("exp", "tanh", "sigmoid", "none")
 LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
@@ -96,6 +96,7 @@ def _(grad: Tensor, grad_log_det: Tensor, kept: Tensor, params: Tensor, *_: Any)
     return torch.empty_like(kept), torch.empty_like(params)
 
 
+@quick_apply
 class _AffineCoupling(torch.autograd.Function):
     generate_vmap_rule = True
 

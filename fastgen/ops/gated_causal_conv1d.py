@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, check_integer, differentiates
+from fastgen.checks import autocast, check, check_integer, differentiates, quick_apply
 
 MOST_DILATION = 2**31 - 1  # (K - 1) * dilation stays far within 64 bits
 
@@ -59,6 +59,7 @@ def empty_cond_grad(x: Tensor, cond: Tensor | None) -> Tensor:
     return x.new_empty(0 if cond is None else cond.shape)
 
 
+@quick_apply
 class _GatedCausalConv1d(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, check_tensor, differentiates
+from fastgen.checks import autocast, check, check_tensor, differentiates, quick_apply
 from fastgen.ops.masked_conv2d import MASKS, check_masked, masked_conv2d_reference
 
 
@@ -46,6 +46,7 @@ def _(
     return x.new_empty(batch, rows // 2, *size), x.new_empty((batch, rows, *size) if keep else 0)
 
 
+@quick_apply
 class _GatedMaskedConv2d(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -5,7 +5,7 @@
     log_det = number of pixels * (sum of d + sum of l)
 
 Neither a determinant nor, going forward, an inverse is computed; backward in time, two triangular systems of C x C are
-solved in float64. The small matrix is assembled here, by PyTorch; the kernel multiplies the pixels by it.
+solved in float64.
 
 Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), section 3.2.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, check_tensor, differentiates, keep_dtype, without_autocast
+from fastgen.checks import check, check_tensor, differentiates, keep_dtype, quick_apply, without_autocast
 
 
 def lu_weight(lower: Tensor, upper: Tensor, log_diagonal: Tensor, sign: Tensor, permutation: Tensor) -> Tensor:
@@ -52,55 +52,68 @@ def invertible_conv1x1_reference(
     log_scale: Tensor | None = None, shift: Tensor | None = None, *, inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The specification, in plain PyTorch: any device and dtype, differentiable."""
-    weight, bias, log_det = _assemble(
-        x, (lower, upper, log_diagonal, sign, permutation), log_scale, shift, inverse=inverse
-    )
-    return mix_channels_reference(x, weight, bias), log_det
-
-
-def _assemble(
-    x: Tensor, factors: tuple[Tensor, ...], log_scale: Tensor | None, shift: Tensor | None, *, inverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight (C, C), bias (C,) and log_det (B,), in the compute type, of the direction that runs."""
     kind = torch.promote_types(x.dtype, torch.float32)
-    lower, upper, log_diagonal, sign = (t.to(kind) for t in factors[:4])
-    log_diagonal_sum = log_diagonal.sum()
+    factors = (*(t.to(kind) for t in (lower, upper, log_diagonal, sign)), permutation)
+    log_det = factors[2].sum()
     if log_scale is None or shift is None:
-        log_scale = shift = torch.zeros_like(log_diagonal)
+        log_scale = shift = torch.zeros_like(factors[2])
     else:
         log_scale, shift = log_scale.to(kind), shift.to(kind)
-        log_diagonal_sum = log_diagonal_sum + log_scale.sum()
-    log_det = (x.shape[2:].numel() * log_diagonal_sum).expand(x.shape[0])
+        log_det = log_det + log_scale.sum()
+    log_det = (x.shape[2:].numel() * log_det).expand(x.shape[0])
     if inverse:
-        rows = lu_inverse(lower, upper, log_diagonal, sign, factors[4])
-        rows = torch.exp(-log_scale.double())[:, None] * rows
-        return rows.to(kind), -shift * torch.exp(-log_scale), -log_det
-    weight = lu_weight(lower, upper, log_diagonal, sign, factors[4])
+        weight = (torch.exp(-log_scale.double())[:, None] * lu_inverse(*factors)).to(kind)
+        return mix_channels_reference(x, weight, -shift * torch.exp(-log_scale)), -log_det
     with without_autocast(x):
-        return weight * torch.exp(log_scale), weight @ shift, log_det
+        weight = lu_weight(*factors)
+        return mix_channels_reference(x, weight * torch.exp(log_scale), weight @ shift), log_det
 
 
-lib.define("invertible_conv1x1(Tensor x, Tensor weight, Tensor bias) -> Tensor")
-lib.define("invertible_conv1x1_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)")
+lib.define("mix_channels(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+lib.define("mix_channels_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)")
+PARAMETERS = (
+    "Tensor lower, Tensor upper, Tensor log_diagonal, Tensor sign, Tensor permutation, Tensor? log_scale, "
+    "Tensor? shift, bool inverse"
+)
+lib.define(f"invertible_conv1x1(Tensor x, {PARAMETERS}) -> (Tensor, Tensor, Tensor)")
+lib.define(
+    f"invertible_conv1x1_backward(Tensor grad, Tensor grad_log_det, Tensor x, Tensor weight, {PARAMETERS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-@torch.library.register_fake("fastgen::invertible_conv1x1", lib=lib)
+@torch.library.register_fake("fastgen::mix_channels", lib=lib)
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("fastgen::invertible_conv1x1_backward", lib=lib)
+@torch.library.register_fake("fastgen::mix_channels_backward", lib=lib)
 def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     kind, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1]
     return x.new_empty(channels, channels, dtype=kind), x.new_empty(channels, dtype=kind)
 
 
+@torch.library.register_fake("fastgen::invertible_conv1x1", lib=lib)
+def _(x: Tensor, lower: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), lower.new_empty(x.shape[0]), torch.empty_like(lower)
+
+
+@torch.library.register_fake("fastgen::invertible_conv1x1_backward", lib=lib)
+def _(
+    grad: Tensor, grad_log_det: Tensor, x: Tensor, weight: Tensor, lower: Tensor, upper: Tensor, log_diagonal: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    vectors = (torch.empty_like(log_diagonal) for _ in range(3))
+    return torch.empty_like(x), torch.empty_like(lower), torch.empty_like(upper), *vectors
+
+
+@quick_apply
 class _MixChannels(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.ops.fastgen.invertible_conv1x1(x, weight, bias)  # type: ignore[no-any-return]
+        return torch.ops.fastgen.mix_channels(x, weight, bias)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -112,8 +125,33 @@ class _MixChannels(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad, need_x = grad.contiguous(), ctx.needs_input_grad[0]
         zero = weight.new_zeros(len(weight))
-        grad_x = torch.ops.fastgen.invertible_conv1x1(grad, weight.T.contiguous(), zero) if need_x else None
-        return grad_x, *torch.ops.fastgen.invertible_conv1x1_backward(grad, x)
+        grad_x = torch.ops.fastgen.mix_channels(grad, weight.T.contiguous(), zero) if need_x else None
+        return grad_x, *torch.ops.fastgen.mix_channels_backward(grad, x)
+
+
+@quick_apply
+class _InvertibleConv1x1(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *parameters: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.fastgen.invertible_conv1x1(x, *parameters)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, *parameters, ctx.inverse = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(x, output[2], *parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        x, *matrices, log_diagonal, log_scale, shift = torch.ops.fastgen.invertible_conv1x1_backward(
+            grad.contiguous(), grad_log_det.contiguous(), *saved, ctx.inverse
+        )
+        norm = (log_scale, shift) if saved[-1] is not None else (None, None)
+        return x, *matrices, log_diagonal, None, None, *norm, None
 
 
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
@@ -121,12 +159,12 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = 
 
     x (B, C, *S); weight (C, C) and bias (C,) float32 (float64 for float64).
     """
-    if resolve("invertible_conv1x1", backend, x.device) == "reference":
+    if resolve("mix_channels", backend, x.device) == "reference":
         return mix_channels_reference(x, weight, bias)
     args = (x.contiguous(), weight.contiguous(), bias.contiguous())
     if differentiates(*args):
         return _MixChannels.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
-    return torch.ops.fastgen.invertible_conv1x1(*args)  # type: ignore[no-any-return]
+    return torch.ops.fastgen.mix_channels(*args)  # type: ignore[no-any-return]
 
 
 def invertible_conv1x1(
@@ -198,7 +236,14 @@ def invertible_conv1x1(
         raise ValueError(f"{op}: permutation must be int64 ({channels},), got {came}")
     if permutation.device != x.device:
         raise ValueError(f"{op}: permutation is on {permutation.device}, x is on {x.device}")
-    which = resolve(op, backend, x.device)
-    factors = (lower, upper, log_diagonal, sign, permutation)
-    weight, bias, log_det = _assemble(x, factors, log_scale, shift, inverse=inverse)
-    return mix_channels(x, weight, bias, which), log_det
+    if resolve(op, backend, x.device) == "reference":
+        return invertible_conv1x1_reference(
+            x, lower, upper, log_diagonal, sign, permutation, log_scale, shift, inverse=inverse
+        )
+    floats = [t if t is None else t.contiguous() for t in (lower, upper, log_diagonal, sign, log_scale, shift)]
+    if x.dtype == torch.bfloat16:
+        floats = [t if t is None else t.float() for t in floats]
+    args = (x.contiguous(), *floats[:4], permutation.contiguous(), *floats[4:])
+    if differentiates(*args):
+        return _InvertibleConv1x1.apply(*args, inverse)[:2]  # type: ignore[no-any-return,no-untyped-call]
+    return torch.ops.fastgen.invertible_conv1x1(*args, inverse)[:2]  # type: ignore[no-any-return]

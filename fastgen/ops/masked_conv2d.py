@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, check_integer, differentiates
+from fastgen.checks import autocast, check, check_integer, differentiates, quick_apply
 
 MASKS = ("A", "B", "vertical", "vertical_B")
 
@@ -88,6 +88,7 @@ def _(
     )  # fmt: skip
 
 
+@quick_apply
 class _MaskedConv2d(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check_tensor, differentiates, is_finite, refused
+from fastgen.checks import check_tensor, differentiates, is_finite, quick_apply, refused
 from fastgen.ops.nearest_code import (
     Metric,
     assert_finite,
@@ -108,6 +108,7 @@ def _(grad_quantized: Tensor, grad_error: Tensor, x: Tensor, *rest: object) -> T
     return x.new_empty(x.shape)
 
 
+@quick_apply
 class _VectorQuantize(torch.autograd.Function):
     @staticmethod
     def forward(

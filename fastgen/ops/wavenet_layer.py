@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, differentiates
+from fastgen.checks import autocast, check, differentiates, quick_apply
 from fastgen.ops.gated_causal_conv1d import check_gate, empty_cond_grad, gated_causal_conv1d_reference
 
 
@@ -77,6 +77,7 @@ def _(
     return (*(x.new_empty(s) for s in shapes), empty_cond_grad(x, cond))
 
 
+@quick_apply
 class _WaveNetLayer(torch.autograd.Function):
     generate_vmap_rule = True
 
