@@ -173,15 +173,16 @@ def affine_coupling(
     """
     op = "affine_coupling"
     x, params = keep_dtype(op, x, params)  # type: ignore[assignment]
-    if x.dim() < 2:
-        raise ValueError(f"{op}: x must have shape (B, D, *S), got {tuple(x.shape)}")
+    size = x.shape
+    if len(size) < 2:
+        raise ValueError(f"{op}: x must have shape (B, D, *S), got {tuple(size)}")
     if scale not in SCALES:
         raise ValueError(f"{op}: scale must be one of {SCALES}, got {scale!r}")
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout must be one of {LAYOUTS}, got {layout!r}")
     check_positive(op, "bound", bound)
-    check(op, "x", x, x, (None,) * x.dim())
-    check(op, "params", params, x, (x.shape[0], None, *x.shape[2:]))
+    check(op, "x", x, x, size)
+    check(op, "params", params, x, (size[0], None, *size[2:]))
     width, parts = params.shape[1], 1 if scale == "none" else 2
     if mask is not None:
         mask = _broadcast_mask(op, mask, x)
