@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from op_helpers import DTYPES, compare, run
 
 import fastgen
+from fastgen import backend
 from fastgen.nn import checkerboard
 from fastgen.ops import affine_coupling
 from fastgen.ops.affine_coupling import LAYOUTS, SCALES, affine_coupling_reference
@@ -68,6 +69,12 @@ def test_masks(scale, inverse, dtype):
         torch.ones(1).bool(),
     ):
         compare(affine_coupling, args, dtype, scale=scale, mask=mask, inverse=inverse)
+
+
+@pytest.mark.parametrize("isa", backend.ISAS)
+def test_every_instruction_set(isa, run_under):
+    chosen = "values_and_gradients or test_masks or saturated or eager_gives"
+    run_under(isa, chosen, "affine_coupling", "actnorm", "invertible_conv1x1")
 
 
 def test_a_mask_of_halves_is_the_split():

@@ -1,10 +1,5 @@
 """masked_conv2d and gated_masked_conv2d: values and gradients against the float64 reference, for every ISA."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +13,6 @@ from fastgen.ops import gated_masked_conv2d, masked_conv2d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d_reference
 from fastgen.ops.masked_conv2d import MASKS, mask_2d, masked_conv2d_reference, weight_mask
 
-HERE = Path(__file__)
 OPS = {"plain": masked_conv2d, "gated": gated_masked_conv2d}
 
 
@@ -89,16 +83,9 @@ def test_matches_reference_anywhere(
 
 
 @pytest.mark.parametrize("isa", backend.ISAS)
-def test_every_instruction_set(isa, need_isa):
-    if os.environ.get("FASTGEN_TEST_NESTED"):
-        pytest.skip("already within one instruction set")
-    need_isa(isa)
-    code = f"import fastgen.backend as b; assert b.cpu_isa == {isa!r}"
-    env = os.environ | {"FASTGEN_CPU_ISA": isa, "FASTGEN_TEST_NESTED": "1", "FASTGEN_REQUIRE": "cpu"}
-    subprocess.run([sys.executable, "-P", "-c", code], env=env, check=True)
-    command = [sys.executable, "-P", "-m", "pytest", "-q", str(HERE), "-k", "matches_reference or behind or bits"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent.parent)
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_every_instruction_set(isa, run_under):
+    """The same tests under each instruction set that this CPU has."""
+    run_under(isa, "matches_reference or behind or bits", "masked_conv2d")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

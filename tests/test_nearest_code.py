@@ -1,6 +1,5 @@
 """nearest_code: the exact answer for every kind of data, dtype, metric and instruction set."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from fastgen import backend
 from fastgen.ops import nearest_code
 from fastgen.ops.nearest_code import nearest_code_reference, no_direction, unit
 
-HERE = Path(__file__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 METRICS = ("euclidean", "cosine")
 SIZES = [  # rows, codes, features
@@ -157,17 +155,9 @@ def test_no_wrong_codes_in_many():
 
 
 @pytest.mark.parametrize("isa", backend.ISAS)
-def test_every_instruction_set(isa, need_isa):
-    if os.environ.get("FASTGEN_TEST_NESTED"):
-        pytest.skip("already within one instruction set")
-    need_isa(isa)
-    env = os.environ | {"FASTGEN_CPU_ISA": isa, "FASTGEN_TEST_NESTED": "1", "FASTGEN_REQUIRE": "cpu"}
-    code = f"import fastgen.backend as b; assert b.cpu_isa == {isa!r}"
-    subprocess.run([sys.executable, "-P", "-c", code], env=env, check=True)
-    files = [str(HERE), *(str(HERE.with_name(f"test_{name}.py")) for name in ("vector_quantize", "code_statistics"))]
-    command = [sys.executable, "-P", "-m", "pytest", "-q", *files, "-k", "exact_for or reference or opposite"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent.parent)
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_every_instruction_set(isa, run_under):
+    """The same tests under each instruction set that this CPU has."""
+    run_under(isa, "exact_for or reference or opposite", "nearest_code", "vector_quantize", "code_statistics")
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -1,10 +1,5 @@
 """Sampling pixel by pixel against one forward pass for each value: same uniforms, same image, on every backend."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from pixel_helpers import MODELS, conditions, images_like, loud, small
@@ -15,7 +10,6 @@ from fastgen.models import GatedPixelCNN, PixelCNN, PixelSNAIL, sample_naive
 from fastgen.ops import PixelDistribution, PixelGenerator, PixelProgram
 from fastgen.ops.distributions import log_prob, sample_levels
 
-HERE = Path(__file__)
 OP = "pixelcnn_generate"
 BACKENDS = ("cpu", "reference")
 OPTIONS = (
@@ -64,17 +58,9 @@ def test_matches_naive_pixel_for_pixel(name, options, ran):
 
 
 @pytest.mark.parametrize("isa", backend.ISAS)
-def test_every_instruction_set(isa, need_isa):
-    if os.environ.get("FASTGEN_TEST_NESTED"):
-        pytest.skip("already within one instruction set")
-    need_isa(isa)
-    code = f"import fastgen.backend as b; assert b.cpu_isa == {isa!r}"
-    env = os.environ | {"FASTGEN_CPU_ISA": isa, "FASTGEN_TEST_NESTED": "1", "FASTGEN_REQUIRE": "cpu"}
-    subprocess.run([sys.executable, "-P", "-c", code], env=env, check=True)
-    chosen = "(naive and (levels or codes)) or teacher or bfloat16"
-    command = [sys.executable, "-P", "-m", "pytest", "-q", str(HERE), "-k", chosen]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent.parent)
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_every_instruction_set(isa, run_under):
+    """The same tests under each instruction set that this CPU has."""
+    run_under(isa, "(naive and (levels or codes)) or teacher or bfloat16", "pixelcnn_generate")
 
 
 def parameters(model, batch, size, which, dtype=torch.float32, **kw):

@@ -1,9 +1,6 @@
 """gated_causal_conv1d and wavenet_layer: values and gradients against the float64 reference, for every ISA."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +14,6 @@ from fastgen.nn import WaveNetLayer
 from fastgen.ops import gated_causal_conv1d, wavenet_layer
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d_reference
 from fastgen.ops.wavenet_layer import wavenet_layer_reference
-
-HERE = Path(__file__)
 
 
 def arguments(batch, channels, steps, gate, kernel, skip, cond="none", seed=0):
@@ -101,18 +96,9 @@ def test_without_biases():
 
 
 @pytest.mark.parametrize("isa", backend.ISAS)
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa, run_under):
     """The same tests under each instruction set that this CPU has."""
-    if os.environ.get("FASTGEN_TEST_NESTED"):
-        pytest.skip("already within one instruction set")
-    if isa != "generic" and not backend.cpu_features().get(isa, False):
-        pytest.skip(f"this CPU has no {isa}")
-    code = f"import fastgen.backend as b; assert b.cpu_isa == {isa!r}, (b.cpu_isa, b.why_not('wavenet_layer', 'cpu'))"
-    env = os.environ | {"FASTGEN_CPU_ISA": isa, "FASTGEN_TEST_NESTED": "1", "FASTGEN_REQUIRE": "cpu"}
-    subprocess.run([sys.executable, "-P", "-c", code], env=env, check=True)
-    command = [sys.executable, "-P", "-m", "pytest", "-q", str(HERE), "-k", "(matches_reference and local) or poison"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent.parent)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_under(isa, "(matches_reference and local) or poison", "wavenet_layer")
 
 
 def test_strided_and_expanded_inputs():
