@@ -25,6 +25,7 @@ POINTS = 20000
 
 def train_flow_command(options: argparse.Namespace) -> None:
     """`train realnvp` and `train glow`."""
+    from fastgen.checkpoints import load_checkpoint
     from fastgen.densities import draw, save_density
     from fastgen.images import load_images, load_labels, pad_to_multiple
     from fastgen.training_flows import MODELS, load_flow, save_samples, train_flow
@@ -39,8 +40,15 @@ def train_flow_command(options: argparse.Namespace) -> None:
         asked["reversible"] = True
     if options.data is not None and options.density is not None:
         raise ValueError(f"--data or --density, one of the two; got {options.data} and {options.density}")
+    density = options.density or "two_moons"
     if options.resume:
         model = load_flow(options.out)
+        known = load_checkpoint(options.out, MODELS, "train_flow")[1].get("source")
+        if options.data is None and known is None:
+            raise ValueError(f"{options.out}: was trained on --data: give it again")
+        if options.density not in (None, known):
+            raise ValueError(f"{options.out}: was trained on {known or 'other data'}: leave out --density")
+        density = known or density
         different = [f"{name} {value}" for name, value in asked.items() if model.config[name] != value]
         if type(model) is not kind:
             raise ValueError(f"{options.out}: is of a {type(model).__name__}, not of a {kind.__name__}")
@@ -55,7 +63,7 @@ def train_flow_command(options: argparse.Namespace) -> None:
     if options.data is None:
         if options.labels:
             raise ValueError("--labels: needs --data; points have none")
-        data = draw(options.density or "two_moons", POINTS, torch.Generator().manual_seed(options.seed))
+        data = draw(density, POINTS, torch.Generator().manual_seed(options.seed))
         asked = {"hidden": 64} | asked
     else:
         scales = model.config["scales"] if options.resume else asked.get("scales", 2)
@@ -71,7 +79,7 @@ def train_flow_command(options: argparse.Namespace) -> None:
     log = train_flow(
         model, data, labels=labels, steps=options.steps, batch_size=options.batch_size,
         learning_rate=options.learning_rate, seed=options.seed, checkpoint=options.out, save_every=options.save_every,
-        resume=options.resume,
+        resume=options.resume, source=density if options.data is None else None,
     )  # fmt: skip
     unit = "bits per dimension" if model.levels else "nats"
     held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""

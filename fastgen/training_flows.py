@@ -42,6 +42,7 @@ def train_flow(
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: int = 500,
     resume: bool = False,
+    source: str | None = None,
     progress: Progress = True,
 ) -> TrainingLog:
     """Maximise the likelihood of random batches, with Adam.
@@ -70,6 +71,8 @@ def train_flow(
         File to write every `save_every` steps and at the end, whole or not at all; validation runs at the same steps.
     resume
         Go on from `checkpoint`. With the same data and options the losses are those of an uninterrupted run.
+    source
+        What the data are, in words that the checkpoint keeps.
     progress
         True for a progress bar, or a function of (step, loss).
 
@@ -108,7 +111,7 @@ def train_flow(
     return fit(
         op, model, MODELS, loss, held_out if number < len(data) else None, steps=steps, seconds=seconds,
         learning_rate=learning_rate, clip_norm=clip_norm, seed=seed, checkpoint=checkpoint, save_every=save_every,
-        resume=resume, progress=progress, unit="bits per dimension" if model.levels else "nats",
+        resume=resume, progress=progress, unit="bits per dimension" if model.levels else "nats", source=source,
     )  # fmt: skip
 
 

@@ -110,6 +110,12 @@ def test_constant_channels_are_only_shifted():
     assert float(layer.log_scale[1]) == 0
 
 
+def test_small_channels_are_scaled():
+    layer = ActNorm(2)
+    z, _ = layer(torch.randn(500, 2) * torch.tensor([1e-12, 1e-3]))
+    torch.testing.assert_close(z.std(0), torch.ones(2), atol=1e-2, rtol=0)
+
+
 def test_nan_at_initialisation_raises():
     with pytest.raises(ValueError, match="x holds NaN or infinity in the batch that initialises"):
         ActNorm(2)(torch.tensor([[1.0, float("nan")], [0.0, 0.0]]))

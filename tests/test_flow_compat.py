@@ -92,9 +92,18 @@ def test_nflows_actnorm_and_linear():
     fresh = our_nflows.ActNorm(4)
     z, _ = fresh(5 * torch.randn(IMAGE) + 1)
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    x = 5 * torch.randn(20, 4) + 1
+    results = [lib.ActNorm(4)(x) for lib in (our_nflows, theirs)]
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
     from nflows.transforms.lu import LULinear
 
     agree(our_nflows.LULinear(4), moved(LULinear(4, identity_init=False)), torch.randn(VECTOR), *ways)
+    ours, peer = our_nflows.LULinear(4), moved(LULinear(4, identity_init=False))
+    ours.load_state_dict(peer.state_dict())
+    ours.use_cache()
+    for name in ("weight", "weight_inverse", "logabsdet"):
+        torch.testing.assert_close(getattr(ours, name)(), getattr(peer, name)(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.upper_diag, peer.upper_diag)
     ours, peer = our_nflows.OneByOneConvolution(4), moved(theirs.OneByOneConvolution(4, identity_init=False))
     agree(ours, peer, torch.randn(IMAGE), *ways)
 
@@ -243,6 +252,8 @@ def test_what_is_not_offered_says_so():
         (lambda: our_normflows.AffineCouplingBlock(Net(1, 2), split_mode="rows"), "split_mode must be one of"),
         (lambda: our_normflows.AffineCoupling(Net(1, 2), scale_map="tanh"), "scale_map must be one of"),
         (lambda: our_normflows.ActNorm((3, 4, 4)), r"for shapes \(C, 1, ...\), got \(3, 4, 4\)"),
+        (lambda: our_normflows.AffineCouplingBlock(Net(2, 2))(torch.zeros(3, 4)), "must give 4 channels, got 2"),
+        (lambda: our_normflows.MaskedAffineFlow(torch.full((4,), 0.5)), "b must hold zeros and ones alone"),
         (lambda: our_freia.AllInOneBlock([(4,)], subnet_constructor=Net, gin_block=True), "gin_block is not offered"),
         (lambda: our_freia.GLOWCouplingBlock([(4,)]), "subnet_constructor must be given"),
         (lambda: our_freia.GLOWCouplingBlock([(4,)], subnet_constructor=Net, split_len=5), "split_len must lie in"),

@@ -185,6 +185,8 @@ def test_debug_names_the_layer_that_fails():
     flow(x)
     with pytest.raises(FloatingPointError, match="FlowSequence: x holds NaN or infinity"):
         flow(torch.where(x > 1, float("inf"), x))
+    with pytest.raises(FloatingPointError, match="FlowSequence: z holds NaN or infinity"):
+        flow.inverse(torch.full((2, 8, 2, 2), float("nan")))
     with torch.no_grad():
         flow.layers[1].log_diagonal[0] = float("inf")
     with pytest.raises(FloatingPointError, match=r"what layer 1 \(InvertibleConv1x1\) returns holds NaN"):
@@ -223,6 +225,11 @@ BAD = {
     "permutation": (lambda: Permutation(3, torch.tensor([0, 0, 1])), ValueError, "each of 0 to 2 once"),
     "permutation name": (lambda: Permutation(3, "swap"), ValueError, "order must be 'reverse', 'random'"),
     "split": (lambda: Split()(torch.zeros(2, 3)), ValueError, "even number of channels"),
+    "split width": (
+        lambda: Split(nn.Conv2d(2, 2, 1))(torch.randn(2, 4, 3, 3)),
+        ValueError,
+        r"Split: net must map \(2, 2, 3, 3\) to \(2, 4, 3, 3\), got \(2, 2, 3, 3\)",
+    ),
     "scales": (
         lambda: MultiScale([Squeeze()], [Split()]),
         ValueError,

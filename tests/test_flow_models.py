@@ -153,13 +153,44 @@ def test_state_dict_loads_strictly_and_config_describes_the_model(kind):
         assert torch.equal(copy.encode(x, labels)[0], model.encode(x, labels)[0])
 
 
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("shape", [(3, 8, 8), (4,)])
+@pytest.mark.parametrize("reversible", [False, True])
+def test_empty_batches(kind, shape, reversible):
+    options = {} if len(shape) == 1 else {"scales": 2}
+    model = small(kind, shape, classes=2, reversible=reversible, **options)
+    x = torch.zeros(0, *shape) if len(shape) == 1 else torch.zeros(0, *shape).long()
+    labels = torch.zeros(0).long()
+    log_p = model.log_prob(x, labels)
+    assert log_p.shape == (0,)
+    log_p.sum().backward()
+    assert model.sample(0, labels=labels).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (4,), (5,)])
+def test_additive_couplings(kind, shape):
+    model = small(kind, shape, scale="none")
+    x = torch.randint(0, 256, (3, *shape)) if len(shape) == 3 else torch.randn(3, *shape)
+    with torch.no_grad():
+        torch.testing.assert_close(model.decode(model.encode(x)[0]), x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.05, 0.4])
+def test_every_level_has_a_finite_density(alpha):
+    model = small("RealNVP", (1, 4, 4), levels=2, alpha=alpha)
+    x = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)]).long()
+    for u in (0.0, 1 - 2**-24):
+        assert torch.isfinite(model.log_prob(x, uniforms=torch.full(x.shape, u))).all()
+
+
 BAD = {
     "shape": (lambda m: m((3, 4)), ValueError, r"shape must be \(C, H, W\) or \(D,\), got \(3, 4\)"),
     "scales": (lambda m: m((1, 6, 6), scales=2), ValueError, "scales 2 needs height and width divisible by 4"),
     "scales of vectors": (lambda m: m((4,), scales=2), ValueError, "scales must be 1 for vectors, got 2"),
     "one value": (lambda m: m((1,)), ValueError, r"shape must be at least \(2,\)"),
     "levels": (lambda m: m((1, 4, 4), levels=1), ValueError, "levels must be 0 .* got 1"),
-    "alpha": (lambda m: m((1, 4, 4), alpha=0.5), ValueError, r"alpha must lie in \[0, 0.5\), got 0.5"),
+    "alpha": (lambda m: m((1, 4, 4), alpha=0.5), ValueError, r"alpha must be 0 or lie in \[1e-06, 0.5\), got 0.5"),
     "hidden": (lambda m: m((1, 4, 4), hidden=0), ValueError, "hidden must be an integer >= 1, got 0"),
     "x shape": (
         lambda m: m((1, 4, 4)).log_prob(torch.zeros(2, 1, 4, 5).long()),
@@ -200,6 +231,8 @@ BAD = {
         "temperature must be finite and >= 0, got -1.0",
     ),
     "batch": (lambda m: m((2,)).sample(-1), ValueError, "batch_size must be an integer >= 0, got -1"),
+    "x list": (lambda m: m((2,)).log_prob([1]), TypeError, "x must be a tensor"),
+    "end list": (lambda m: m((2,)).interpolate([1], [2], 3), TypeError, "a must be a tensor, got list"),
     "z": (lambda m: m((2,)).decode(torch.zeros(2, 3)), ValueError, r"z must have shape \(B, 2\), got \(2, 3\)"),
     "ends": (
         lambda m: m((2,)).interpolate(torch.zeros(2, 2), torch.zeros(1, 2), 3),

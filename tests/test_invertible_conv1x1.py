@@ -145,8 +145,15 @@ def test_singular_weights_are_refused_on_loading():
     with pytest.raises(RuntimeError, match="weight is of a singular matrix"):
         dense.load_state_dict({"weight": torch.ones(3, 3)})
     lu = InvertibleConv1x1(3)
-    with pytest.raises(RuntimeError, match="log_diagonal is of a singular matrix"):
-        lu.load_state_dict(lu.state_dict() | {"log_diagonal": torch.tensor([0.0, float("-inf"), 0.0])})
+    for name, value, message in (
+        ("log_diagonal", torch.tensor([0.0, float("-inf"), 0.0]), "log_diagonal holds NaN or infinity"),
+        ("log_diagonal", torch.tensor([0.0, -200.0, 0.0]), r"log_diagonal must lie within \+-80"),
+        ("lower", torch.full((3, 3), torch.nan), "lower holds NaN or infinity"),
+        ("sign", torch.tensor([1.0, 0.0, -1.0]), "sign must hold 1 and -1 alone"),
+        ("permutation", torch.tensor([0, 0, 2]), "permutation must hold each of 0 to 2 once"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            lu.load_state_dict(lu.state_dict() | {name: value})
     wrapped = torch.nn.ModuleDict({"flow": torch.nn.Sequential(dense)})
     with pytest.raises(RuntimeError, match=r"flow\.0\.weight is of a singular matrix"):
         wrapped.load_state_dict({"flow.0.weight": torch.zeros(3, 3)})
@@ -179,3 +186,14 @@ def test_autocast_keeps_all_of_it_exact(which):
             got = invertible_conv1x1(**args, **kept, inverse=inverse, backend=which)
         assert torch.equal(got[0], exact[0])
         assert torch.equal(got[1], exact[1])
+
+
+def test_gradient_of_the_shift_where_the_scale_vanishes():
+    args, kept = {k: v.float() for k, v in arguments(2, 3, (4,), True).items()}, fixed(3)
+    args["log_scale"].fill_(-110)
+    args["shift"].requires_grad_()
+    grads = []
+    for which in ("cpu", "reference"):
+        z, _ = invertible_conv1x1(**args, **kept, backend=which)
+        grads.append(torch.autograd.grad(z.sum(), args["shift"])[0])
+    torch.testing.assert_close(*grads)

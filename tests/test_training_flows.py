@@ -143,6 +143,8 @@ def test_commands_on_points(kind, tmp_path, capsys):
     assert "step 3, loss" in capsys.readouterr().out
     assert run("sample", "flow", out, "--out", tmp_path / "b.png", "--number", 50) == 0
     assert (tmp_path / "b.png").exists()
+    assert run("train", kind, "--out", out, "--steps", 4, "--resume", "--density", "rings") == 2
+    assert "was trained on two_moons: leave out --density" in capsys.readouterr().err
     assert run("train", kind, "--out", out, "--steps", 3) == 2
     assert "exists; add --resume" in capsys.readouterr().err
     assert run("train", kind, "--out", out, "--steps", 9, "--resume", "--hidden", 9) == 2
@@ -169,6 +171,9 @@ def test_commands_on_images(tmp_path, capsys):
     assert model.classes == 3
     assert model.config["reversible"]
     assert run("train", "glow", "--data", data, "--out", out, "--steps", 3, "--labels", "--resume") == 0
+    capsys.readouterr()
+    assert run("train", "glow", "--out", out, "--steps", 4, "--labels", "--resume") == 2
+    assert "was trained on --data: give it again" in capsys.readouterr().err
     assert run("sample", "flow", out, "--label", 1, "--number", 5, "--out", tmp_path / "b.png") == 0
     capsys.readouterr()
     assert run("sample", "flow", out, "--out", tmp_path / "c.png") == 2

@@ -149,13 +149,18 @@ void assemble_backward(const Factors<T>& f, const T* weight, const T* grad, cons
     for (int64_t j = 0; j < n; ++j) {
       row[j] = grad[i * n + j] * scales[j] + grad_bias[i] * f.shift_of(j);
       to.log_scale[j] += grad[i * n + j] * weight[i * n + j];
-      to.shift[j] += grad_bias[i] * weight[i * n + j];
     }
   }
-  for (int64_t j = 0; j < n; ++j) {
-    to.log_scale[j] += grad_log_det;
-    to.shift[j] /= scales[j];
+  // of the shift: the transposed factors in turn
+  std::vector<T> first(n), second(n);
+  for (int64_t i = 0; i < n; ++i) first[f.permutation[i]] += grad_bias[i];
+  for (int64_t i = 0; i < n; ++i) {
+    second[i] += first[i];
+    for (int64_t k = 0; k < i; ++k) second[k] += f.lower[i * n + k] * first[i];
   }
+  for (int64_t k = 0; k < n; ++k)
+    for (int64_t j = k; j < n; ++j) to.shift[j] += f.upper[k][j] * second[k];
+  for (int64_t j = 0; j < n; ++j) to.log_scale[j] += grad_log_det;
   factor_gradients(f, of_product, grad_log_det, to);
 }
 

@@ -67,6 +67,16 @@ class AffineCouplingTransform(nn.Module):
         self._swap = torch.equal(self.transform_features, first)
         self._in_place = self._swap or torch.equal(self.transform_features, last)
 
+    @property
+    def num_identity_features(self) -> int:
+        """How many pass through."""
+        return len(self.identity_features)
+
+    @property
+    def num_transform_features(self) -> int:
+        """How many are transformed."""
+        return len(self.transform_features)
+
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, D) or (B, D, H, W) -> the same shape, logabsdet (B,)."""
         return self._run(inputs, context, False)
@@ -104,10 +114,17 @@ class AdditiveCouplingTransform(AffineCouplingTransform):
 
 
 class ActNorm(_ActNorm):
-    """`nflows.transforms.ActNorm`."""
+    """`nflows.transforms.ActNorm`; the first batch's deviation is the unbiased one, as there."""
+
+    correction = 1
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
+
+    @property
+    def scale(self) -> Tensor:
+        """(features,), positive."""
+        return self.log_scale.exp()
 
 
 class LULinear(nn.Module):
@@ -118,7 +135,7 @@ class LULinear(nn.Module):
     features
         D.
     using_cache
-        Accepted; nothing is cached.
+        Accepted, see `use_cache`.
     identity_init
         The identity at first, else random.
     eps
@@ -132,7 +149,7 @@ class LULinear(nn.Module):
     ) -> None:
         super().__init__()
         check_integer(type(self).__name__, "features", features)
-        self.features, self.eps = features, eps
+        self.features, self.eps, self.using_cache = features, eps, using_cache
         entries, bound = features * (features - 1) // 2, 1 / math.sqrt(features)
         self.bias = nn.Parameter(torch.zeros(features))
         self.lower_entries = nn.Parameter(torch.zeros(entries))
@@ -155,6 +172,35 @@ class LULinear(nn.Module):
         bias = -(weight @ self.bias.double())
         return mix_channels(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype)), -log_det
 
+    def weight(self) -> Tensor:
+        """The matrix (D, D), without the permutation of `OneByOneConvolution`."""
+        return lu_weight(*self._matrices())
+
+    def weight_inverse(self) -> Tensor:
+        """Its inverse."""
+        return lu_inverse(*self._matrices()).to(self.bias.dtype)
+
+    def logabsdet(self) -> Tensor:
+        """Log of its absolute determinant, ()."""
+        return self.upper_diag.log().sum()
+
+    def weight_and_logabsdet(self) -> tuple[Tensor, Tensor]:
+        """Both."""
+        return self.weight(), self.logabsdet()
+
+    def weight_inverse_and_logabsdet(self) -> tuple[Tensor, Tensor]:
+        """Both; the log-determinant is the matrix's, not its inverse's."""
+        return self.weight_inverse(), self.logabsdet()
+
+    @property
+    def upper_diag(self) -> Tensor:
+        """Diagonal (D,) of U."""
+        return F.softplus(self.unconstrained_upper_diag) + self.eps
+
+    def use_cache(self, mode: bool = True) -> None:
+        """Accepted; the matrix is assembled at every call, which costs microseconds."""
+        self.using_cache = mode
+
     def _order(self) -> Tensor:
         return torch.arange(self.features, device=self.bias.device)
 
@@ -162,15 +208,18 @@ class LULinear(nn.Module):
         if inputs.dim() != self.rank or inputs.shape[1] != self.features:
             wanted = ("B", self.features, "H", "W")[: self.rank]
             raise ValueError(f"{type(self).__name__}: inputs must have shape {wanted}, got {tuple(inputs.shape)}")
+        matrices = self._matrices()
+        return matrices, (inputs.shape[2:].numel() * self.logabsdet()).expand(len(inputs))
+
+    def _matrices(self) -> tuple[Tensor, ...]:
         below = torch.tril_indices(self.features, self.features, -1, device=self.bias.device)
         above = torch.triu_indices(self.features, self.features, 1, device=self.bias.device)
         zero = self.bias.new_zeros(self.features, self.features)
         lower = zero.index_put((below[0], below[1]), self.lower_entries)
         upper = zero.index_put((above[0], above[1]), self.upper_entries)
-        log_diagonal = (F.softplus(self.unconstrained_upper_diag) + self.eps).log()
-        log_det = (inputs.shape[2:].numel() * log_diagonal.sum()).expand(len(inputs))
+        log_diagonal = self.upper_diag.log()
         identity = torch.arange(self.features, device=self.bias.device)
-        return (lower, upper, log_diagonal, torch.ones_like(log_diagonal), identity), log_det
+        return lower, upper, log_diagonal, torch.ones_like(log_diagonal), identity
 
 
 class _RandomPermutation(nn.Module):

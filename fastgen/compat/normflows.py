@@ -37,16 +37,24 @@ class AffineCoupling(nn.Module):
 
     def forward(self, z: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """[z1, z2] -> [z1, z2'], log_det (B,)."""
-        z2, log_det = self.transform(z[1], self.param_map(z[0]), False)
+        z2, log_det = self.transform(z[1], self.param_map(z[0]), z[1].shape[1], False)
         return [z[0], z2], log_det
 
     def inverse(self, z: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Undo `forward`."""
-        z2, log_det = self.transform(z[1], self.param_map(z[0]), True)
+        z2, log_det = self.transform(z[1], self.param_map(z[0]), z[1].shape[1], True)
         return [z[0], z2], log_det
 
-    def transform(self, z: Tensor, param: Tensor, inverse: bool, swap: bool = False) -> tuple[Tensor, Tensor]:
-        """Scale and shift the last of z's channels, with `swap` the first, by what `param_map` gave."""
+    def transform(
+        self, z: Tensor, param: Tensor, channels: int, inverse: bool, swap: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and shift the last of z's channels, with `swap` the first, by what `param_map` gave.
+
+        Lists give z2 alone, all of whose channels are transformed; a block gives all of z.
+        """
+        wanted = 2 * channels if self.scale else channels
+        if param.shape[1] != wanted:
+            raise ValueError(f"{type(self).__name__}: param_map must give {wanted} channels, got {param.shape[1]}")
         if not self.scale:
             return affine_coupling(z, param, scale="none", inverse=inverse, swap=swap)
         if self.scale_map == "sigmoid":  # over the sigmoid: not among the op's scales
@@ -89,10 +97,10 @@ class AffineCouplingBlock(nn.Module):
         coupling: AffineCoupling = self.flows[1]  # type: ignore[assignment]
         if self.split_mode == "channel":
             kept = z[:, : (z.shape[1] + 1) // 2]
-            return coupling.transform(z, coupling.param_map(kept), inverse)
+            return coupling.transform(z, coupling.param_map(kept), z.shape[1] // 2, inverse)
         if self.split_mode == "channel_inv":
             kept = z[:, (z.shape[1] + 1) // 2 :]
-            return coupling.transform(z, coupling.param_map(kept), inverse, swap=True)
+            return coupling.transform(z, coupling.param_map(kept), (z.shape[1] + 1) // 2, inverse, swap=True)
         if z.shape[-1] % 2:
             raise ValueError(f"AffineCouplingBlock: {self.split_mode} needs an even last size, got {tuple(z.shape)}")
         parity = torch.zeros((), dtype=torch.int64, device=z.device)
@@ -101,7 +109,7 @@ class AffineCouplingBlock(nn.Module):
         first = ((parity % 2 == 1) != (self.split_mode == "checkerboard_inv")).flatten()
         flat, half = z.flatten(1), (*z.shape[:-1], z.shape[-1] // 2)
         z1, z2 = flat[:, first].reshape(half), flat[:, ~first].reshape(half)
-        z2, log_det = coupling.transform(z2, coupling.param_map(z1), inverse)
+        z2, log_det = coupling.transform(z2, coupling.param_map(z1), z2.shape[1], inverse)
         merged = flat.index_copy(1, (~first).nonzero().flatten(), z2.flatten(1))
         return merged.reshape(z.shape), log_det
 
@@ -121,6 +129,8 @@ class MaskedAffineFlow(nn.Module):
 
     def __init__(self, b: Tensor, t: nn.Module | None = None, s: nn.Module | None = None) -> None:
         super().__init__()
+        if not bool(((b == 0) | (b == 1)).all()):
+            raise ValueError("MaskedAffineFlow: b must hold zeros and ones alone")
         self.register_buffer("b", b.view(1, *b.size()))
         self.s, self.t = s, t
 

@@ -15,6 +15,7 @@ from fastgen.nn.flow import MultiScale
 
 MOST_LEVELS = 65536
 CONTEXT = 32  # channels of a label's embedding
+LEAST_ALPHA = 1e-6  # so that float32 tells 1 - alpha from 1
 
 
 class FlowModel(nn.Module):
@@ -30,8 +31,8 @@ class FlowModel(nn.Module):
     classes
         Labels (B,) int64 in [0, classes) that every conditioner sees; 0 for none.
     alpha
-        In [0, 0.5): with levels, values v in [0, 1) enter the flow as logit(alpha + (1 - 2 alpha) v), or where alpha
-        is 0 as v - 1/2.
+        0, or in [1e-6, 0.5): with levels, values v in [0, 1) enter the flow as logit(alpha + (1 - 2 alpha) v), or where
+        alpha is 0 as v - 1/2.
     """
 
     def __init__(self, shape: Sequence[int], *, levels: int | None, classes: int, alpha: float) -> None:
@@ -46,8 +47,8 @@ class FlowModel(nn.Module):
         check_integer(name, "classes", classes, 0)
         if levels == 1 or levels > MOST_LEVELS:
             raise ValueError(f"{name}: levels must be 0 (continuous) or lie in [2, {MOST_LEVELS}], got {levels}")
-        if not is_finite(alpha) or not 0 <= alpha < 0.5:
-            raise ValueError(f"{name}: alpha must lie in [0, 0.5), got {alpha!r}")
+        if not is_finite(alpha) or not (alpha == 0 or LEAST_ALPHA <= alpha < 0.5):
+            raise ValueError(f"{name}: alpha must be 0 or lie in [{LEAST_ALPHA:g}, 0.5), got {alpha!r}")
         self.shape, self.levels, self.classes, self.alpha = tuple(shape), levels, classes, float(alpha)
         self.dims = math.prod(shape)
         self.config: dict[str, Any] = {"shape": list(shape), "levels": levels, "classes": classes, "alpha": alpha}
@@ -114,6 +115,7 @@ class FlowModel(nn.Module):
 
         x and labels as in `encode`; the uniforms that dequantise are drawn from `generator` where they are not given.
         """
+        self._check(x)
         if self.levels and uniforms is None:
             uniforms = torch.rand(x.shape, generator=generator, device=x.device)
         return self.encode(x, labels, uniforms=uniforms)[1]
@@ -174,6 +176,8 @@ class FlowModel(nn.Module):
     def interpolate(self, a: Tensor, b: Tensor, steps: int, labels: Tensor | None = None) -> Tensor:
         """From a to b (both (B, *shape)), straight in the prior's space -> (B, steps, *shape), ends included."""
         check_integer(f"{self._name}.interpolate", "steps", steps, 2)
+        for name, x in (("a", a), ("b", b)):
+            check_tensor(f"{self._name}.interpolate", name, x)
         if a.shape != b.shape:
             raise ValueError(
                 f"{self._name}.interpolate: a and b must have one shape, got {tuple(a.shape)}, {tuple(b.shape)}"

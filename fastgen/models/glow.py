@@ -75,11 +75,13 @@ class Glow(FlowModel):
         self.flow = MultiScale(flows, splits)
 
     def _coupling(self, channels: int, hidden: int, cond: int, scale: str, bound: float) -> AffineCoupling:
-        half = channels // 2
+        half, parts = channels // 2, 1 if scale == "none" else 2
         if len(self.shape) == 3:
-            net: nn.Module = ConvConditioner(half, channels, hidden, cond)
+            net: nn.Module = ConvConditioner(half, parts * half, hidden, cond)
             return AffineCoupling(net, scale=scale, bound=bound)
         if channels % 2 == 0:
-            return AffineCoupling(MLPConditioner(half, channels, hidden, cond_channels=cond), scale=scale, bound=bound)
-        net = MLPConditioner(channels, 2 * channels, hidden, cond_channels=cond)
+            return AffineCoupling(
+                MLPConditioner(half, parts * half, hidden, cond_channels=cond), scale=scale, bound=bound
+            )
+        net = MLPConditioner(channels, parts * channels, hidden, cond_channels=cond)
         return AffineCoupling(net, scale=scale, bound=bound, mask=torch.arange(channels) <= half)

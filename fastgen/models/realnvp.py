@@ -67,7 +67,8 @@ class RealNVP(FlowModel):
         channels = shape[0]
 
         def coupling(mask: torch.Tensor | str | None, swap: bool = False) -> list[nn.Module]:
-            inputs, outputs = (channels // 2, channels) if mask is None else (channels, 2 * channels)
+            inputs = channels // 2 if mask is None else channels
+            outputs = inputs if scale == "none" else 2 * inputs
             net: nn.Module = (
                 ResidualConditioner(inputs, outputs, hidden, blocks, cond)
                 if image

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastgen.checks import check_integer
 from fastgen.ops.actnorm import actnorm
 
-LEAST_VARIANCE = 1e-12  # of a channel that is scaled to unit variance; below it the channel counts as constant
+LEAST_VARIANCE = 1e-13  # relative to the squared mean: below it a channel counts as constant in float32
 
 
 class ActNorm(nn.Module):
@@ -28,6 +28,7 @@ class ActNorm(nn.Module):
     """
 
     initialized: Tensor
+    correction = 0  # of the variance of the first batch
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -65,9 +66,11 @@ class ActNorm(nn.Module):
             variance = square - mean.square()
         elif count == 0:
             return
+        if self.correction and count > 1:
+            variance = variance * (count / (count - self.correction))
         if not bool(torch.isfinite(variance).all()):
             raise ValueError("ActNorm: x holds NaN or infinity in the batch that initialises it")
-        constant = variance <= LEAST_VARIANCE * (1 + mean.square())
+        constant = variance <= LEAST_VARIANCE * mean.square() + torch.finfo(torch.float32).tiny
         if bool(constant.any()):
             which = constant.nonzero().flatten().tolist()
             warnings.warn(f"ActNorm: channels {which} are constant in the first batch: shifted only", stacklevel=3)

@@ -37,7 +37,7 @@ class _Conditioner(nn.Module):
             raise ValueError(f"{type(self).__name__}: cond must be {wanted}, got {came}")
         if self.context is None or cond is None:
             return h
-        return h + self.context(cond).reshape(len(h), -1, *(1,) * (h.dim() - 2))  # type: ignore[no-any-return]
+        return h + self.context(cond)[(..., *(None,) * (h.dim() - 2))]  # type: ignore[no-any-return]
 
 
 class ConvConditioner(_Conditioner):

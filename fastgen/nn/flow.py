@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_tensor
-from fastgen.nn.reversible import call, call_inverse, run_reversibly
+from fastgen.nn.reversible import buffers_kept, call, call_inverse, run_reversibly
 from fastgen.ops.affine_coupling import affine_coupling
 
 
@@ -47,23 +47,22 @@ class FlowSequence(nn.Module):
                 raise TypeError(f"FlowSequence: layer {i} must be a module with an inverse, got {type(layer).__name__}")
         self.layers = nn.ModuleList(layers)
         self.reversible, self.debug = reversible, debug
-        self._inputs: list[Tensor] = []
+        self._drift: list[float] = []
 
     @property
     def drift(self) -> list[float]:
         """Of each layer, after a backward pass with `reversible` and `debug`: see the class."""
-        if not self._inputs or any(t.dim() for t in self._inputs):
+        if not self._drift:
             raise RuntimeError("FlowSequence: drift is known after a backward pass with reversible=True and debug=True")
-        return [float(t) for t in self._inputs]
+        return self._drift
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, ...) -> z, log_det (B,)."""
         check_tensor("FlowSequence", "x", x)
+        inputs = self._check(x, cond, False) if self.debug else None
         if self.reversible and self.layers and torch.is_grad_enabled():
-            self._inputs = self._check(x, cond) if self.debug else []
-            return run_reversibly(list(self.layers), x, cond, self._inputs if self.debug else None)
-        if self.debug:
-            self._check(x, cond)
+            self._drift = []
+            return run_reversibly(self._flat(), x, cond, inputs, self._drift)
         log_det = zero_log_det(x)
         for layer in self.layers:
             x, of_layer = call(layer, x, cond)
@@ -73,26 +72,37 @@ class FlowSequence(nn.Module):
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo `forward`."""
         check_tensor("FlowSequence", "z", z)
+        if self.debug:
+            self._check(z, cond, True)
         log_det = zero_log_det(z)
         for layer in reversed(self.layers):
             z, of_layer = call_inverse(layer, z, cond)
             log_det = log_det + of_layer
         return z, log_det
 
+    def _flat(self) -> list[nn.Module]:
+        """The layers, those of sequences within it among them: each is to be undone on its own."""
+        return [inner for layer in self.layers for inner in (layer._flat() if type(layer) is FlowSequence else [layer])]
+
     @torch.no_grad()
-    def _check(self, x: Tensor, cond: Tensor | None) -> list[Tensor]:
+    def _check(self, x: Tensor, cond: Tensor | None, inverse: bool) -> list[Tensor]:
         """Every layer's input; raises where one is not finite."""
-        inputs = []
+        layers = self._flat()
+        layers, step = (layers[::-1], call_inverse) if inverse else (layers, call)
+        inputs: list[Tensor] = []
+        name = "z" if inverse else "x"
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            for i, layer in enumerate(self.layers):
+            for layer in [*layers, None]:
                 if not bool(torch.isfinite(x).all()):
-                    where = "x" if i == 0 else f"what layer {i - 1} ({type(self.layers[i - 1]).__name__}) returns"
-                    raise FloatingPointError(f"FlowSequence: {where} holds NaN or infinity")
+                    raise FloatingPointError(f"FlowSequence: {name} holds NaN or infinity")
+                if layer is None:
+                    return inputs
                 inputs.append(x.clone())
-                x, _ = call(layer, x, cond)
-        if not bool(torch.isfinite(x).all()):
-            last = type(self.layers[-1]).__name__ if self.layers else "nothing"
-            raise FloatingPointError(f"FlowSequence: what the last layer ({last}) returns holds NaN or infinity")
+                with buffers_kept(layer):
+                    x, _ = step(layer, x, cond)
+                i = len(inputs) - 1
+                where = len(layers) - 1 - i if inverse else i
+                name = f"what layer {where} ({type(layer).__name__}) returns"
         return inputs
 
 
@@ -112,6 +122,10 @@ class Squeeze(nn.Module):
         check_tensor("Squeeze", "x", x)
         if x.dim() != 4 or x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"Squeeze: factor {self.factor} must divide x's height and width, got {tuple(x.shape)}")
+        if not x.numel():  # which PyTorch leaves in its shape
+            batch, channels, height, width = x.shape
+            size = (batch, channels * self.factor**2, height // self.factor, width // self.factor)
+            return x.reshape(size), zero_log_det(x)
         return F.pixel_unshuffle(x, self.factor), zero_log_det(x)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -119,6 +133,10 @@ class Squeeze(nn.Module):
         check_tensor("Squeeze", "z", z)
         if z.dim() != 4 or z.shape[1] % self.factor**2:
             raise ValueError(f"Squeeze: {self.factor}**2 must divide z's channels, got {tuple(z.shape)}")
+        if not z.numel():
+            batch, channels, height, width = z.shape
+            size = (batch, channels // self.factor**2, height * self.factor, width * self.factor)
+            return z.reshape(size), zero_log_det(z)
         return F.pixel_shuffle(z, self.factor), zero_log_det(z)
 
 
@@ -190,7 +208,12 @@ class Split(nn.Module):
 
     def _prior(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         assert self.net is not None
-        return self.net(kept) if cond is None else self.net(kept, cond)  # type: ignore[no-any-return]
+        params: Tensor = self.net(kept) if cond is None else self.net(kept, cond)
+        check_tensor("Split", "what net returns", params)
+        wanted = (kept.shape[0], 2 * kept.shape[1], *kept.shape[2:])
+        if tuple(params.shape) != wanted:
+            raise ValueError(f"Split: net must map {tuple(kept.shape)} to {wanted}, got {tuple(params.shape)}")
+        return params
 
 
 class MultiScale(nn.Module):

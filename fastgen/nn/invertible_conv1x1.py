@@ -12,6 +12,9 @@ from fastgen.nn.actnorm import ActNorm
 from fastgen.ops.actnorm import actnorm
 from fastgen.ops.invertible_conv1x1 import invertible_conv1x1, lu_weight, mix_channels
 
+LARGEST_CONDITION = 1e12
+LARGEST_LOG = 80.0  # beyond it float32 has neither e^x nor its inverse
+
 
 class InvertibleConv1x1(nn.Module):
     """Mix the channels of every pixel by an invertible matrix; a random rotation at first.
@@ -85,13 +88,27 @@ class InvertibleConv1x1(nn.Module):
         return mix_channels(x, weight.to(kind), zero), log_det
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = prefix + ("log_diagonal" if self.lu else "weight")
-        loaded = state_dict.get(name)
-        if isinstance(loaded, Tensor) and loaded.dim() == (1 if self.lu else 2):
-            singular = not bool(torch.isfinite(loaded).all())
-            if not self.lu and loaded.shape[0] == loaded.shape[1]:
-                singular = singular or not float(torch.linalg.cond(loaded.double())) < 1e12  # NaN for zeros
-            if singular:
-                args[-1].append(f"InvertibleConv1x1: {name} is of a singular matrix (or holds NaN)")
-                return
+        faults = self._faults({name: state_dict.get(prefix + name) for name in self.state_dict()})
+        if faults:
+            args[-1].extend(f"InvertibleConv1x1: {prefix}{fault}" for fault in faults)
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _faults(self, given: dict[str, Any]) -> list[str]:
+        """What makes a loaded matrix singular; shapes are for PyTorch to compare."""
+        expected = self.state_dict()
+        loaded = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.shape == expected[k].shape}
+        faults = [f"{k} holds NaN or infinity" for k, v in loaded.items() if not bool(torch.isfinite(v).all())]
+        if faults:
+            return faults
+        if "weight" in loaded and not float(torch.linalg.cond(loaded["weight"].double())) < LARGEST_CONDITION:
+            faults.append("weight is of a singular matrix")  # or NaN, for zeros
+        if "log_diagonal" in loaded and float(loaded["log_diagonal"].abs().max()) > LARGEST_LOG:
+            faults.append(f"log_diagonal must lie within +-{LARGEST_LOG}, or the matrix is singular")
+        if "sign" in loaded and not bool((loaded["sign"].abs() == 1).all()):
+            faults.append("sign must hold 1 and -1 alone, or the matrix is singular")
+        if "permutation" in loaded:
+            order = loaded["permutation"].sort().values
+            if not torch.equal(order, torch.arange(len(order), device=order.device)):
+                faults.append(f"permutation must hold each of 0 to {len(order) - 1} once, or the matrix is singular")
+        return faults

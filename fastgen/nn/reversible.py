@@ -22,14 +22,15 @@ from fastgen.nn.coupling import AffineCoupling
 
 
 class _Circumstances:
-    """Random state and autocast at one point, to be met again."""
+    """Random state, autocast and a layer's buffers at one point, to be met again."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, layer: nn.Module) -> None:
         self.device = device
         self.rng = torch.get_rng_state()
         self.device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         kind = device.type
         self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if kind != "meta" else None
+        self.buffers = _snapshot(layer)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -48,16 +49,33 @@ class _Circumstances:
         return torch.autocast(self.device.type, self.autocast[1], self.autocast[0], cache_enabled=False)
 
 
+Snapshot = list[tuple[Tensor, Tensor]]  # buffers and their values
+
+
+def _snapshot(layer: nn.Module) -> Snapshot:
+    """Masks aside, which do not change."""
+    return [(b, b.clone()) for b in layer.buffers() if b.dtype != torch.bool] if layer.training else []
+
+
+def _changed(snapshot: Snapshot) -> Snapshot:
+    """The buffers that have been written to since; where asking would make the host wait, all of them.
+
+    Version counters do not tell: batch normalisation writes without counting.
+    """
+    return [(b, value) for b, value in snapshot if b.device.type != "cpu" or not torch.equal(b, value)]
+
+
 @contextlib.contextmanager
-def _buffers_kept(layer: nn.Module) -> Iterator[None]:
-    """Evaluating a layer a second time leaves no trace, in running statistics for one."""
-    before = [(b, b.clone()) for b in layer.buffers()] if layer.training else []
+def buffers_kept(layer: nn.Module, as_then: Snapshot | None = None) -> Iterator[None]:
+    """Evaluating a layer once more leaves no trace in its buffers; within it they are `as_then`."""
+    before = _snapshot(layer)
+    for buffer, value in as_then or ():
+        buffer.copy_(value)
     try:
         yield
     finally:
-        for buffer, value in before:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+        for buffer, value in _changed(before):
+            buffer.copy_(value)
 
 
 def call(layer: nn.Module, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,7 +97,7 @@ def _step_back(
     leaf = cond.detach().requires_grad_(cond.is_floating_point()) if cond is not None else None
     wanted = [leaf] if leaf is not None and leaf.requires_grad else []
     part = None
-    with _buffers_kept(layer):
+    with buffers_kept(layer, then.buffers):
         if isinstance(layer, AffineCoupling) and type(layer).forward is AffineCoupling.forward:
             with then.again():
                 with torch.enable_grad():
@@ -107,16 +125,18 @@ def _step_back(
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, layers: Sequence[nn.Module], inputs: list[Tensor] | None, x: Tensor, cond: Tensor | None,
-        *parameters: Tensor,
+        ctx: Any, layers: Sequence[nn.Module], inputs: list[Tensor] | None, drift: list[float], x: Tensor,
+        cond: Tensor | None, *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.layers, ctx.inputs, ctx.then = layers, inputs, []
+        ctx.layers, ctx.inputs, ctx.drift, ctx.then = layers, inputs, drift, []
         log_det = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
         z = x
         for layer in layers:
-            ctx.then.append(_Circumstances(x.device))
-            with ctx.then[-1].uncached():
+            then = _Circumstances(x.device, layer)
+            ctx.then.append(then)
+            with then.uncached():
                 z, of_layer = call(layer, z, cond)
+            then.buffers = _changed(then.buffers)
             log_det = log_det + of_layer
         z = z.view_as(z) if z is x else z
         ctx.save_for_backward(z, cond)
@@ -142,19 +162,18 @@ class _Reversible(torch.autograd.Function):
             if ctx.inputs is not None:
                 true = ctx.inputs[i]
                 drift.append(float((z - true).abs().max() / true.abs().max().clamp(min=1e-12)) if true.numel() else 0.0)
-        if ctx.inputs is not None:
-            ctx.inputs[:] = [torch.tensor(d) for d in reversed(drift)]
+        ctx.drift[:] = reversed(drift)
         unique = list({id(p): None for layer in every for p in layer})
-        return None, None, grad_z, grad_cond, *(of_parameters[k] for k in unique)
+        return None, None, None, grad_z, grad_cond, *(of_parameters[k] for k in unique)
 
 
 def run_reversibly(
-    layers: Sequence[nn.Module], x: Tensor, cond: Tensor | None, inputs: list[Tensor] | None
+    layers: Sequence[nn.Module], x: Tensor, cond: Tensor | None, inputs: list[Tensor] | None, drift: list[float]
 ) -> tuple[Tensor, Tensor]:
     """All layers -> output, log_det.
 
-    `inputs`, where given, holds each layer's true input; the backward pass leaves there how far reconstructions were
-    off, relative to the largest value.
+    `inputs`, where given, are the layers' true ones; the backward pass leaves in `drift` how far its reconstructions
+    were off, relative to the largest value.
     """
     parameters = list({id(p): p for layer in layers for p in layer.parameters() if p.requires_grad}.values())
-    return _Reversible.apply(layers, inputs, x, cond, *parameters)  # type: ignore[no-any-return,no-untyped-call]
+    return _Reversible.apply(layers, inputs, drift, x, cond, *parameters)  # type: ignore[no-any-return,no-untyped-call]
