@@ -70,33 +70,27 @@ inline T largest_magnitude(const T* x, int64_t width) {
   return largest_lane<T>(tops);
 }
 
-// v * scale, rounded, to pairs of integers: to[i * step] holds coordinates 2 i and 2 i + 1, the first `pairs` of them.
+// v * scale, rounded, as pairs of integers: to[i] holds coordinates 2 i and 2 i + 1.
 // -> the squares, lane by lane, of what rounding took.
 template <class T>
-inline Vec<T> round_to_grid(const T* v, T scale, int64_t width, int64_t pairs, int32_t* to, int64_t step) {
+inline Vec<T> round_to_grid(const T* v, T scale, int64_t width, int32_t* to) {
+  using Words = typename VectorOf<uint32_t, 4 * kLanes<T>>::type;
+  using Twos = typename VectorOf<uint64_t, 4 * kLanes<T>>::type;
+  using Pairs = typename VectorOf<int32_t, 2 * kLanes<T>>::type;
   constexpr T kShift = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 * 2^23 or 2^52: adding it rounds
-  constexpr int kPairs = kLanes<T> / 2;
   Vec<T> errors{};
-  for (int64_t k = 0; k < width; k += kLanes<T>, pairs -= kPairs) {
+  for (int64_t k = 0; k < width; k += kLanes<T>, to += kLanes<T> / 2) {
     const Vec<T> scaled = load(v + k) * scale, shifted = scaled + kShift;
     const Vec<T> lost = scaled - (shifted - kShift);
     errors += lost * lost;
-    // the integer is in the low 16 bits
-    if constexpr (sizeof(T) == 4) {
-      const auto words = (Vec<uint64_t>)shifted;
-      const auto pair = (words & 0xffffu) | (words >> 16 & 0xffff0000u);
-      uint64_t pair_of[kPairs];
-      std::memcpy(pair_of, &pair, sizeof pair);
-      if (pairs >= kPairs)
-        for (int i = 0; i < kPairs; ++i, to += step) *to = static_cast<int32_t>(pair_of[i]);
-      else
-        for (int64_t i = 0; i < pairs; ++i, to += step) *to = static_cast<int32_t>(pair_of[i]);
-    } else {
-      uint64_t words[kLanes<T>];
-      std::memcpy(words, &shifted, sizeof shifted);
-      for (int64_t i = 0; i < std::min<int64_t>(kPairs, pairs); ++i, to += step)
-        *to = static_cast<int32_t>((words[2 * i] & 0xffff) | (words[2 * i + 1] & 0xffff) << 16);
-    }
+    Words words;  // the integers are their low 16 bits
+    if constexpr (sizeof(T) == 4)
+      words = (Words)shifted;
+    else
+      words = __builtin_convertvector((Vec<uint64_t>)shifted, Words);
+    const Twos twos = (Twos)words;
+    const Pairs pairs = __builtin_convertvector((twos & 0xffffu) | (twos >> 16 & 0xffff0000u), Pairs);
+    std::memcpy(to, &pairs, sizeof pairs);
   }
   return errors;
 }
@@ -177,6 +171,7 @@ struct Codes {
     integers.resize(panels * pairs * kCodes);
     share(panels, [&](int64_t begin, int64_t end) {
       std::vector<T> code(width);
+      std::vector<int32_t> rounded(width / 2);
       for (int64_t i = begin * kCodes; i < end * kCodes; ++i) {
         Panel& head = heads[i / kCodes];
         const int64_t j = i % kCodes;
@@ -186,8 +181,9 @@ struct Codes {
         for (int64_t k = 0; k < width; ++k)
           code[k] = cosine ? rows[i * width + k] * inverse[i] : rows[i * width + k] - mean[k];
         const T scale = grid_scale(length[i], few() ? T(0) : largest_magnitude(code.data(), width));
-        const Vec<T> lost =
-            round_to_grid(code.data(), scale, width, pairs, integers.data() + i / kCodes * pairs * kCodes + j, kCodes);
+        const Vec<T> lost = round_to_grid(code.data(), scale, width, rounded.data());
+        int32_t* to = integers.data() + i / kCodes * pairs * kCodes + j;
+        for (int64_t k = 0; k < pairs; ++k) to[k * kCodes] = rounded[k];
         const T relative = radius > 0 ? length[i] / radius : T(0);
         head.factor[j] = scale > 0 ? static_cast<float>(1 / (scale * radius)) : 0.0f;
         head.slack[j] =

@@ -25,32 +25,36 @@ struct Leaders {
   VecI panel;
 };
 
-// Rows of a block on the grid: `integers` [pair of coordinates][row].
+// Rows of a block on the grid: `integers` [row][pair of coordinates], rows `stride` apart.
 struct Block {
-  const int32_t* integers;
+  int32_t* integers;
+  int64_t stride;
   int32_t allowance[kBlock];
   float scale[kBlock];  // in units of 1 / R
 };
 
-// Integer products of a block of rows with a panel of codes, on top of the rows' allowances. Not inlined: among other
-// variables the compiler would keep sums in memory.
-[[gnu::noinline]] void multiply(const Block& block, const int32_t* codes, int64_t pairs,
-                                VecU (&result)[kBlock][kPanel]) {
+// Integer products of a block of rows with a panel of codes, on top of the rows' allowances: use(row, sums).
+// Its callers are not inlined: among other variables the compiler would keep sums in memory.
+template <class Use>
+FASTGEN_INLINE inline void multiply(const Block& block, const int32_t* codes, int64_t pairs, Use&& use) {
   VecU sum[kBlock][kPanel];
   unroll<kBlock>([&](auto i) FASTGEN_INLINE {
     unroll<kPanel>([&](auto v) FASTGEN_INLINE { sum[i][v] = VecU{} + static_cast<uint32_t>(block.allowance[i]); });
   });
   const int32_t* rows = block.integers;
-  for (int64_t k = 0; k < pairs; ++k, codes += kCodes, rows += kBlock) {
+  const int64_t stride = block.stride;
+  int64_t k = pairs;
+  do {
     VecU code[kPanel];
     unroll<kPanel>([&](auto v) FASTGEN_INLINE { code[v] = (VecU)load(codes + v * kF); });
     unroll<kBlock>([&](auto i) FASTGEN_INLINE {
-      const VecU row = VecU{} + static_cast<uint32_t>(rows[i]);
+      const VecU row = VecU{} + static_cast<uint32_t>(rows[i * stride]);
       unroll<kPanel>([&](auto v) FASTGEN_INLINE { sum[i][v] = add_pairs(sum[i][v], code[v], row); });
     });
-  }
-  unroll<kBlock>([&](auto i)
-                     FASTGEN_INLINE { unroll<kPanel>([&](auto v) FASTGEN_INLINE { result[i][v] = sum[i][v]; }); });
+    codes += kCodes;
+    ++rows;
+  } while (--k);
+  unroll<kBlock>([&](auto i) FASTGEN_INLINE { use(i, sum[i]); });
 }
 
 // A panel's head in registers.
@@ -70,11 +74,30 @@ struct PanelVectors {
   }
 };
 
-inline void keep_leaders(Leaders& l, VecF a, VecF b, VecI panel) {
-  const VecF high = larger<float>(a, b), best = l.best;
-  l.second = larger<float>(l.second, smaller<float>(best, high));
-  l.panel = high > best ? panel : l.panel;
-  l.best = larger<float>(best, high);
+inline void keep_leaders(Leaders& leaders, VecF a, VecF b, VecI panel) {
+  const VecF high = larger<float>(a, b);
+  const Leaders l = leaders;
+  leaders = {larger<float>(l.best, high), larger<float>(l.second, smaller<float>(l.best, high)),
+             high > l.best ? panel : l.panel};
+}
+
+// The leaders of a block after one more panel.
+[[gnu::noinline]] void scan(const Block& block, const Panel& panel, const int32_t* codes, int64_t pairs, int32_t id,
+                            Leaders* leaders) {
+  const VecI ids = VecI{} + id;
+  multiply(block, codes, pairs, [&](auto i, const VecU(&sum)[kPanel]) FASTGEN_INLINE {
+    const PanelVectors head(panel);
+    keep_leaders(leaders[i], head.score(sum[0], 0, block.scale[i]), head.score(sum[1], 1, block.scale[i]), ids);
+  });
+}
+
+// The scores of a block with a panel.
+[[gnu::noinline]] void score(const Block& block, const Panel& panel, const int32_t* codes, int64_t pairs,
+                             VecF (&result)[kBlock][kPanel]) {
+  multiply(block, codes, pairs, [&](auto i, const VecU(&sum)[kPanel]) FASTGEN_INLINE {
+    const PanelVectors head(panel);
+    unroll<kPanel>([&](auto v) FASTGEN_INLINE { result[i][v] = head.score(sum[v], v, block.scale[i]); });
+  });
 }
 
 // The leaders of a block among `panels` panels of codes. With few coordinates the leaders cost more than the products,
@@ -93,7 +116,7 @@ void scan_few_coordinates(const Block& block, const Panel* heads, const int32_t*
       });
       unroll<Pairs>([&](auto k) FASTGEN_INLINE {
         unroll<kFew>([&](auto i) FASTGEN_INLINE {
-          const VecU row = VecU{} + static_cast<uint32_t>(block.integers[k * kBlock + first + i]);
+          const VecU row = VecU{} + static_cast<uint32_t>(block.integers[(first + i) * block.stride + k]);
           unroll<kPanel>([&](auto v) FASTGEN_INLINE {
             sum[i][v] = add_pairs(sum[i][v], (VecU)load(codes + ((p * Pairs + k) * kPanel + v) * kF), row);
           });
@@ -127,8 +150,11 @@ class Search {
         emit_(emit),
         centred_(kBlocks * kBlock * codes.width),
         converted_(kBlocks * kBlock * codes.width),
-        integers_((kBlocks + 1) * kBlock * codes.pairs) {
-    for (int b = 0; b <= kBlocks; ++b) blocks_[b].integers = integers_.data() + b * kBlock * codes_.pairs;
+        integers_((kBlocks + 1) * kBlock * codes.width / 2) {
+    for (int b = 0; b <= kBlocks; ++b) {
+      blocks_[b].stride = codes.width / 2;
+      blocks_[b].integers = integers_.data() + b * kBlock * blocks_[b].stride;
+    }
   }
 
   void run(int64_t begin, int64_t end) {
@@ -144,10 +170,11 @@ class Search {
                                      leaders_ + b * kBlock);
       else
         for (int64_t p = 0; p < codes_.panels; ++p)
-          for (int64_t b = 0; b < blocks; ++b)
-            scan_panel(blocks_[b], p, [&](int i, VecF high, VecF low) FASTGEN_INLINE {
-              keep_leaders(leaders_[b * kBlock + i], high, low, VecI{} + static_cast<int32_t>(p));
-            });
+          for (int64_t b = 0; b < blocks; ++b) {
+            if (first + count < end) fetch_ahead(first + count, p * blocks + b, codes_.panels * blocks);
+            scan(blocks_[b], codes_.heads[p], codes_.integers.data() + p * codes_.pairs * kCodes, codes_.pairs,
+                 static_cast<int32_t>(p), leaders_ + b * kBlock);
+          }
       for (int64_t i = 0; i < count; ++i) settle(first + i, i);
       while (open_ >= kBlock) look_again();
     }
@@ -160,14 +187,12 @@ class Search {
     T distance = std::numeric_limits<T>::infinity();
   };
 
-  // Scores of a block with a panel: finish(row, of the first vector, of the second).
-  template <class F>
-  void scan_panel(const Block& block, int64_t p, F&& finish) const {
-    VecU sum[kBlock][kPanel];
-    multiply(block, codes_.integers.data() + p * codes_.pairs * kCodes, codes_.pairs, sum);
-    const PanelVectors head(codes_.heads[p]);
-    for (int i = 0; i < kBlock; ++i)
-      finish(i, head.score(sum[i][0], 0, block.scale[i]), head.score(sum[i][1], 1, block.scale[i]));
+  // Asks for one of `parts` parts of the rows from `first` on, which the next pass will read.
+  void fetch_ahead(int64_t first, int64_t part, int64_t parts) const {
+    const int64_t bytes = kBlocks * kBlock * x_stride_ * sizeof(E);
+    const auto* from = reinterpret_cast<const char*>(x_ + first * x_stride_);
+    for (int64_t line = part * bytes / parts / 64; line < (part + 1) * bytes / parts / 64; ++line)
+      __builtin_prefetch(from + line * 64);
   }
 
   // Rows index(0), ..., index(count - 1), as padded vectors of T, to values_.
@@ -210,9 +235,8 @@ class Search {
     }
     for (int64_t i = 0; i < count; ++i) {
       Block& block = blocks_[first + i / kBlock];
-      int32_t* to = integers_.data() + (first + i / kBlock) * codes_.pairs * kBlock + i % kBlock;
-      const Vec<T> lost =
-          round_to_grid(centred_.data() + i * codes_.width, scale[i], codes_.width, codes_.pairs, to, kBlock);
+      const Vec<T> lost = round_to_grid(centred_.data() + i * codes_.width, scale[i], codes_.width,
+                                        block.integers + i % kBlock * block.stride);
       const float error = codes_.few() ? most_error_ : rounding_error<T>(lost);
       block.allowance[i % kBlock] = static_cast<int32_t>(error * reach_) + 1;
       // a row at the mean itself is nearest to the code that is: offsets alone decide
@@ -261,12 +285,17 @@ class Search {
     open_ -= count;
     fetch(count, [&](int64_t i) { return open_index_[open_ + i]; });
     place(count, kBlocks);
-    for (int64_t p = 0; p < codes_.panels; ++p)
-      scan_panel(blocks_[kBlocks], p, [&](int i, VecF a, VecF b) FASTGEN_INLINE {
-        if (i >= count || !sign_bits<float>((VecF)(larger<float>(a, b) >= open_limit_[open_ + i]))) return;
+    for (int64_t p = 0; p < codes_.panels; ++p) {
+      VecF scores[kBlock][kPanel];
+      score(blocks_[kBlocks], codes_.heads[p], codes_.integers.data() + p * codes_.pairs * kCodes, codes_.pairs,
+            scores);
+      for (int i = 0; i < count; ++i) {
+        const VecF a = scores[i][0], b = scores[i][1];
+        if (!sign_bits<float>((VecF)(larger<float>(a, b) >= open_limit_[open_ + i]))) continue;
         measure_lanes(i, p * kCodes, a);
         measure_lanes(i, p * kCodes + kF, b);
-      });
+      }
+    }
     for (int i = 0; i < count; ++i)
       emit_(open_index_[open_ + i], values_[i], open_nearest_[open_ + i].code, open_nearest_[open_ + i].distance);
   }
