@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastgen.commands_images import GRID_IMAGES, grid_beside, save_square
+from fastgen.commands_images import GRID_IMAGES, asked_labels, check_new, check_resumed, grid_beside, save_square
 
 FLOW_COMMANDS = {"realnvp": "RealNVP", "glow": "Glow"}
 FLOW_SIZES = {
@@ -25,10 +25,9 @@ POINTS = 20000
 
 def train_flow_command(options: argparse.Namespace) -> None:
     """`train realnvp` and `train glow`."""
-    from fastgen.checkpoints import load_checkpoint
     from fastgen.densities import draw, save_density
     from fastgen.images import load_images, load_labels, pad_to_multiple
-    from fastgen.training_flows import MODELS, load_flow, save_samples, train_flow
+    from fastgen.training_flows import MODELS, read_flow, save_samples, train_flow
 
     kind = MODELS[FLOW_COMMANDS[options.model]]
     grid = grid_beside(options)
@@ -42,23 +41,15 @@ def train_flow_command(options: argparse.Namespace) -> None:
         raise ValueError(f"--data or --density, one of the two; got {options.data} and {options.density}")
     density = options.density or "two_moons"
     if options.resume:
-        model = load_flow(options.out)
-        known = load_checkpoint(options.out, MODELS, "train_flow")[1].get("source")
+        model, known = read_flow(options.out)
         if options.data is None and known is None:
             raise ValueError(f"{options.out}: was trained on --data: give it again")
         if options.density not in (None, known):
             raise ValueError(f"{options.out}: was trained on {known or 'other data'}: leave out --density")
         density = known or density
-        different = [f"{name} {value}" for name, value in asked.items() if model.config[name] != value]
-        if type(model) is not kind:
-            raise ValueError(f"{options.out}: is of a {type(model).__name__}, not of a {kind.__name__}")
-        if bool(model.classes) != options.labels:
-            wanted = "leave out --labels" if options.labels else "add --labels"
-            raise ValueError(f"{options.out}: the model has {model.classes} classes: {wanted}")
-        if different:
-            raise ValueError(f"{options.out}: is of another model: leave out {', '.join(different)}, or --resume")
-    elif options.out.exists():  # said before any data are read
-        raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+        check_resumed(options, model, kind, asked, {"steps": "--flow-steps"})
+    else:
+        check_new(options)
     labels = None
     if options.data is None:
         if options.labels:
@@ -102,9 +93,7 @@ def sample_flow(options: argparse.Namespace) -> None:
     from fastgen.training_flows import load_flow
 
     model = load_flow(options.checkpoint).eval()
-    if (options.label is None) == bool(model.classes):
-        wanted = "needs --label" if model.classes else "has no classes: leave out --label"
-        raise ValueError(f"{options.checkpoint}: the model {wanted}")
+    labels = asked_labels(options, model)
     generator = torch.Generator().manual_seed(options.seed)
     if len(model.shape) == 1:
         if model.shape != (2,):
@@ -115,7 +104,6 @@ def sample_flow(options: argparse.Namespace) -> None:
         save_density(options.out, model.log_prob, drawn, drawn)
         print(f"{options.out}: {options.number} points, and the density")
         return
-    labels = None if options.label is None else torch.full((options.number,), options.label)
     drawn = model.sample(options.number, labels=labels, temperature=options.temperature, generator=generator)
     save_square(options.out, drawn.float() / (model.levels - 1))
     print(f"{options.out}: {options.number} images of {model.shape[1]} x {model.shape[2]} pixels")

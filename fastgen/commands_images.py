@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 VQVAE_SIZES = {
     "hidden-channels": 128, "residual-layers": 2, "residual-channels": 32, "codebook-size": 512, "code-dim": 64,
@@ -32,12 +33,9 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
     grid = grid_beside(options)
     if options.resume:
         model = load_vqvae(options.out)
-        different = [f"--{n.replace('_', '-')} {v}" for n, v in given.items() if model.config[n] != v]
-        if different or type(model) is not MODELS[options.model.upper()]:
-            what = ", ".join(different) or f"the model is a {type(model).__name__}"
-            raise ValueError(f"{options.out}: is of another model: leave out {what}, or --resume")
-    elif options.out.exists():  # said before any image is read
-        raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+        check_resumed(options, model, MODELS[options.model.upper()], given)
+    else:
+        check_new(options)
     images = load_images(options.data, size=options.size)
     if not len(images):
         raise ValueError(f"{options.data}: expected at least one image, got none")
@@ -74,16 +72,9 @@ def train_pixels_command(options: argparse.Namespace) -> None:
     asked = {name: value for name, value in asked.items() if value is not None}
     if options.resume:
         model, _ = load_pixels(options.out)
-        different = [f"--{name} {value}" for name, value in asked.items() if model.config[name] != value]
-        if type(model) is not kind:
-            raise ValueError(f"{options.out}: is of a {type(model).__name__}, not of a {kind.__name__}")
-        if bool(model.config["classes"]) != options.labels:
-            wanted = "leave out --labels" if options.labels else "add --labels"
-            raise ValueError(f"{options.out}: the model has {model.config['classes']} classes: {wanted}")
-        if different:
-            raise ValueError(f"{options.out}: is of another model: leave out {', '.join(different)}, or --resume")
-    elif options.out.exists():  # said before any image is read
-        raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+        check_resumed(options, model, kind, asked)
+    else:
+        check_new(options)
     of_codes = model.codes if options.resume else options.codes
     if of_codes and options.data is None:
         raise ValueError("--codes: needs --data, an npz archive of integers (N, H, W)")
@@ -118,10 +109,7 @@ def sample_pixels(options: argparse.Namespace) -> None:
     model, size = load_pixels(options.checkpoint)
     if model.config["cond_codes"] or model.config["cond_channels"]:
         raise ValueError(f"{options.checkpoint}: the model is conditioned on a map; sample it from Python")
-    if (options.label is None) == bool(model.config["classes"]):
-        wanted = "needs --label" if model.config["classes"] else "has no classes: leave out --label"
-        raise ValueError(f"{options.checkpoint}: the model {wanted}")
-    labels = None if options.label is None else torch.full((options.number,), options.label)
+    labels = asked_labels(options, model)
     values = model.sample(
         options.number, tuple(options.image_size or size), labels=labels, temperature=options.temperature,
         dtype=getattr(torch, options.dtype), generator=torch.Generator().manual_seed(options.seed),
@@ -130,6 +118,42 @@ def sample_pixels(options: argparse.Namespace) -> None:
     pictures = to_pixels(values, model)
     save_square(options.out, pictures)
     print(f"{options.out}: {options.number} images of {values.shape[-2]} x {values.shape[-1]} pixels")
+
+
+def check_new(options: argparse.Namespace) -> None:
+    """Refuse to write over a checkpoint: said before any data are read."""
+    if options.out.exists():
+        raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+
+
+def check_resumed(
+    options: argparse.Namespace, model: nn.Module, kind: type, asked: dict[str, Any],
+    flags: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Refuse to go on with a model of another kind, or of other settings than those asked for.
+
+    `flags` names the options that are called otherwise than the settings.
+    """
+    config: dict[str, Any] = model.config  # type: ignore[assignment]
+    if type(model) is not kind:
+        raise ValueError(f"{options.out}: is of a {type(model).__name__}, not of a {kind.__name__}")
+    labels = getattr(options, "labels", False)
+    if bool(config.get("classes")) != labels:
+        wanted = "leave out --labels" if labels else "add --labels"
+        raise ValueError(f"{options.out}: the model has {config['classes']} classes: {wanted}")
+    flag = {name: "--" + name.replace("_", "-") for name in asked} | (flags or {})
+    different = [flag[n] if v is True else f"{flag[n]} {v}" for n, v in asked.items() if config[n] != v]
+    if different:
+        raise ValueError(f"{options.out}: is of another model: leave out {', '.join(different)}, or --resume")
+
+
+def asked_labels(options: argparse.Namespace, model: nn.Module) -> Tensor | None:
+    """--label for each of the samples; None where the model has no classes."""
+    classes = model.config["classes"]  # type: ignore[index]
+    if (options.label is None) == bool(classes):
+        wanted = "needs --label" if classes else "has no classes: leave out --label"
+        raise ValueError(f"{options.checkpoint}: the model {wanted}")
+    return None if options.label is None else torch.full((options.number,), options.label)
 
 
 def grid_beside(options: argparse.Namespace) -> Path:

@@ -166,7 +166,13 @@ def load_flow(path: str | os.PathLike[str]) -> FlowModel:
     FileNotFoundError, ValueError
         If the file does not exist, is not such a checkpoint, or its parameters do not fit the model it describes.
     """
-    return load_checkpoint(path, MODELS, "train_flow")[0]  # type: ignore[return-value]
+    return read_flow(path)[0]
+
+
+def read_flow(path: str | os.PathLike[str]) -> tuple[FlowModel, str | None]:
+    """`load_flow`, and the `source` that `train_flow` was given."""
+    model, content = load_checkpoint(path, MODELS, "train_flow")
+    return model, content.get("source")  # type: ignore[return-value]
 
 
 @torch.no_grad()

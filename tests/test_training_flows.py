@@ -148,7 +148,7 @@ def test_commands_on_points(kind, tmp_path, capsys):
     assert run("train", kind, "--out", out, "--steps", 3) == 2
     assert "exists; add --resume" in capsys.readouterr().err
     assert run("train", kind, "--out", out, "--steps", 9, "--resume", "--hidden", 9) == 2
-    assert "leave out hidden 9" in capsys.readouterr().err
+    assert "leave out --hidden 9" in capsys.readouterr().err
     assert run("train", {"realnvp": "glow", "glow": "realnvp"}[kind], "--out", out, "--steps", 9, "--resume") == 2
     assert "is of a " in capsys.readouterr().err
     for more, message in (

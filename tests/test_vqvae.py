@@ -291,7 +291,7 @@ def test_command_line(name, tmp_path, capsys):
     for arguments, message in (
         ([*base, "--steps", "9"], "exists; add --resume"),
         ([*base, "--steps", "9", "--resume", "--codebook-size", "8"], "leave out --codebook-size 8"),
-        (["train", "vqvae2" if name == "vqvae" else "vqvae", *base[2:], "--steps", "9", "--resume"], "the model is a"),
+        (["train", "vqvae2" if name == "vqvae" else "vqvae", *base[2:], "--steps", "9", "--resume"], "is of a "),
         (["train", name, "--out", str(tmp_path / "n.pt"), "--steps", "1", "--data", "/none"], "no such file"),
         (["train", name, "--out", str(tmp_path / "n.png"), "--steps", "1"], "is where the pictures go"),
     ):

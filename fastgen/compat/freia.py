@@ -52,8 +52,9 @@ class _Module(nn.Module):
 
 class _Coupling(_Module):
     def __init__(
-        self, dims_in: Dims, dims_c: Dims | None, subnet_constructor: Callable[[int, int], nn.Module] | None,
-        clamp: float, clamp_activation: Clamp, split_len: float | int,
+        self, dims_in: Dims, dims_c: Dims | None = None,
+        subnet_constructor: Callable[[int, int], nn.Module] | None = None, clamp: float = 2.0,
+        clamp_activation: Clamp = "ATAN", split_len: float | int = 0.5,
     ) -> None:  # fmt: skip
         super().__init__(dims_in, dims_c)
         name = type(self).__name__
@@ -69,6 +70,11 @@ class _Coupling(_Module):
         self.split_len1, self.split_len2 = size, self.channels - size
         self.clamp = clamp
         self.f_clamp = CLAMPS[clamp_activation] if isinstance(clamp_activation, str) else clamp_activation
+        self._build(subnet_constructor, size + self.condition_length, self.channels - size + self.condition_length)
+
+    def _build(self, subnet: Callable[[int, int], nn.Module], first: int, second: int) -> None:
+        """Make the subnets; those that see a half and the conditions take `first` or `second` channels."""
+        raise NotImplementedError
 
     def _affine(self, x: Tensor, s: Tensor, t: Tensor, rev: bool, first: bool) -> tuple[Tensor, Tensor]:
         params = torch.cat([self.clamp * self.f_clamp(s), t], 1)
@@ -97,15 +103,9 @@ class _Coupling(_Module):
 class GLOWCouplingBlock(_Coupling):
     """`FrEIA.modules.GLOWCouplingBlock`: both halves in turn, one subnet for scale and shift of each."""
 
-    def __init__(
-        self, dims_in: Dims, dims_c: Dims | None = None,
-        subnet_constructor: Callable[[int, int], nn.Module] | None = None, clamp: float = 2.0,
-        clamp_activation: Clamp = "ATAN", split_len: float | int = 0.5,
-    ) -> None:  # fmt: skip
-        super().__init__(dims_in, dims_c, subnet_constructor, clamp, clamp_activation, split_len)
-        assert subnet_constructor is not None
-        self.subnet1 = subnet_constructor(self.split_len1 + self.condition_length, 2 * self.split_len2)
-        self.subnet2 = subnet_constructor(self.split_len2 + self.condition_length, 2 * self.split_len1)
+    def _build(self, subnet: Callable[[int, int], nn.Module], first: int, second: int) -> None:
+        self.subnet1 = subnet(first, 2 * self.split_len2)
+        self.subnet2 = subnet(second, 2 * self.split_len1)
 
     def _first(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
         a = self.subnet2(self._with(x[:, self.split_len1 :], c))
@@ -119,18 +119,11 @@ class GLOWCouplingBlock(_Coupling):
 class RNVPCouplingBlock(_Coupling):
     """`FrEIA.modules.RNVPCouplingBlock`: both halves in turn, a subnet for each scale and each shift."""
 
-    def __init__(
-        self, dims_in: Dims, dims_c: Dims | None = None,
-        subnet_constructor: Callable[[int, int], nn.Module] | None = None, clamp: float = 2.0,
-        clamp_activation: Clamp = "ATAN", split_len: float | int = 0.5,
-    ) -> None:  # fmt: skip
-        super().__init__(dims_in, dims_c, subnet_constructor, clamp, clamp_activation, split_len)
-        assert subnet_constructor is not None
-        one, two, more = self.split_len1, self.split_len2, self.condition_length
-        self.subnet_s1 = subnet_constructor(one + more, two)
-        self.subnet_t1 = subnet_constructor(one + more, two)
-        self.subnet_s2 = subnet_constructor(two + more, one)
-        self.subnet_t2 = subnet_constructor(two + more, one)
+    def _build(self, subnet: Callable[[int, int], nn.Module], first: int, second: int) -> None:
+        self.subnet_s1 = subnet(first, self.split_len2)
+        self.subnet_t1 = subnet(first, self.split_len2)
+        self.subnet_s2 = subnet(second, self.split_len1)
+        self.subnet_t2 = subnet(second, self.split_len1)
 
     def _first(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
         u = self._with(x[:, self.split_len1 :], c)
@@ -149,9 +142,10 @@ class NICECouplingBlock(_Coupling):
         subnet_constructor: Callable[[int, int], nn.Module] | None = None, split_len: float | int = 0.5,
     ) -> None:  # fmt: skip
         super().__init__(dims_in, dims_c, subnet_constructor, 0.0, "TANH", split_len)
-        assert subnet_constructor is not None
-        self.F = subnet_constructor(self.split_len2 + self.condition_length, self.split_len1)
-        self.G = subnet_constructor(self.split_len1 + self.condition_length, self.split_len2)
+
+    def _build(self, subnet: Callable[[int, int], nn.Module], first: int, second: int) -> None:
+        self.F = subnet(second, self.split_len1)
+        self.G = subnet(first, self.split_len2)
 
     def _first(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
         shift = self.F(self._with(x[:, self.split_len1 :], c))
@@ -165,14 +159,8 @@ class NICECouplingBlock(_Coupling):
 class AffineCouplingOneSided(_Coupling):
     """`FrEIA.modules.AffineCouplingOneSided`: the second half is transformed."""
 
-    def __init__(
-        self, dims_in: Dims, dims_c: Dims | None = None,
-        subnet_constructor: Callable[[int, int], nn.Module] | None = None, clamp: float = 2.0,
-        clamp_activation: Clamp = "ATAN", split_len: float | int = 0.5,
-    ) -> None:  # fmt: skip
-        super().__init__(dims_in, dims_c, subnet_constructor, clamp, clamp_activation, split_len)
-        assert subnet_constructor is not None
-        self.subnet = subnet_constructor(self.split_len1 + self.condition_length, 2 * self.split_len2)
+    def _build(self, subnet: Callable[[int, int], nn.Module], first: int, second: int) -> None:
+        self.subnet = subnet(first, 2 * self.split_len2)
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
