@@ -1,20 +1,26 @@
 # make demo   train small models on speech, digits and points, print the tables of speeds (DATA=folder_or_file)
 # make test   the whole test suite
 # make check  lint, format and types
+# make gpu-test  the tests of the GPU kernels, with the python that has a CUDA torch, triton and pytest (GPU_PYTHON)
 # make bench  the benchmarks, and the README's table from them
 
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test gpu-test check format bench clean
 
 demo: $(VENV)/built
 	$(BIN)/python -P -m fastgen demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(VENV)/built
 	FASTGEN_REQUIRE=cpu $(BIN)/pytest $(ARGS)
+
+gpu-test:
+	FASTGEN_BUILD=none $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	FASTGEN_REQUIRE=triton FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_gpu.py $(ARGS)
 
 check: $(VENV)/built
 	$(BIN)/ruff check .

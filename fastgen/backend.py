@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import os
 import platform
 import sys
@@ -16,12 +18,16 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 ISAS = ("generic", "avx2", "avx512", "avx512_vnni")  # slowest first
+
+# Triton's interpreter runs the Triton kernels on the CPU: slow, and for tests of them alone
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NOT_YET_RUN = "not yet run on a GPU; verified in Triton's interpreter and by its machine code"
 
 lib = torch.library.Library("fastgen", "FRAGMENT")
 lib.define("fma_peak() -> float")
@@ -38,6 +44,18 @@ class _Forced(threading.local):  # dynamo traces a thread-local attribute, but n
 
 _forced = _Forced()
 _warned: set[str] = set()
+TRITON_OPS: set[str] = set()  # that have Triton kernels
+
+
+def has_triton_kernels(op: str, *names: str) -> None:
+    """Say that `fastgen.kernels.<op>` holds launchers of `op` and `names` (its backward); imported when called."""
+    TRITON_OPS.add(op)
+    for name in (op, *names):
+
+        def launch(*args: Any, name: str = name) -> Any:
+            return getattr(importlib.import_module(f"fastgen.kernels.{op}"), name)(*args)
+
+        lib.impl(name, launch, "CPU" if INTERPRETED else "CUDA")
 
 
 def _check_name(name: str, source: str) -> str:
@@ -85,6 +103,8 @@ def cpu_features() -> dict[str, bool]:
 
 def _load_cpu() -> tuple[str | None, str | None]:
     """Load the kernels for the best instruction set of this CPU -> (instruction set, reason why none)."""
+    if INTERPRETED:
+        return None, "TRITON_INTERPRET=1: Triton's interpreter stands in for the C++ kernels"
     wanted = _variable("FASTGEN_CPU_ISA", ISAS)
     folder = Path(__file__).parent
     built = [isa for isa in ISAS if (folder / f"_cpu_{isa}.so").exists()]
@@ -149,11 +169,33 @@ def why_not(op: str, backend: str) -> str | None:
         if not _has_kernel(op):
             return "this op has no C++ kernel"
         return None
+    if backend == "triton" and op in TRITON_OPS:
+        return _why_no_triton()
     return "this version has no GPU kernel for it"
 
 
-def resolve(op: str, backend: str | None, device: torch.device) -> str:
-    """The backend that runs `op` for tensors on `device`.
+@functools.cache
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, below 8.0"
+    return None
+
+
+def _triton_refuses(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if device.type not in ("cuda", "meta") and not INTERPRETED:
+        return f"the tensors are on {device}"
+    return "float64 has no Triton kernel" if dtype == torch.float64 else None
+
+
+def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend that runs `op` for tensors on `device`, of `dtype` where that matters.
 
     Raises
     ------
@@ -165,6 +207,8 @@ def resolve(op: str, backend: str | None, device: torch.device) -> str:
         reason = why_not(op, name)
         if reason is None and name == "cpu" and device.type not in ("cpu", "meta"):
             reason = f"the tensors are on {device}"
+        if reason is None and name == "triton":
+            reason = _triton_refuses(device, dtype)
         if reason is not None:
             raise BackendError(
                 f"fastgen.{op}: backend {name!r} was requested but cannot run: {reason}. "
@@ -174,6 +218,8 @@ def resolve(op: str, backend: str | None, device: torch.device) -> str:
         return name
     preferred = "cpu" if device.type in ("cpu", "meta") else "triton"
     reason = why_not(op, preferred)
+    if reason is None and preferred == "triton":
+        reason = _triton_refuses(device, dtype)
     if reason is None:
         return preferred
     if not torch.compiler.is_compiling():

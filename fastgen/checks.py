@@ -52,7 +52,7 @@ def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | N
     if not fits:
         wanted = tuple("any" if n is None else n for n in shape)
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(size)}")
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPES and not (tensor.dtype == torch.float16 and tensor.is_cuda):
         raise TypeError(f"{op}: {name} must be float32, bfloat16 or float64, got {tensor.dtype}")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, x is {like.dtype}; all tensors must share one dtype")

@@ -104,20 +104,33 @@ def need_isa() -> Callable[[str], None]:
 
 
 @pytest.fixture
-def run_under(need_isa: Callable[[str], None]) -> Callable[..., None]:
-    """run_under(isa, selection, *names): tests/test_<name>.py again with that instruction set, what -k chooses."""
+def again() -> Callable[..., None]:
+    """again(selection, *names, check=code, **environment): tests/test_<name>.py in a process with that environment.
 
-    def run(isa: str, selection: str, *names: str) -> None:
+    Of the tests, those that -k chooses; `check` is Python code that must succeed there.
+    """
+
+    def run(selection: str, *names: str, check: str, **environment: str) -> None:
         if os.environ.get("FASTGEN_TEST_NESTED"):
-            pytest.skip("already within one instruction set")
-        need_isa(isa)
-        env = os.environ | {"FASTGEN_CPU_ISA": isa, "FASTGEN_TEST_NESTED": "1", "FASTGEN_REQUIRE": "cpu"}
-        code = f"import fastgen.backend as b; assert b.cpu_isa == {isa!r}, b.cpu_isa"
-        subprocess.run([sys.executable, "-P", "-c", code], env=env, check=True)
+            pytest.skip("already within another run")
+        env = os.environ | {"FASTGEN_TEST_NESTED": "1"} | environment
+        subprocess.run([sys.executable, "-P", "-c", check], env=env, check=True)
         files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
         command = [sys.executable, "-P", "-m", "pytest", "-q", *files, "-k", selection]
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
         assert done.returncode == 0, done.stdout[-3000:]
+
+    return run
+
+
+@pytest.fixture
+def run_under(need_isa: Callable[[str], None], again: Callable[..., None]) -> Callable[..., None]:
+    """run_under(isa, selection, *names): `again` with that instruction set."""
+
+    def run(isa: str, selection: str, *names: str) -> None:
+        need_isa(isa)
+        code = f"import fastgen.backend as b; assert b.cpu_isa == {isa!r}, b.cpu_isa"
+        again(selection, *names, check=code, FASTGEN_CPU_ISA=isa, FASTGEN_REQUIRE="cpu")
 
     return run
 

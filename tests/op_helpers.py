@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+from fastgen.backend import INTERPRETED
+
+DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
+KERNELS = "triton" if DEVICE == "cuda" or INTERPRETED else "cpu"  # the backend that is tested
+if INTERPRETED:  # which computes nothing else rightly
+    DTYPES: tuple[torch.dtype, ...] = (torch.float32,)
+elif DEVICE == "cuda":
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+else:
+    DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # what may come on top of a multiple of the reference's own error, which in a small sum can be near zero by chance
-FLOOR = {torch.float64: 3e-15, torch.float32: 1.5e-6, torch.bfloat16: 4e-3}
+FLOOR = {torch.float64: 3e-15, torch.float32: 1.5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 Arguments = dict[str, Tensor | None]
 
 
@@ -23,11 +33,11 @@ def run(
     **options: Any,
 ) -> dict[str, Tensor]:
     """Outputs and gradients of every argument, for random cotangents rounded to `rounded`."""
-    leaves = {k: v.to(dtype).detach().requires_grad_() for k, v in args.items() if v is not None}
+    leaves = {k: v.to(DEVICE, dtype).detach().requires_grad_() for k, v in args.items() if v is not None}
     out = op(**{k: leaves.get(k) for k in args}, backend=which, **options)
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(o.shape, generator=generator).to(rounded).to(o.dtype) for o in out]
+    cotangents = [torch.randn(o.shape, generator=generator).to(rounded).to(o) for o in out]
     pairs = [(o, c) for o, c in zip(out, cotangents, strict=True) if o.requires_grad]
     grads = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs])
     names = [f"out[{i}]" for i in range(len(out))] + [f"grad {k}" for k in leaves]
@@ -35,7 +45,7 @@ def run(
 
 
 def error(result: Tensor, exact: Tensor) -> float:
-    return float((result.double() - exact).detach().norm() / (exact.detach().norm() + 1e-300))
+    return float((result.double().to(exact.device) - exact).detach().norm() / (exact.detach().norm() + 1e-300))
 
 
 def compare(op: Callable[..., Any], args: Arguments, dtype: torch.dtype, **options: Any) -> None:
@@ -50,7 +60,7 @@ def compare(op: Callable[..., Any], args: Arguments, dtype: torch.dtype, **optio
     roughs = [run(op, args, dtype, "reference", dtype, **options)]
     for k, v in nudged.items():
         roughs.append(run(op, args | {k: v.nextafter(2 * v)}, dtype, "reference", dtype, **options))
-    result = run(op, args, dtype, "cpu", dtype, **options)
+    result = run(op, args, dtype, KERNELS, dtype, **options)
     for name, value in result.items():
         assert value.dtype == roughs[0][name].dtype
         assert torch.isfinite(value).all(), f"{name} holds NaN or infinity"

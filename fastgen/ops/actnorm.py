@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import check, differentiates, keep_dtype, quick_apply
 
 
@@ -44,6 +44,9 @@ def _(x: Tensor, before: Tensor, factor: Tensor, after: Tensor) -> Tensor:
 @torch.library.register_fake("fastgen::actnorm_backward", lib=lib)
 def _(grad: Tensor, kept: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(grad), torch.empty_like(factor), torch.empty_like(factor)
+
+
+has_triton_kernels("actnorm", "actnorm_backward")
 
 
 @quick_apply
@@ -114,7 +117,7 @@ def actnorm(
     check(op, "x", x, x, (None,) * x.dim())
     for name, v in (("log_scale", log_scale), ("shift", shift)):
         check(op, name, v, x, (x.shape[1],))
-    if resolve(op, backend, x.device) == "reference":
+    if resolve(op, backend, x.device, x.dtype) == "reference":
         return actnorm_reference(x, log_scale, shift, inverse=inverse)
     kind = torch.promote_types(x.dtype, torch.float32)
     args = (x.contiguous(), log_scale.to(kind).contiguous(), shift.to(kind).contiguous())

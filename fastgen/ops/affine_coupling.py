@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import check, check_positive, check_tensor, differentiates, keep_dtype, quick_apply
 
 SCALES = ("exp", "tanh", "sigmoid", "none")
@@ -94,6 +94,9 @@ def _(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("fastgen::affine_coupling_backward", lib=lib)
 def _(grad: Tensor, grad_log_det: Tensor, kept: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(kept), torch.empty_like(params)
+
+
+has_triton_kernels("affine_coupling", "affine_coupling_backward")
 
 
 @quick_apply
@@ -190,7 +193,7 @@ def affine_coupling(
         count = f"{parts} * " if parts > 1 else ""
         wanted = f"{count}{x.shape[1]} channels with mask" if mask is not None else f"{count}Da, Da <= {x.shape[1]}"
         raise ValueError(f"{op}: params must have {wanted}, got {width}")
-    if resolve(op, backend, x.device) == "reference":
+    if resolve(op, backend, x.device, x.dtype) == "reference":
         return affine_coupling_reference(
             x, params, scale=scale, mask=mask, inverse=inverse, bound=bound, layout=layout, swap=swap
         )

@@ -1,0 +1,96 @@
+"""Activation normalisation, forward and backward: one pass over x (see fastgen/ops/actnorm.py).
+
+x (B, C, *S) is B * C rows of S numbers, each of one channel. Least traffic, in elements of x: 2 forward, 3 backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device, sum_rows
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    x, before, factor, after, y, rows, channels, pixels, column_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    channel = (row % channels)[:, None]
+    at = row[:, None] * pixels + column[None, :]
+    live = (row < rows)[:, None] & (column < pixels)[None, :]
+    v = tl.load(x + at, live).to(tl.float32)
+    out = (v + tl.load(before + channel)) * tl.load(factor + channel) + tl.load(after + channel)
+    tl.store(y + at, out.to(y.dtype.element_ty), live)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    grad, kept, factor, grad_x, partial_sums, partial_products, batch, channels, pixels, samples, splits,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) % channels
+    split = tl.program_id(0) // channels
+    scale = tl.load(factor + channel)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(split * samples, min((split + 1) * samples, batch), ROWS):
+        sample = first + tl.arange(0, ROWS)
+        row = (sample.to(tl.int64) * channels + channel) * pixels
+        for start in range(0, pixels, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            at = row[:, None] + column[None, :]
+            live = (sample < batch)[:, None] & (column < pixels)[None, :]
+            g = tl.load(grad + at, live, other=0.0).to(tl.float32)
+            sums += g
+            products += g * tl.load(kept + at, live, other=0.0).to(tl.float32)
+            tl.store(grad_x + at, (g * scale).to(grad_x.dtype.element_ty), live)
+    tl.store(partial_sums + channel * splits + split, tl.sum(sums))
+    tl.store(partial_products + channel * splits + split, tl.sum(products))
+
+
+def tile_for(rows: int, pixels: int) -> tuple[int, int]:
+    """Rows and columns of a tile of up to 2048 numbers."""
+    columns = min(2048, triton.next_power_of_2(max(pixels, 1)))
+    return max(1, min(2048 // columns, triton.next_power_of_2(max(rows, 1)))), columns
+
+
+def splits_for(batch: int, channels: int, rows: int) -> tuple[int, int]:
+    """Samples for each program of a channel, a multiple of `rows`, and how many programs: about 1024 in all."""
+    tiles = triton.cdiv(batch, rows)
+    samples = triton.cdiv(tiles, min(tiles, triton.cdiv(1024, channels))) * rows
+    return samples, triton.cdiv(batch, samples)
+
+
+def actnorm(x: Tensor, before: Tensor, factor: Tensor, after: Tensor) -> Tensor:
+    """Contiguous x (B, C, *S), and (C,) float32 -> (x + before) * factor + after."""
+    y, channels, pixels = torch.empty_like(x), x.shape[1], x.shape[2:].numel()
+    if x.numel():
+        rows = x.shape[0] * channels
+        tile_rows, columns = tile_for(rows, pixels)
+        blocks = triton.cdiv(pixels, columns)
+        with on_device(x):
+            _forward[(triton.cdiv(rows, tile_rows) * blocks,)](
+                x, before, factor, after, y, rows, channels, pixels, blocks, ROWS=tile_rows, COLUMNS=columns,
+                num_warps=4,
+            )  # fmt: skip
+    return y
+
+
+def actnorm_backward(grad: Tensor, kept: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> grad * factor, and the channels' sums of grad and of grad * kept, float32."""
+    grad_x, (batch, channels), pixels = torch.empty_like(grad), grad.shape[:2], grad.shape[2:].numel()
+    if not grad.numel():
+        return grad_x, torch.zeros_like(factor), torch.zeros_like(factor)
+    rows, columns = tile_for(batch, pixels)
+    samples, splits = splits_for(batch, channels, rows)
+    sums, products = (factor.new_empty(channels, splits) for _ in range(2))
+    with on_device(grad):
+        _backward[(channels * splits,)](
+            grad, kept, factor, grad_x, sums, products, batch, channels, pixels, samples, splits,
+            ROWS=rows, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+        return grad_x, sum_rows(sums), sum_rows(products)

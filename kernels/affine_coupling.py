@@ -1,0 +1,206 @@
+"""Affine coupling, forward and backward: one pass over x and params (see fastgen/ops/affine_coupling.py).
+
+A sample's channels lie one after another, so that the transformed ones are one run of numbers, and so are the others.
+A program takes BLOCK numbers of a sample's runs. Least traffic, in elements: 2 per element of x and 1 per parameter
+forward; backward 3 and 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device, sum_rows
+
+SCALES = ("exp", "tanh", "sigmoid", "none")
+LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
+
+
+@triton.jit
+def _log1p_unit(e):  # type: ignore[no-untyped-def]
+    """log(1 + e) for e in [0, 1], to float32's last bits: 2 artanh(e / (2 + e))."""
+    u = e / (2 + e)
+    w = u * u
+    p = w * (1 / 15) + 1 / 13
+    p = w * p + 1 / 11
+    p = w * p + 1 / 9
+    p = w * p + 1 / 7
+    p = w * p + 1 / 5
+    p = w * p + 1 / 3
+    return 2 * (u + u * w * p)
+
+
+@triton.jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    a = tl.abs(x)
+    e = tl.exp(-2 * a)
+    w = x * x
+    p = w * (62 / 2835) - 17 / 315
+    p = w * p + 2 / 15
+    p = w * p - 1 / 3
+    t = tl.where(a < 0.3, a + a * w * p, (1 - e) / (1 + e))  # 1 - e would lose the digits of small ones
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def _log_scale(s, bound, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """-> l, and dl / ds."""
+    if SCALE == "tanh":
+        t = _tanh(s / bound)
+        return bound * t, 1 - t * t
+    elif SCALE == "sigmoid":
+        z = s + 2
+        e = tl.exp(-tl.abs(z))
+        return tl.minimum(z, 0.0) - _log1p_unit(e), tl.where(z > 0, e, 1.0) / (1 + e)
+    else:
+        return s, tl.full(s.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _pass_through(x, y, chunk, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    start = chunk.to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    live = i < count - start
+    tl.store(y + start + i, tl.load(x + start + i, live), live)
+
+
+@triton.jit
+def _parameters(params, start, i, active, pixels, LAYOUT: tl.constexpr, HAS_SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where scale and shift of elements start + i of the transformed run lie."""
+    if not HAS_SCALE:
+        return params + start + i, params + start + i
+    elif LAYOUT == "interleaved":
+        shift = params + start + i + (start + i) // pixels * pixels
+        return shift + pixels, shift
+    elif LAYOUT == "scale_shift":
+        return params + start + i, params + active + start + i
+    else:
+        return params + active + start + i, params + start + i
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    x, params, mask, y, partial, size, active, first, rest, pixels, mask_stride, bound, active_chunks, chunks,
+    SCALE: tl.constexpr, LAYOUT: tl.constexpr, INVERSE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    x += sample * size
+    y += sample * size
+    if chunk >= active_chunks:
+        _pass_through(x + rest, y + rest, chunk - active_chunks, size - active, BLOCK)
+        return
+    start = chunk.to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    live = i < active - start
+    HAS_SCALE: tl.constexpr = SCALE != "none"
+    params += sample * active * (2 if HAS_SCALE else 1)
+    at_scale, at_shift = _parameters(params, start, i, active, pixels, LAYOUT, HAS_SCALE)
+    v = tl.load(x + first + start + i, live, other=0.0).to(tl.float32)
+    out = v
+    shift = tl.load(at_shift, live, other=0.0).to(tl.float32)
+    through = live == 0
+    if MASKED:
+        through = tl.load(mask + sample * mask_stride + start + i, live, other=1) != 0
+    if HAS_SCALE:
+        log_scale, _ = _log_scale(tl.load(at_scale, live, other=0.0).to(tl.float32), bound, SCALE)
+        out = (v - shift) * tl.exp(-log_scale) if INVERSE else v * tl.exp(log_scale) + shift
+        total = tl.sum(tl.where(through, 0.0, log_scale))
+        tl.store(partial + sample * active_chunks + chunk, -total if INVERSE else total)
+    else:
+        out = v - shift if INVERSE else v + shift
+    tl.store(y + first + start + i, tl.where(through, v, out).to(y.dtype.element_ty), live)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    grad, grad_log_det, kept, params, mask, grad_x, grad_params, size, active, first, rest, pixels, mask_stride, bound,
+    active_chunks, chunks,
+    SCALE: tl.constexpr, LAYOUT: tl.constexpr, INVERSE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    grad += sample * size
+    grad_x += sample * size
+    if chunk >= active_chunks:
+        _pass_through(grad + rest, grad_x + rest, chunk - active_chunks, size - active, BLOCK)
+        return
+    start = chunk.to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    live = i < active - start
+    HAS_SCALE: tl.constexpr = SCALE != "none"
+    row = sample * active * (2 if HAS_SCALE else 1)
+    at_scale, _ = _parameters(params + row, start, i, active, pixels, LAYOUT, HAS_SCALE)
+    to_scale, to_shift = _parameters(grad_params + row, start, i, active, pixels, LAYOUT, HAS_SCALE)
+    g = tl.load(grad + first + start + i, live, other=0.0).to(tl.float32)
+    through = live == 0
+    if MASKED:
+        through = tl.load(mask + sample * mask_stride + start + i, live, other=1) != 0
+    of_x = g
+    if HAS_SCALE:
+        v = tl.load(kept + sample * size + first + start + i, live, other=0.0).to(tl.float32)
+        log_scale, slope = _log_scale(tl.load(at_scale, live, other=0.0).to(tl.float32), bound, SCALE)
+        of_x = g * tl.exp(-log_scale if INVERSE else log_scale)
+        of_log_scale = of_x * v if not INVERSE else -g * v
+        of_sum = tl.load(grad_log_det + sample).to(tl.float32)
+        of_scale = (of_log_scale + (-of_sum if INVERSE else of_sum)) * slope
+        tl.store(to_scale, tl.where(through, 0.0, of_scale).to(grad_params.dtype.element_ty), live)
+    of_shift = -of_x if INVERSE else g
+    tl.store(to_shift, tl.where(through, 0.0, of_shift).to(grad_params.dtype.element_ty), live)
+    tl.store(grad_x + first + start + i, tl.where(through, g, of_x).to(grad_x.dtype.element_ty), live)
+
+
+def block_for(active: int, size: int) -> int:
+    """Numbers for each program: two or four 128-bit accesses of each of its 128 threads, fewer for small samples."""
+    return int(min(2048, max(128, triton.next_power_of_2(max(active, size - active)))))
+
+
+def _geometry(
+    x: Tensor, params: Tensor, mask: Tensor | None, scale: int, swap: bool
+) -> tuple[tuple[int, ...], int, int, int]:
+    """-> (size, active, first, rest, pixels, mask stride), chunks of the transformed part and of a sample, BLOCK."""
+    pixels = x.shape[2:].numel()
+    size, active = x.shape[1] * pixels, params.shape[1] * pixels // (1 if SCALES[scale] == "none" else 2)
+    first, rest = (0, active) if swap else (size - active, 0)
+    block = block_for(active, size)
+    active_chunks = triton.cdiv(active, block)
+    stride = size if mask is not None and mask.shape[0] == x.shape[0] else 0
+    chunks = active_chunks + triton.cdiv(size - active, block)
+    return (size, active, first, rest, pixels, stride), active_chunks, chunks, block
+
+
+def affine_coupling(
+    x: Tensor, params: Tensor, mask: Tensor | None, scale: int, bound: float, layout: int, swap: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Contiguous x (B, D, *S), params and mask -> y, log_det (B,) float32."""
+    sizes, active_chunks, chunks, block = _geometry(x, params, mask, scale, swap)
+    y, batch = torch.empty_like(x), x.shape[0]
+    partial = x.new_empty(batch, active_chunks, dtype=torch.float32)
+    with on_device(x):
+        if x.numel():
+            _forward[(batch * chunks,)](
+                x, params, mask, y, partial, *sizes, bound, active_chunks, chunks, SCALE=SCALES[scale],
+                LAYOUT=LAYOUTS[layout], INVERSE=inverse, MASKED=mask is not None, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+        if SCALES[scale] == "none":
+            return y, x.new_zeros(batch, dtype=torch.float32)
+        return y, sum_rows(partial)
+
+
+def affine_coupling_backward(
+    grad: Tensor, grad_log_det: Tensor, kept: Tensor, params: Tensor, mask: Tensor | None, scale: int, bound: float,
+    layout: int, swap: bool, inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`kept`: x, or the output of the inverse -> gradients of x and params."""
+    sizes, active_chunks, chunks, block = _geometry(kept, params, mask, scale, swap)
+    grad_x, grad_params = torch.empty_like(kept), torch.empty_like(params)
+    if kept.numel():
+        with on_device(kept):
+            _backward[(kept.shape[0] * chunks,)](
+                grad, grad_log_det, kept, params, mask, grad_x, grad_params, *sizes, bound, active_chunks, chunks,
+                SCALE=SCALES[scale], LAYOUT=LAYOUTS[layout], INVERSE=inverse, MASKED=mask is not None, BLOCK=block,
+                num_warps=4,
+            )  # fmt: skip
+    return grad_x, grad_params

@@ -1,0 +1,92 @@
+"""On a GPU (FASTGEN_TEST_DEVICE=cuda): the ops' own tests there, streams, graphs, autocast, offsets beyond 32 bits."""
+
+import pytest
+import torch
+from op_helpers import DEVICE
+from test_triton import SELECTION
+
+from fastgen import backend
+from fastgen.ops import actnorm, affine_coupling
+
+OPS = ("affine_coupling", "actnorm")
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu(need):
+    if DEVICE != "cuda":
+        pytest.skip("set FASTGEN_TEST_DEVICE=cuda to run the tests on a GPU")
+    for op in OPS:
+        need(op, "triton")
+
+
+def coupling(batch=3, channels=6, size=(33, 7), dtype=torch.float32):
+    x = torch.randn(batch, channels, *size, device="cuda", dtype=dtype)
+    return x, torch.randn(batch, channels, *size, device="cuda", dtype=dtype)
+
+
+def test_the_tests_of_the_ops(again):
+    check = "import torch; assert torch.cuda.is_available()"
+    again(SELECTION, *OPS, check=check, FASTGEN_BACKEND="triton")
+
+
+def test_is_what_auto_chooses():
+    assert backend.resolve("affine_coupling", None, torch.device("cuda"), torch.bfloat16) == "triton"
+
+
+def test_side_stream_and_second_device():
+    x, params = coupling()
+    expected = affine_coupling(x, params, scale="tanh", backend="triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = x + 0
+        results = affine_coupling(late, params, scale="tanh", backend="triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(map(torch.equal, results, expected))
+    if torch.cuda.device_count() > 1:
+        results = affine_coupling(x.to("cuda:1"), params.to("cuda:1"), scale="tanh", backend="triton")
+        assert all(torch.equal(a.to("cuda:0"), b) for a, b in zip(results, expected, strict=True))
+
+
+def test_a_graph_sees_new_inputs():
+    x, params = coupling()
+    affine_coupling(x, params, scale="exp", backend="triton")  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = affine_coupling(x, params, scale="exp", backend="triton")
+    for _ in range(2):
+        x.normal_()
+        params.normal_()
+        graph.replay()
+        assert all(map(torch.equal, results, affine_coupling(x, params, scale="exp", backend="triton")))
+
+
+def test_autocast_keeps_the_dtype_of_x():
+    x, params = coupling()
+    with torch.autocast("cuda", torch.bfloat16):
+        y, log_det = affine_coupling(x, params.bfloat16(), scale="tanh", backend="triton")
+    assert y.dtype == log_det.dtype == torch.float32
+
+
+def test_same_bits_twice_and_in_any_batch():
+    x, params = coupling(64, 8, (65, 64))
+    whole = affine_coupling(x, params, scale="sigmoid", backend="triton")
+    one = affine_coupling(x[5:6], params[5:6], scale="sigmoid", backend="triton")
+    assert all(torch.equal(a[5:6], b) for a, b in zip(whole, one, strict=True))
+    v = torch.randn(8, device="cuda", requires_grad=True)
+    grads = [torch.autograd.grad(actnorm(x, v, v, backend="triton")[0].square().sum(), v)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+
+
+def test_offsets_beyond_32_bits():
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GiB of GPU memory")
+    channels = (1 << 31) // (1 << 20) + 4
+    x = torch.zeros(2, channels // 2, 1 << 20, device="cuda", dtype=torch.bfloat16)
+    x[-1, -1, -5:] = 3
+    y, _ = affine_coupling(x, torch.full_like(x[:, :4], 0.5), scale="none", backend="triton")
+    assert y[-1, -1, -5:].tolist() == [3.5] * 5
+    assert y[-1, -1, :-5].unique().tolist() == [0.5]
+    ones = torch.ones(x.shape[1], device="cuda")
+    assert actnorm(x, 0 * ones, ones, backend="triton")[0][-1, -1, -5:].tolist() == [4.0] * 5

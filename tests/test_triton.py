@@ -1,0 +1,109 @@
+"""Triton kernels without a GPU: their results in Triton's interpreter, their machine code, their heuristics."""
+
+import pytest
+import torch
+from gpu_code import ARCHITECTURES, instructions, recorded
+from op_helpers import INTERPRETED
+
+from fastgen import backend
+from fastgen.ops.affine_coupling import LAYOUTS, SCALES
+
+pytest.importorskip("triton", reason="pip install triton==3.6.0")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in the interpreter")
+
+SELECTION = "values_and_gradients or layouts_and_halves or test_masks or mask_of_halves or behind_the_mask"
+
+
+def test_results_in_the_interpreter(again):
+    check = "from fastgen import backend; assert backend.why_not('affine_coupling', 'triton') is None"
+    again(SELECTION, "affine_coupling", "actnorm", check=check, TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
+
+
+def affine_coupling_launches(dtype, scale, layout=0, masked=False):
+    from fastgen.kernels import affine_coupling as module
+
+    x = torch.empty(4, 32, 16, 16, dtype=dtype)
+    parts = 1 if SCALES[scale] == "none" else 2
+    params = torch.empty(4, parts * (32 if masked else 16), 16, 16, dtype=dtype)
+    mask = torch.ones(1, 32, 16, 16, dtype=torch.bool) if masked else None
+    with recorded(module) as launches:
+        module.affine_coupling(x, params, mask, scale, 1.5, layout, False, False)
+        module.affine_coupling_backward(x, torch.empty(4), x, params, mask, scale, 1.5, layout, False, True)
+    return launches
+
+
+def actnorm_launches(dtype):
+    from fastgen.kernels import actnorm as module
+
+    x, v = torch.empty(16, 32, 16, 16, dtype=dtype), torch.empty(32)
+    with recorded(module) as launches:
+        module.actnorm(x, v, v, v)
+        module.actnorm_backward(x, x, v)
+    return launches
+
+
+CASES = {
+    **{f"affine_coupling {s}": lambda d, i=i: affine_coupling_launches(d, i) for i, s in enumerate(SCALES)},
+    **{f"affine_coupling {s}": lambda d, i=i: affine_coupling_launches(d, 0, i) for i, s in enumerate(LAYOUTS)},
+    "affine_coupling masked": lambda d: affine_coupling_launches(d, 1, masked=True),
+    "actnorm": actnorm_launches,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_memory_bound_kernels_move_128_bits_at_a_time(case, dtype):
+    launches = [launch for launch in CASES[case](dtype) if "sum_rows" not in launch.kernel.__name__]
+    assert len(launches) == 2
+    for launch in launches:
+        for architecture in ARCHITECTURES if dtype == torch.bfloat16 else (90,):
+            compiled = launch.compile(architecture)
+            code = instructions(compiled)
+            assert any("LDG.E.128" in line for line in code), f"sm_{architecture}: no 128-bit loads"
+            assert any("STG.E.128" in line for line in code), f"sm_{architecture}: no 128-bit stores"
+            spilled = [line for line in code if " LDL" in line or " STL" in line]
+            assert not spilled, f"sm_{architecture}: registers are spilled: {spilled[:3]}"
+            assert compiled.metadata.shared <= 48 << 10
+
+
+@pytest.mark.parametrize("op", ["affine_coupling", "actnorm"])
+def test_why_not_and_what_is_said_of_it(op):
+    if torch.cuda.is_available():
+        assert backend.why_not(op, "triton") is None
+        return
+    assert "finds no GPU" in backend.why_not(op, "triton")
+    with pytest.raises(backend.BackendError, match=f"{op}: backend 'triton' was requested but cannot run"):
+        backend.resolve(op, "triton", torch.device("cuda"), torch.float32)
+    assert backend.why_not("nearest_code", "triton") == "this version has no GPU kernel for it"
+
+
+def test_refuses_what_it_does_not_take(monkeypatch):
+    monkeypatch.setattr(backend, "_why_no_triton", lambda: None)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert backend.resolve("actnorm", None, cuda, torch.float16) == "triton"
+    with pytest.raises(backend.BackendError, match="float64 has no Triton kernel"):
+        backend.resolve("actnorm", "triton", cuda, torch.float64)
+    with pytest.raises(backend.BackendError, match="the tensors are on cpu"):
+        backend.resolve("actnorm", "triton", cpu, torch.float32)
+    with pytest.warns(RuntimeWarning, match="float64 has no Triton kernel"):
+        assert backend.resolve("actnorm", None, cuda, torch.float64) == "reference"
+
+
+def test_heuristics():
+    from fastgen.kernels.actnorm import splits_for, tile_for
+    from fastgen.kernels.affine_coupling import block_for
+
+    assert block_for(1, 1) == 128
+    assert block_for(1 << 20, 1 << 21) == 2048
+    for rows, pixels in ((1, 1), (3, 7), (1000, 1), (16, 4096), (5, 1023)):
+        tile_rows, columns = tile_for(rows, pixels)
+        assert tile_rows * columns <= 2048
+        assert columns >= min(pixels, 2048)
+        assert tile_rows & (tile_rows - 1) == 0
+    for batch in (1, 5, 64, 1000):
+        for channels in (1, 12, 3000):
+            rows = tile_for(batch, 16)[0]
+            samples, splits = splits_for(batch, channels, rows)
+            assert (splits - 1) * samples < batch <= splits * samples
+            assert samples % rows == 0
+            assert splits * channels <= max(1024 + channels, channels)
