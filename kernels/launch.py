@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Within it, kernels are launched on x's device; Triton takes the current one, and its current stream."""

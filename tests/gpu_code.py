@@ -59,8 +59,8 @@ def compiled_for(source: Any, target: Any, options: dict[str, int]) -> Any:
 
 
 @contextlib.contextmanager
-def recorded(module: ModuleType) -> Iterator[list[Launch]]:
-    """Within it, the kernels of the module and those that all share are not run: their launches are listed."""
+def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
+    """Within it, the kernels of the modules and those that all share are not run: their launches are listed."""
     from fastgen.kernels import launch as shared
     from triton.runtime.jit import JITFunction
 
@@ -79,7 +79,7 @@ def recorded(module: ModuleType) -> Iterator[list[Launch]]:
 
             return launch
 
-    kept = [(m, n, v) for m in (module, shared) for n, v in vars(m).items() if isinstance(v, JITFunction)]
+    kept = [(m, n, v) for m in (*modules, shared) for n, v in vars(m).items() if isinstance(v, JITFunction)]
     for place, name, kernel in kept:
         setattr(place, name, Recorder(kernel))
     try:

@@ -4,15 +4,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_helpers import DEVICE, DTYPES, KERNELS
 
 from fastgen.ops import code_statistics, update_codebook_
 from fastgen.ops.code_statistics import code_statistics_reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
 
 def check(x, indices, num_codes):
-    counts, sums = code_statistics(x, indices, num_codes, backend="cpu")
+    results = code_statistics(x.to(DEVICE), indices.to(DEVICE), num_codes, backend=KERNELS)
+    counts, sums = (t.cpu() for t in results)
     exact_counts, exact = code_statistics_reference(x.double(), indices, num_codes)
     assert counts.dtype == sums.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
     assert torch.equal(counts.double(), exact_counts)
@@ -26,7 +26,7 @@ def check(x, indices, num_codes):
 def test_matches_reference(size, dtype, ran):
     n, k, d = size
     indices = torch.randint(-1, k, (n,))
-    with ran("code_statistics", "cpu"):
+    with ran("code_statistics", KERNELS):
         check(torch.randn(n, d).to(dtype), indices, k)
 
 

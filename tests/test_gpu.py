@@ -3,12 +3,10 @@
 import pytest
 import torch
 from op_helpers import DEVICE
-from test_triton import SELECTION
+from test_triton import OPS, SELECTION
 
 from fastgen import backend
 from fastgen.ops import actnorm, affine_coupling
-
-OPS = ("affine_coupling", "actnorm")
 
 
 @pytest.fixture(autouse=True)

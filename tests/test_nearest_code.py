@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_helpers import DEVICE, KERNELS
 
 from fastgen import backend
 from fastgen.ops import nearest_code
@@ -130,6 +131,47 @@ def test_exact_for_all_data(kind, metric):
         x, codebook = data(kind, n, k, d)
         check(x, codebook, metric)
         check(x.double(), codebook.double(), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_answer(kind, metric, ran):
+    """What every backend's kernel owes: none nearer by more than float32 rounds, the lowest index of equal codes."""
+    for n, k, d in ((1, 1, 1), (40, 70, 8), (33, 90, 20), (9, 130, 150)):
+        x, codebook = data(kind, n, k, d)
+        with ran("nearest_code", KERNELS):
+            index, distance = (
+                t.cpu() for t in nearest_code(x.to(DEVICE), codebook.to(DEVICE), metric=metric, backend=KERNELS)
+            )
+        exact = exact_distances(x, codebook, metric)
+        got, best = exact.gather(1, index[:, None])[:, 0], exact.min(1).values
+        rounding = (d + 8) * 2.0**-24 * got + 1e-37
+        if metric == "cosine":
+            rounding = rounding + 2.0**-19 * got.sqrt() + 2.0**-42
+        assert bool((got <= best + 2 * rounding).all()), f"{int((got > best + 2 * rounding).sum())} wrong codes"
+        assert bool(((distance.double() - got).abs() <= rounding).all())
+        for row, code in enumerate(index):
+            same = (codebook[: int(code)] == codebook[code]).all(1)
+            assert not bool(same.any()), f"row {row}: code {int(code)} equals an earlier one"
+
+
+def test_float32_answer_beside_nan():
+    x, codebook = gaussian(20, 9, 5)
+    x[3, 1], x[7], codebook[0], codebook[4, 2] = float("nan"), float("inf"), float("nan"), float("-inf")
+    index, distance = (
+        t.cpu() for t in nearest_code(x.to(DEVICE), codebook.to(DEVICE), nonfinite="first", backend=KERNELS)
+    )
+    bad = torch.zeros(20, dtype=torch.bool)
+    bad[[3, 7]] = True
+    assert (index[bad] == 0).all()
+    assert distance[bad].isnan().all()
+    present = [k for k in range(9) if k not in (0, 4)]
+    expected, _ = nearest_code_reference(x[~bad], codebook[present])
+    assert index[~bad].tolist() == [present[i] for i in expected]
+    for which, wrong in (("x", x), ("codebook", codebook)):
+        args = {"x": torch.randn(20, 5), "codebook": torch.randn(9, 5)} | {which: wrong}
+        with pytest.raises(ValueError, match=f"nearest_code: {which} must be finite"):
+            nearest_code(**{k: v.to(DEVICE) for k, v in args.items()}, nonfinite="raise", backend=KERNELS)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -11,12 +11,18 @@ from fastgen.ops.affine_coupling import LAYOUTS, SCALES
 pytest.importorskip("triton", reason="pip install triton==3.6.0")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in the interpreter")
 
-SELECTION = "values_and_gradients or layouts_and_halves or test_masks or mask_of_halves or behind_the_mask"
+OPS = ("affine_coupling", "actnorm", "nearest_code", "vector_quantize", "code_statistics")
+SELECTION = (
+    "(values_and_gradients or layouts_and_halves or test_masks or mask_of_halves or behind_the_mask or float32_answer "
+    "or matches_reference) and not anywhere"
+)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
-def test_results_in_the_interpreter(again):
-    check = "from fastgen import backend; assert backend.why_not('affine_coupling', 'triton') is None"
-    again(SELECTION, "affine_coupling", "actnorm", check=check, TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
+@pytest.mark.parametrize("op", OPS)
+def test_results_in_the_interpreter(op, again):
+    check = f"from fastgen import backend; assert backend.why_not({op!r}, 'triton') is None"
+    again(SELECTION, op, check=check, TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
 
 
 def affine_coupling_launches(dtype, scale, layout=0, masked=False):
@@ -42,12 +48,31 @@ def actnorm_launches(dtype):
     return launches
 
 
+def vector_quantize_launches(dtype, rotation):
+    from fastgen.kernels import nearest_code, vector_quantize
+
+    x, codebook = torch.empty(512, 64, dtype=dtype), torch.zeros(128, 64, dtype=dtype)
+    mask = torch.ones(512, dtype=torch.bool)
+    with recorded(nearest_code, vector_quantize) as launches:
+        vector_quantize.vector_quantize(x, codebook, mask, False, False)
+        vector_quantize.vector_quantize_backward(x, torch.zeros(()), x, x, mask, rotation)
+    return [launch for launch in launches if launch.kernel.__name__ in ("_gather", "_backward")]
+
+
 CASES = {
     **{f"affine_coupling {s}": lambda d, i=i: affine_coupling_launches(d, i) for i, s in enumerate(SCALES)},
     **{f"affine_coupling {s}": lambda d, i=i: affine_coupling_launches(d, 0, i) for i, s in enumerate(LAYOUTS)},
     "affine_coupling masked": lambda d: affine_coupling_launches(d, 1, masked=True),
     "actnorm": actnorm_launches,
+    "vector_quantize": lambda d: vector_quantize_launches(d, False),
+    "vector_quantize rotation": lambda d: vector_quantize_launches(d, True),
 }
+
+
+def assert_fits(compiled, architecture):
+    spilled = [line for line in instructions(compiled) if " LDL" in line or " STL" in line]
+    assert not spilled, f"sm_{architecture}: registers are spilled: {spilled[:3]}"
+    assert compiled.metadata.shared <= SHARED_MEMORY[architecture]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -61,12 +86,28 @@ def test_memory_bound_kernels_move_128_bits_at_a_time(case, dtype):
             code = instructions(compiled)
             assert any("LDG.E.128" in line for line in code), f"sm_{architecture}: no 128-bit loads"
             assert any("STG.E.128" in line for line in code), f"sm_{architecture}: no 128-bit stores"
-            spilled = [line for line in code if " LDL" in line or " STL" in line]
-            assert not spilled, f"sm_{architecture}: registers are spilled: {spilled[:3]}"
-            assert compiled.metadata.shared <= 48 << 10
+            assert_fits(compiled, architecture)
 
 
-@pytest.mark.parametrize("op", ["affine_coupling", "actnorm"])
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("size", [(65536, 8192, 256), (8192, 1024, 64), (4096, 1024, 8)], ids=str)
+def test_the_search_multiplies_on_tensor_cores(size, cosine):
+    from fastgen.kernels import nearest_code as module
+
+    rows, codes, dim = size
+    x, codebook = torch.empty(rows, dim, dtype=torch.bfloat16), torch.zeros(codes, dim, dtype=torch.bfloat16)
+    with recorded(module) as launches:
+        module.nearest_code(x, codebook, cosine, False)
+    assert [launch.kernel.__name__ for launch in launches] == ["_round", "_round", "_scan", "_measure"]
+    for launch in launches:
+        for architecture, product in zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA"), strict=True):
+            compiled = launch.compile(architecture)
+            code = "\n".join(instructions(compiled))
+            assert_fits(compiled, architecture)
+            assert (product in code) == (launch.kernel.__name__ == "_scan"), f"sm_{architecture}: {product}"
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_why_not_and_what_is_said_of_it(op):
     if torch.cuda.is_available():
         assert backend.why_not(op, "triton") is None
@@ -74,7 +115,7 @@ def test_why_not_and_what_is_said_of_it(op):
     assert "finds no GPU" in backend.why_not(op, "triton")
     with pytest.raises(backend.BackendError, match=f"{op}: backend 'triton' was requested but cannot run"):
         backend.resolve(op, "triton", torch.device("cuda"), torch.float32)
-    assert backend.why_not("nearest_code", "triton") == "this version has no GPU kernel for it"
+    assert backend.why_not("masked_conv2d", "triton") == "this version has no GPU kernel for it"
 
 
 def test_refuses_what_it_does_not_take(monkeypatch):
@@ -87,6 +128,39 @@ def test_refuses_what_it_does_not_take(monkeypatch):
         backend.resolve("actnorm", "triton", cpu, torch.float32)
     with pytest.warns(RuntimeWarning, match="float64 has no Triton kernel"):
         assert backend.resolve("actnorm", None, cuda, torch.float64) == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_codes_load_128_bits_and_use_no_atomics(dtype):
+    from fastgen.kernels import code_statistics as module
+
+    with recorded(module) as launches:
+        module.code_statistics(torch.empty(4096, 64, dtype=dtype), None, torch.zeros(4096, dtype=torch.int64), 512)
+    (launch,) = launches
+    for architecture in ARCHITECTURES:
+        compiled = launch.compile(architecture)
+        assert_fits(compiled, architecture)
+        code = "\n".join(instructions(compiled))
+        assert "LDG.E.128" in code
+        assert "RED" not in code
+        assert "ATOM" not in code
+
+
+def test_heuristics_of_the_search():
+    from fastgen.kernels.code_statistics import shares_for
+    from fastgen.kernels.nearest_code import chunk_for, splits_for
+    from fastgen.kernels.vector_quantize import rows_for
+
+    assert [rows_for(d) for d in (1, 64, 65, 2048, 5000)] == [2048, 32, 16, 1, 1]
+    assert [shares_for(*size) for size in ((1, 1 << 20), (512, 65536), (8192, 65536), (1, 3))] == [64, 4, 1, 1]
+    assert [chunk_for(d) for d in (1, 16, 17, 64, 100, 129, 1024)] == [16, 16, 32, 64, 128, 128, 128]
+    for rows in (1, 128, 4096, 1 << 20):
+        for codes in (1, 64, 1000, 8192, 100000):
+            share, splits = splits_for(rows, codes, 128, 64, 132)
+            assert (splits - 1) * share * 64 < codes <= splits * share * 64
+            assert 1 <= splits <= 16
+    assert splits_for(1 << 20, 8192, 128, 64, 132)[1] == 1
+    assert splits_for(64, 8192, 128, 64, 132)[1] == 16
 
 
 def test_heuristics():

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import check, check_integer, check_positive, check_tensor, is_finite, refused
 from fastgen.ops.nearest_code import by_rows, compute_type
 
@@ -47,6 +47,9 @@ def _(x: Tensor, minus: Tensor | None, indices: Tensor, num_codes: int) -> tuple
 @torch.library.register_fake("fastgen::update_codebook", lib=lib)
 def _(*args: object) -> None:
     return None
+
+
+has_triton_kernels("code_statistics")
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -83,7 +86,7 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: str 
     if indices.device != x.device:
         raise ValueError(f"{op}: indices is on {indices.device}, x is on {x.device}")
     x = x.detach()
-    if resolve(op, backend, x.device) == "reference":
+    if resolve(op, backend, x.device, x.dtype) == "reference":
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel():
             least, most = int(indices.min()), int(indices.max())
             if least < -1 or most >= num_codes:

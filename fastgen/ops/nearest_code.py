@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import check, differentiates, refused
 
 Metric = Literal["euclidean", "cosine"]
@@ -69,6 +69,9 @@ def _(x: Tensor, codebook: Tensor, cosine: bool, strict: bool) -> tuple[Tensor, 
     return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=compute_type(x))
 
 
+has_triton_kernels("nearest_code")
+
+
 def compute_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -101,7 +104,7 @@ def is_strict(x: Tensor, nonfinite: str | None) -> bool:
 
 
 def assert_finite(op: str, x: Tensor, codebook: Tensor) -> None:
-    """What the C++ kernels check, for the reference."""
+    """What the C++ kernels check, for the others."""
     for name, t in (("codebook", codebook), ("x", x)):
         finite = torch.isfinite(t.to(compute_type(t)).square().sum(1))
         if torch.compiler.is_compiling():
@@ -155,9 +158,10 @@ def nearest_code(
     check_search(op, x, codebook, metric, nonfinite)
     strict = is_strict(x, nonfinite)
     rows, codes = x.detach(), codebook.detach()
-    if resolve(op, backend, x.device) == "reference":
-        if strict:
-            assert_finite(op, rows, codes)
+    chosen = resolve(op, backend, x.device, x.dtype)
+    if strict and chosen != "cpu":
+        assert_finite(op, rows, codes)
+    if chosen == "reference":
         index, distance = nearest_code_reference(rows, codes, metric=metric)
     else:
         with refused():

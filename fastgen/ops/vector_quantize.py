@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import check_tensor, differentiates, is_finite, quick_apply, refused
 from fastgen.ops.nearest_code import (
     Metric,
@@ -108,6 +108,9 @@ def _(grad_quantized: Tensor, grad_error: Tensor, x: Tensor, *rest: object) -> T
     return x.new_empty(x.shape)
 
 
+has_triton_kernels("vector_quantize", "vector_quantize_backward")
+
+
 @quick_apply
 class _VectorQuantize(torch.autograd.Function):
     @staticmethod
@@ -169,9 +172,10 @@ def quantize(
                 f"got {mask.dtype} {tuple(mask.shape)} on {mask.device}"
             )
     strict = is_strict(x, nonfinite)
-    if resolve("vector_quantize", backend, x.device) == "reference":
-        if strict:
-            assert_finite(op, x.detach(), codebook.detach())
+    chosen = resolve("vector_quantize", backend, x.device, x.dtype)
+    if strict and chosen != "cpu":
+        assert_finite(op, x.detach(), codebook.detach())
+    if chosen == "reference":
         return quantize_reference(x, codebook, mask, metric=metric, estimator=estimator)
     args = by_rows(x), codebook.contiguous(), None if mask is None else mask.contiguous(), metric == "cosine", strict
     with refused():

@@ -1,0 +1,59 @@
+"""Statistics of a codebook's use, without float atomics (see fastgen/ops/code_statistics.py).
+
+Rows are sorted by code, stably, so that those of a code are one segment in their own order; programs sum shares of a
+segment, and their sums are added in order. Least traffic: x once, its order twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import on_device
+
+
+@triton.jit
+def _sum_segments(  # type: ignore[no-untyped-def]
+    x, minus, order, begin, partial, codes, dim, stride, minus_stride, shares,
+    SUBTRACT: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    code = tl.program_id(0) % codes
+    share = (tl.program_id(0) // codes).to(tl.int64)
+    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    first, last = tl.load(begin + code), tl.load(begin + code + 1)
+    start = first + (last - first) * share // shares
+    end = first + (last - first) * (share + 1) // shares
+    sums = tl.zeros([ROWS, CHUNK], tl.float32)
+    for at in range(start, end, ROWS):
+        place = at + tl.arange(0, ROWS)
+        row = tl.load(order + place, place < end, other=0)
+        live = (place < end)[:, None] & (column < dim)[None, :]
+        v = tl.load(x + row[:, None] * stride + column[None, :], live, other=0.0).to(tl.float32)
+        if SUBTRACT:
+            v -= tl.load(minus + row[:, None] * minus_stride + column[None, :], live, other=0.0).to(tl.float32)
+        sums += v
+    tl.store(partial + (share * codes + code) * dim + column, tl.sum(sums, 0), column < dim)
+
+
+def shares_for(codes: int, rows: int) -> int:
+    """Programs for each segment: about 2048 in all, at least 256 rows each were all rows of one code."""
+    return int(max(1, min(2048 // codes, triton.cdiv(rows, 256), 64)))
+
+
+def code_statistics(x: Tensor, minus: Tensor | None, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Sums of x (less minus) over the rows of each code; rows of index -1 are left out."""
+    rows, dim = x.shape
+    shares = shares_for(num_codes, rows)
+    with on_device(x):
+        ordered, order = torch.sort(indices, stable=True)
+        begin = torch.searchsorted(ordered, torch.arange(num_codes + 1, device=x.device))
+        partial = x.new_empty(shares, num_codes, dim, dtype=torch.float32)
+        chunk = min(128, triton.next_power_of_2(dim))
+        _sum_segments[(num_codes * shares, triton.cdiv(dim, chunk))](
+            x, minus, order, begin, partial, num_codes, dim, x.stride(0), 0 if minus is None else minus.stride(0),
+            shares, SUBTRACT=minus is not None, ROWS=max(1, 1024 // chunk), CHUNK=chunk, num_warps=4,
+        )  # fmt: skip
+        sums = partial[0].clone() if shares == 1 else partial.sum(0)
+        return begin.diff().float(), sums
