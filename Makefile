@@ -1,7 +1,8 @@
 # make demo   train small models on speech, digits and points, print the tables of speeds (DATA=folder_or_file)
 # make test   the whole test suite
 # make check  lint, format and types
-# make gpu-test  the tests of the GPU kernels, with the python that has a CUDA torch, triton and pytest (GPU_PYTHON)
+# make gpu    on a machine with a GPU, with the python that has a CUDA torch, triton and pytest (GPU_PYTHON):
+#             gpu-test, gpu-check (compute-sanitizer) and gpu-bench, each also alone; OUT is where the figures go
 # make bench  the benchmarks, and the README's table from them
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: demo test gpu-test check format bench clean
+.PHONY: demo test gpu gpu-installed gpu-test gpu-check gpu-bench check format bench clean
 
 demo: $(VENV)/built
 	$(BIN)/python -P -m fastgen demo $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -18,9 +19,20 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	FASTGEN_REQUIRE=cpu $(BIN)/pytest $(ARGS)
 
-gpu-test:
+gpu: gpu-test gpu-check gpu-bench
+
+gpu-installed:
 	FASTGEN_BUILD=none $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+
+gpu-test: gpu-installed
 	FASTGEN_REQUIRE=triton FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_gpu.py $(ARGS)
+
+gpu-check: gpu-installed
+	FASTGEN_REQUIRE=triton FASTGEN_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest \
+		tests/test_gpu.py -k smallest
+
+gpu-bench: gpu-installed
+	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)")
 
 check: $(VENV)/built
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ def run(
 ) -> dict[str, Tensor]:
     """Outputs and gradients of every argument, for random cotangents rounded to `rounded`."""
     leaves = {k: v.to(DEVICE, dtype).detach().requires_grad_() for k, v in args.items() if v is not None}
+    options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
     out = op(**{k: leaves.get(k) for k in args}, backend=which, **options)
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)

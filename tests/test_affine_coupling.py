@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_helpers import DTYPES, KERNELS, compare, run
+from op_helpers import DEVICE, DTYPES, KERNELS, compare, run
 
 import fastgen
 from fastgen import backend
@@ -78,11 +78,12 @@ def test_every_instruction_set(isa, run_under):
 
 
 def test_a_mask_of_halves_is_the_split():
-    args = floats(arguments(2, 6, (3, 5)))
-    split = affine_coupling(**args, scale="tanh")
-    wide = torch.zeros(2, 2, 6, 3, 5)
+    args = {k: v.to(DEVICE) for k, v in floats(arguments(2, 6, (3, 5))).items()}
+    split = affine_coupling(**args, scale="tanh", backend=KERNELS)
+    wide = torch.zeros(2, 2, 6, 3, 5, device=DEVICE)
     wide[:, :, 3:] = args["params"].unflatten(1, (2, 3))
-    masked = affine_coupling(args["x"], wide.flatten(1, 2), scale="tanh", mask=torch.arange(6)[:, None, None] < 3)
+    mask = torch.arange(6, device=DEVICE)[:, None, None] < 3
+    masked = affine_coupling(args["x"], wide.flatten(1, 2), scale="tanh", mask=mask, backend=KERNELS)
     for a, b in zip(split, masked, strict=True):
         torch.testing.assert_close(a, b)
 

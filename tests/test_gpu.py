@@ -6,7 +6,7 @@ from op_helpers import DEVICE
 from test_triton import OPS, SELECTION
 
 from fastgen import backend
-from fastgen.ops import actnorm, affine_coupling
+from fastgen.ops import actnorm, affine_coupling, code_statistics, vector_quantize
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,21 @@ def test_the_tests_of_the_ops(again):
 
 def test_is_what_auto_chooses():
     assert backend.resolve("affine_coupling", None, torch.device("cuda"), torch.bfloat16) == "triton"
+
+
+def test_smallest():
+    """Of each kernel, for compute-sanitizer: sizes that end within a tile."""
+    x, params = (t.requires_grad_() for t in coupling(2, 6, (5, 3)))
+    for scale in ("exp", "tanh", "sigmoid"):
+        y, log_det = affine_coupling(x, params, scale=scale, backend="triton")
+        torch.autograd.grad([y.sum(), log_det.sum()], [x, params])
+    v = torch.randn(6, device="cuda", requires_grad=True)
+    torch.autograd.grad(actnorm(x, v, v, backend="triton")[0].sum(), [x, v])
+    rows, codebook = (torch.randn(n, 20, device="cuda", requires_grad=True) for n in (37, 70))
+    for metric in ("euclidean", "cosine"):
+        quantized, indices, loss = vector_quantize(rows, codebook, metric=metric, backend="triton")
+        torch.autograd.grad(loss + quantized.sum(), [rows, codebook])
+        assert code_statistics(rows, indices, 70, backend="triton")[0].sum() == 37
 
 
 def test_side_stream_and_second_device():

@@ -1,5 +1,8 @@
 """Triton kernels without a GPU: their results in Triton's interpreter, their machine code, their heuristics."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from gpu_code import ARCHITECTURES, instructions, recorded
@@ -181,3 +184,14 @@ def test_heuristics():
             assert (splits - 1) * samples < batch <= splits * samples
             assert samples % rows == 0
             assert splits * channels <= max(1024 + channels, channels)
+
+
+def test_a_rehearsal_of_the_benchmarks(python, tmp_path):
+    script = Path(__file__).parent.parent / "bench" / "gpu.py"
+    done = python(str(script), "--tiny", "--out", str(tmp_path), TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "rehearsal.json").read_text())
+    assert {case["case"].split()[0] for case in report["cases"]} == {
+        "affine_coupling", "actnorm", "nearest_code", "vector_quantize",
+    }  # fmt: skip
+    assert all(t > 0 for case in report["cases"] for t in case["seconds"].values())
