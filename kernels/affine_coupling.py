@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .functions import log1p_unit, tanh
 from .launch import on_device, sum_rows
 
 SCALES = ("exp", "tanh", "sigmoid", "none")
@@ -19,41 +20,15 @@ LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
 
 
 @triton.jit
-def _log1p_unit(e):  # type: ignore[no-untyped-def]
-    """log(1 + e) for e in [0, 1], to float32's last bits: 2 artanh(e / (2 + e))."""
-    u = e / (2 + e)
-    w = u * u
-    p = w * (1 / 15) + 1 / 13
-    p = w * p + 1 / 11
-    p = w * p + 1 / 9
-    p = w * p + 1 / 7
-    p = w * p + 1 / 5
-    p = w * p + 1 / 3
-    return 2 * (u + u * w * p)
-
-
-@triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    a = tl.abs(x)
-    e = tl.exp(-2 * a)
-    w = x * x
-    p = w * (62 / 2835) - 17 / 315
-    p = w * p + 2 / 15
-    p = w * p - 1 / 3
-    t = tl.where(a < 0.3, a + a * w * p, (1 - e) / (1 + e))  # 1 - e would lose the digits of small ones
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
 def _log_scale(s, bound, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
     """-> l, and dl / ds."""
     if SCALE == "tanh":
-        t = _tanh(s / bound)
+        t = tanh(s / bound)
         return bound * t, 1 - t * t
     elif SCALE == "sigmoid":
         z = s + 2
         e = tl.exp(-tl.abs(z))
-        return tl.minimum(z, 0.0) - _log1p_unit(e), tl.where(z > 0, e, 1.0) / (1 + e)
+        return tl.minimum(z, 0.0) - log1p_unit(e), tl.where(z > 0, e, 1.0) / (1 + e)
     else:
         return s, tl.full(s.shape, 1.0, tl.float32)
 

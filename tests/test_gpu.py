@@ -3,7 +3,7 @@
 import pytest
 import torch
 from op_helpers import DEVICE
-from test_triton import OPS, SELECTION
+from test_triton import OPS
 
 from fastgen import backend
 from fastgen.ops import actnorm, affine_coupling, code_statistics, vector_quantize
@@ -22,9 +22,10 @@ def coupling(batch=3, channels=6, size=(33, 7), dtype=torch.float32):
     return x, torch.randn(batch, channels, *size, device="cuda", dtype=dtype)
 
 
-def test_the_tests_of_the_ops(again):
-    check = "import torch; assert torch.cuda.is_available()"
-    again(SELECTION, *OPS, check=check, FASTGEN_BACKEND="triton")
+@pytest.mark.parametrize("op", OPS)
+def test_the_tests_of_the_ops(op, again):
+    file, selection = OPS[op]
+    again(selection, file, check="import torch; assert torch.cuda.is_available()", FASTGEN_BACKEND="triton")
 
 
 def test_is_what_auto_chooses():

@@ -14,18 +14,22 @@ from fastgen.ops.affine_coupling import LAYOUTS, SCALES
 pytest.importorskip("triton", reason="pip install triton==3.6.0")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in the interpreter")
 
-OPS = ("affine_coupling", "actnorm", "nearest_code", "vector_quantize", "code_statistics")
-SELECTION = (
-    "(values_and_gradients or layouts_and_halves or test_masks or mask_of_halves or behind_the_mask or float32_answer "
-    "or matches_reference) and not anywhere"
-)
+OPS = {  # the test file of each, and which of its tests
+    "affine_coupling": ("affine_coupling", "values_and_gradients or layouts_and_halves or masks or halves or behind"),
+    "actnorm": ("actnorm", "values_and_gradients"),
+    "nearest_code": ("nearest_code", "float32_answer"),
+    "vector_quantize": ("vector_quantize", "matches_reference and not anywhere"),
+    "code_statistics": ("code_statistics", "matches_reference and not anywhere"),
+    "gated_causal_conv1d": ("wavenet_layer", "gate_alone"),
+}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_results_in_the_interpreter(op, again):
     check = f"from fastgen import backend; assert backend.why_not({op!r}, 'triton') is None"
-    again(SELECTION, op, check=check, TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
+    file, selection = OPS[op]
+    again(selection, file, check=check, TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
 
 
 def affine_coupling_launches(dtype, scale, layout=0, masked=False):
@@ -133,6 +137,25 @@ def test_refuses_what_it_does_not_take(monkeypatch):
         assert backend.resolve("actnorm", None, cuda, torch.float64) == "reference"
 
 
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("channels", [32, 128])
+def test_the_gated_convolution_multiplies_on_tensor_cores(channels, conditioned):
+    from fastgen.kernels import gated_causal_conv1d as module
+
+    x, weight = (torch.empty(size, dtype=torch.bfloat16) for size in ((2, channels, 4096), (2 * channels, channels, 2)))
+    cond = torch.empty(2, 2 * channels, 4096, dtype=torch.bfloat16) if conditioned else None
+    with recorded(module) as launches:
+        module.gated_causal_conv1d(x, weight, weight[:, 0, 0].contiguous(), cond, 16)
+        module.gated_causal_conv1d_backward(x, x, weight, None, cond, 16)
+    assert [launch.kernel.__name__ for launch in launches] == ["_gate", "_gate", "_grad_x", "_grad_weight"]
+    for launch in launches:
+        for architecture in ARCHITECTURES:
+            compiled = launch.compile(architecture)
+            code = "\n".join(instructions(compiled))
+            assert_fits(compiled, architecture)
+            assert any(product in code for product in ("HMMA", "HGMMA", "UTCHMMA")), f"sm_{architecture}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_of_codes_load_128_bits_and_use_no_atomics(dtype):
     from fastgen.kernels import code_statistics as module
@@ -149,7 +172,8 @@ def test_sums_of_codes_load_128_bits_and_use_no_atomics(dtype):
         assert "ATOM" not in code
 
 
-def test_heuristics_of_the_search():
+def test_heuristics_of_products():
+    from fastgen.kernels import gated_causal_conv1d as convolution
     from fastgen.kernels.code_statistics import shares_for
     from fastgen.kernels.nearest_code import chunk_for, splits_for
     from fastgen.kernels.vector_quantize import rows_for
@@ -157,6 +181,12 @@ def test_heuristics_of_the_search():
     assert [rows_for(d) for d in (1, 64, 65, 2048, 5000)] == [2048, 32, 16, 1, 1]
     assert [shares_for(*size) for size in ((1, 1 << 20), (512, 65536), (8192, 65536), (1, 3))] == [64, 4, 1, 1]
     assert [chunk_for(d) for d in (1, 16, 17, 64, 100, 129, 1024)] == [16, 16, 32, 64, 128, 128, 128]
+    assert convolution.tile_for(3, 5, 1) == {"ROWS": 16, "COLUMNS": 16, "CHUNK": 16}
+    assert convolution.tile_for(512, 16000, 256) == {"ROWS": 64, "COLUMNS": 128, "CHUNK": 64}
+    for programs in (1, 8, 1000):
+        for tiles in (1, 7, 5000):
+            share, splits = convolution.splits_for(programs, tiles)
+            assert (splits - 1) * share < tiles <= splits * share
     for rows in (1, 128, 4096, 1 << 20):
         for codes in (1, 64, 1000, 8192, 100000):
             share, splits = splits_for(rows, codes, 128, 64, 132)

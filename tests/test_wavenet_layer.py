@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DTYPES, compare, run
+from op_helpers import DTYPES, KERNELS, compare, run
 
 import fastgen
 from fastgen import backend
@@ -38,9 +38,9 @@ def gate_arguments(args):
 
 
 @pytest.fixture(autouse=True)
-def _needs_cpu_kernels():
-    reason = backend.why_not("wavenet_layer", "cpu")
-    if reason and "cpu" not in os.environ.get("FASTGEN_REQUIRE", ""):
+def _needs_kernels():
+    reason = backend.why_not("gated_causal_conv1d", KERNELS)
+    if reason and KERNELS not in os.environ.get("FASTGEN_REQUIRE", ""):
         pytest.skip(reason)
     assert reason is None, reason
 
@@ -65,7 +65,16 @@ def test_matches_reference(shape, cond, dtype):
     *sizes, dilation = shape
     args = arguments(*sizes, cond)
     compare(wavenet_layer, args, dtype, dilation=dilation)
-    compare(gated_causal_conv1d, gate_arguments(args), dtype, dilation=dilation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cond", ["none", "local", "constant"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gate_alone(shape, cond, dtype):
+    *sizes, dilation = shape
+    args = gate_arguments(arguments(*sizes, cond))
+    compare(gated_causal_conv1d, args, dtype, dilation=dilation)
+    compare(gated_causal_conv1d, args | {"bias": None}, dtype, dilation=dilation)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -98,7 +107,7 @@ def test_without_biases():
 @pytest.mark.parametrize("isa", backend.ISAS)
 def test_every_instruction_set(isa, run_under):
     """The same tests under each instruction set that this CPU has."""
-    run_under(isa, "(matches_reference and local) or poison", "wavenet_layer")
+    run_under(isa, "(matches_reference and local) or (gate_alone and local) or poison", "wavenet_layer")
 
 
 def test_strided_and_expanded_inputs():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import autocast, check, check_integer, differentiates, quick_apply
 
 MOST_DILATION = 2**31 - 1  # (K - 1) * dilation stays far within 64 bits
@@ -57,6 +57,9 @@ def _(
 def empty_cond_grad(x: Tensor, cond: Tensor | None) -> Tensor:
     """What a backward kernel returns for `cond`: its gradient, or nothing (0 elements)."""
     return x.new_empty(0 if cond is None else cond.shape)
+
+
+has_triton_kernels("gated_causal_conv1d", "gated_causal_conv1d_backward")
 
 
 @quick_apply
@@ -145,7 +148,7 @@ def gated_causal_conv1d(
     op = "gated_causal_conv1d"
     x, weight, bias, cond = autocast(op, x, weight, bias, cond)  # type: ignore[assignment]
     check_gate(op, x, weight, bias, cond, dilation)
-    if resolve(op, backend, x.device) == "reference":
+    if resolve(op, backend, x.device, x.dtype) == "reference":
         return gated_causal_conv1d_reference(x, weight, bias, cond, dilation=dilation)
     args = (x.contiguous(), weight.contiguous(), *(None if t is None else t.contiguous() for t in (bias, cond)))
     if differentiates(*args):
