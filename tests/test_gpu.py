@@ -6,7 +6,7 @@ from op_helpers import DEVICE
 from test_triton import OPS
 
 from fastgen import backend
-from fastgen.ops import actnorm, affine_coupling, code_statistics, vector_quantize
+from fastgen.ops import actnorm, affine_coupling, code_statistics, vector_quantize, wavenet_layer
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +41,11 @@ def test_smallest():
     v = torch.randn(6, device="cuda", requires_grad=True)
     torch.autograd.grad(actnorm(x, v, v, backend="triton")[0].sum(), [x, v])
     rows, codebook = (torch.randn(n, 20, device="cuda", requires_grad=True) for n in (37, 70))
+    layer = [
+        torch.randn(s, device="cuda", requires_grad=True)
+        for s in ((2, 5, 37), (6, 5, 2), (6,), (9, 3), (9,), (2, 6, 37))
+    ]
+    torch.autograd.grad(sum(r.sum() for r in wavenet_layer(*layer, dilation=4, backend="triton")), layer)
     for metric in ("euclidean", "cosine"):
         quantized, indices, loss = vector_quantize(rows, codebook, metric=metric, backend="triton")
         torch.autograd.grad(loss + quantized.sum(), [rows, codebook])

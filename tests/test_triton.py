@@ -21,6 +21,7 @@ OPS = {  # the test file of each, and which of its tests
     "vector_quantize": ("vector_quantize", "matches_reference and not anywhere"),
     "code_statistics": ("code_statistics", "matches_reference and not anywhere"),
     "gated_causal_conv1d": ("wavenet_layer", "gate_alone"),
+    "wavenet_layer": ("wavenet_layer", "(matches_reference and not anywhere) or without_biases or poison or two_runs"),
 }
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 

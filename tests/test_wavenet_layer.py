@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DTYPES, KERNELS, compare, run
+from op_helpers import DEVICE, DTYPES, KERNELS, compare, run
 
 import fastgen
 from fastgen import backend
@@ -143,7 +143,7 @@ def test_empty(batch, steps, which):
 
 def test_two_runs_give_the_same_bits():
     args = arguments(3, 20, 900, 20, 2, 30, "local")
-    runs = [run(wavenet_layer, args, torch.float32, "cpu", dilation=8) for _ in range(3)]
+    runs = [run(wavenet_layer, args, torch.float32, KERNELS, dilation=8) for _ in range(3)]
     for other in runs[1:]:
         for name, value in other.items():
             assert torch.equal(value, runs[0][name]), name
@@ -152,11 +152,11 @@ def test_two_runs_give_the_same_bits():
 def test_every_element_is_written_poison():
     """Outputs that start as NaN end without."""
     for dtype in DTYPES:
-        args = {k: v if v is None else v.to(dtype) for k, v in arguments(2, 5, 61, 4, 2, 6).items()}
-        out = tuple(torch.full((2, n, 61), float("nan"), dtype=dtype) for n in (5, 6))
-        same = wavenet_layer(**args, dilation=3, out=out, backend="cpu")
+        args = {k: v if v is None else v.to(DEVICE, dtype) for k, v in arguments(2, 5, 61, 4, 2, 6).items()}
+        out = tuple(torch.full((2, n, 61), float("nan"), device=DEVICE, dtype=dtype) for n in (5, 6))
+        same = wavenet_layer(**args, dilation=3, out=out, backend=KERNELS)
         assert same[0] is out[0]
-        for a, b in zip(out, wavenet_layer(**args, dilation=3, backend="cpu"), strict=True):
+        for a, b in zip(out, wavenet_layer(**args, dilation=3, backend=KERNELS), strict=True):
             assert torch.equal(a, b)
 
 

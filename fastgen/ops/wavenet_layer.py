@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import autocast, check, differentiates, quick_apply
 from fastgen.ops.gated_causal_conv1d import check_gate, empty_cond_grad, gated_causal_conv1d_reference
 
@@ -75,6 +75,9 @@ def _(
     rows, outs = weight.shape[0], out_weight.shape[0]
     shapes = (x.shape, weight.shape, (rows,), out_weight.shape, (outs,))
     return (*(x.new_empty(s) for s in shapes), empty_cond_grad(x, cond))
+
+
+has_triton_kernels("wavenet_layer", "wavenet_layer_out", "wavenet_layer_backward")
 
 
 @quick_apply
@@ -187,7 +190,7 @@ def wavenet_layer(
             raise ValueError(f"{op}: out must be contiguous, got strides {tuple(t.stride() for t in out)}")
         names = ("out[0]", "out[1]", "x", "weight", "bias", "out_weight", "out_bias", "cond")
         _check_apart(op, dict(zip(names, (*out, *tensors), strict=True)))
-    if resolve(op, backend, x.device) == "reference":
+    if resolve(op, backend, x.device, x.dtype) == "reference":
         results = wavenet_layer_reference(x, weight, bias, out_weight, out_bias, cond, dilation=dilation)
         if out is None:
             return results
