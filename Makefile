@@ -1,7 +1,8 @@
 # make demo   train small models on speech, digits and points, print the tables of speeds (DATA=folder_or_file)
 # make test   the whole test suite
 # make check  lint, format and types
-# make gpu    on a machine with a GPU, with the python that has a CUDA torch, triton and pytest (GPU_PYTHON):
+# make gpu    on a machine with a GPU, with the python (GPU_PYTHON) that has a CUDA torch, triton, numpy,
+#             pytest and hypothesis:
 #             gpu-test, gpu-check (compute-sanitizer) and gpu-bench, each also alone; OUT is where the figures go
 # make bench  the benchmarks, and the README's table from them
 
@@ -28,7 +29,7 @@ gpu-test: gpu-installed
 	FASTGEN_REQUIRE=triton FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_gpu.py $(ARGS)
 
 gpu-check: gpu-installed
-	FASTGEN_REQUIRE=triton FASTGEN_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTGEN_REQUIRE=triton FASTGEN_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest \
 		tests/test_gpu.py -k smallest
 
 gpu-bench: gpu-installed

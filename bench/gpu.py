@@ -1,8 +1,8 @@
 """The GPU kernels beside eager PyTorch and torch.compile: python bench/gpu.py [--out FOLDER] -> FOLDER/<device>.json.
 
-Each case is verified first. `of_limit` is the share of the least time that the hardware could take, from the copy
-bandwidth and the bfloat16 matrix rate measured in the same run. With --tiny the sizes are those of a rehearsal, which
-Triton's interpreter can do on a CPU (TRITON_INTERPRET=1).
+Couplings, actnorm and the first rows of searches are verified first. `of_limit` is the share of the least time that the
+hardware could take, from the copy bandwidth and the bfloat16 matrix rate measured in the same run. With --tiny the
+sizes are those of a rehearsal, which Triton's interpreter can do on a CPU (TRITON_INTERPRET=1 FASTGEN_BACKEND=triton).
 """
 
 from __future__ import annotations

@@ -26,8 +26,10 @@ BACKENDS = ("cpu", "triton", "cuda", "reference")
 ISAS = ("generic", "avx2", "avx512", "avx512_vnni")  # slowest first
 
 # Triton's interpreter runs the Triton kernels on the CPU: slow, and for tests of them alone
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 NOT_YET_RUN = "not yet run on a GPU; verified in Triton's interpreter and by its machine code"
+
+REBUILD = ", or rebuild: pip install --no-build-isolation -e ."
 
 lib = torch.library.Library("fastgen", "FRAGMENT")
 lib.define("fma_peak() -> float")
@@ -189,6 +191,8 @@ def _why_no_triton() -> str | None:
 
 
 def _triton_refuses(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if INTERPRETED and device.type == "cuda":
+        return "TRITON_INTERPRET is set: Triton's interpreter takes tensors on the CPU"
     if device.type not in ("cuda", "meta") and not INTERPRETED:
         return f"the tensors are on {device}"
     return "float64 has no Triton kernel" if dtype == torch.float64 else None
@@ -212,7 +216,7 @@ def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dty
         if reason is not None:
             raise BackendError(
                 f"fastgen.{op}: backend {name!r} was requested but cannot run: {reason}. "
-                "Use backend='reference' or 'auto', or rebuild: pip install --no-build-isolation -e . "
+                f"Use backend='reference' or 'auto'{REBUILD if name == 'cpu' else ''} "
                 "(`python -m fastgen info` lists what is live)"
             )
         return name

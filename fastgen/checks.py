@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastgen.backend import TRITON_OPS
+
 F = TypeVar("F", bound=torch.autograd.Function)
 
 LISTED = 8  # names in one message
@@ -52,7 +54,7 @@ def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | N
     if not fits:
         wanted = tuple("any" if n is None else n for n in shape)
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(size)}")
-    if tensor.dtype not in DTYPES and not (tensor.dtype == torch.float16 and tensor.is_cuda):
+    if tensor.dtype not in DTYPES and not (tensor.dtype == torch.float16 and tensor.is_cuda and op in TRITON_OPS):
         raise TypeError(f"{op}: {name} must be float32, bfloat16 or float64, got {tensor.dtype}")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, x is {like.dtype}; all tensors must share one dtype")

@@ -18,7 +18,7 @@ def _forward(  # type: ignore[no-untyped-def]
     x, before, factor, after, y, rows, channels, pixels, column_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     row = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    column = (tl.program_id(0) % column_blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     channel = (row % channels)[:, None]
     at = row[:, None] * pixels + column[None, :]
     live = (row < rows)[:, None] & (column < pixels)[None, :]

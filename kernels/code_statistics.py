@@ -38,8 +38,8 @@ def _sum_segments(  # type: ignore[no-untyped-def]
 
 
 def shares_for(codes: int, rows: int) -> int:
-    """Programs for each segment: about 2048 in all, at least 256 rows each were all rows of one code."""
-    return int(max(1, min(2048 // codes, triton.cdiv(rows, 256), 64)))
+    """Programs for each segment: about 2048 in all, 4 at least lest all rows be of one code, 256 rows or more each."""
+    return int(max(1, min(max(4, 2048 // codes), triton.cdiv(rows, 256), 64)))
 
 
 def code_statistics(x: Tensor, minus: Tensor | None, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

@@ -179,6 +179,8 @@ def _measure(  # type: ignore[no-untyped-def]
             least = tl.where(wanted, nearer, least)
             nearest = tl.where(wanted, which, nearest)
     if tl.max(undecided.to(tl.int32), 0) > 0:
+        least = tl.where(undecided, float("inf"), least)  # sums in one order only, so that equal codes are equal
+        nearest = tl.where(undecided, count, nearest)
         for first in range(0, count, CODES):
             code = first + tl.arange(0, CODES)
             known = (code < count) & (tl.load(offset + code, code < count, other=float("-inf")) > float("-inf"))

@@ -6,7 +6,7 @@ from op_helpers import DEVICE
 from test_triton import OPS
 
 from fastgen import backend
-from fastgen.ops import actnorm, affine_coupling, code_statistics, vector_quantize, wavenet_layer
+from fastgen.ops import actnorm, affine_coupling, code_statistics, nearest_code, vector_quantize, wavenet_layer
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +32,58 @@ def test_is_what_auto_chooses():
     assert backend.resolve("affine_coupling", None, torch.device("cuda"), torch.bfloat16) == "triton"
 
 
+def searches():
+    """Calls of several kernels each, and their inputs."""
+    x, codebook = torch.randn(500, 40, device="cuda"), torch.randn(300, 40, device="cuda")
+    indices = torch.randint(-1, 300, (500,), device="cuda")
+    return {
+        "nearest_code": lambda: nearest_code(x, codebook, backend="triton"),
+        "vector_quantize": lambda: vector_quantize(x, codebook, backend="triton"),
+        "code_statistics": lambda: code_statistics(x, indices, 300, backend="triton"),
+    }, (x, codebook)
+
+
+@pytest.mark.parametrize("name", ["nearest_code", "vector_quantize", "code_statistics"])
+def test_searches_in_a_graph_and_on_a_side_stream(name):
+    calls, inputs = searches()
+    call = calls[name]
+    assert all(map(torch.equal, call(), call()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    for t in inputs:
+        t.normal_()
+    graph.replay()
+    expected = call()
+    assert all(map(torch.equal, results, expected))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        results = call()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(map(torch.equal, results, expected))
+
+
+def test_the_lowest_of_equal_codes():
+    codebook = torch.randn(50, 48, device="cuda").repeat(6, 1)
+    x = codebook[:50] + 0.01 * torch.randn(50, 48, device="cuda")
+    assert nearest_code(x, codebook, backend="triton")[0].tolist() == list(range(50))
+
+
 def test_smallest():
     """Of each kernel, for compute-sanitizer: sizes that end within a tile."""
     x, params = (t.requires_grad_() for t in coupling(2, 6, (5, 3)))
+    mask = torch.rand(6, 5, 3, device="cuda") < 0.5
+    wide = torch.randn(2, 12, 5, 3, device="cuda", requires_grad=True)
     for scale in ("exp", "tanh", "sigmoid"):
-        y, log_det = affine_coupling(x, params, scale=scale, backend="triton")
-        torch.autograd.grad([y.sum(), log_det.sum()], [x, params])
+        for layout in ("scale_shift", "interleaved"):
+            options = {"scale": scale, "layout": layout, "inverse": scale == "exp", "backend": "triton"}
+            y, log_det = affine_coupling(x, params, swap=scale == "tanh", **options)
+            torch.autograd.grad([y.sum(), log_det.sum()], [x, params])
+            y, log_det = affine_coupling(x, wide, mask=mask, **options)
+            torch.autograd.grad([y.sum(), log_det.sum()], [x, wide])
+    torch.autograd.grad(affine_coupling(x, params, scale="none", backend="triton")[0].sum(), [x, params])
     v = torch.randn(6, device="cuda", requires_grad=True)
     torch.autograd.grad(actnorm(x, v, v, backend="triton")[0].sum(), [x, v])
     rows, codebook = (torch.randn(n, 20, device="cuda", requires_grad=True) for n in (37, 70))
@@ -49,6 +95,9 @@ def test_smallest():
     for metric in ("euclidean", "cosine"):
         quantized, indices, loss = vector_quantize(rows, codebook, metric=metric, backend="triton")
         torch.autograd.grad(loss + quantized.sum(), [rows, codebook])
+        turned, _, loss = vector_quantize(rows, codebook, estimator="rotation", metric=metric, backend="triton")
+        torch.autograd.grad(loss + turned.sum(), [rows, codebook])
+        nearest_code(*(torch.randn(n, 150, device="cuda") for n in (37, 70)), metric=metric, backend="triton")
         assert code_statistics(rows, indices, 70, backend="triton")[0].sum() == 37
 
 
@@ -107,5 +156,5 @@ def test_offsets_beyond_32_bits():
     y, _ = affine_coupling(x, torch.full_like(x[:, :4], 0.5), scale="none", backend="triton")
     assert y[-1, -1, -5:].tolist() == [3.5] * 5
     assert y[-1, -1, :-5].unique().tolist() == [0.5]
-    ones = torch.ones(x.shape[1], device="cuda")
+    ones = torch.ones(x.shape[1], device="cuda", dtype=x.dtype)
     assert actnorm(x, 0 * ones, ones, backend="triton")[0][-1, -1, -5:].tolist() == [4.0] * 5

@@ -180,7 +180,7 @@ def test_heuristics_of_products():
     from fastgen.kernels.vector_quantize import rows_for
 
     assert [rows_for(d) for d in (1, 64, 65, 2048, 5000)] == [2048, 32, 16, 1, 1]
-    assert [shares_for(*size) for size in ((1, 1 << 20), (512, 65536), (8192, 65536), (1, 3))] == [64, 4, 1, 1]
+    assert [shares_for(*size) for size in ((1, 1 << 20), (256, 65536), (8192, 65536), (1, 3))] == [64, 8, 4, 1]
     assert [chunk_for(d) for d in (1, 16, 17, 64, 100, 129, 1024)] == [16, 16, 32, 64, 128, 128, 128]
     assert convolution.tile_for(3, 5, 1) == {"ROWS": 16, "COLUMNS": 16, "CHUNK": 16}
     assert convolution.tile_for(512, 16000, 256) == {"ROWS": 64, "COLUMNS": 128, "CHUNK": 64}

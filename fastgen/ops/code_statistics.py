@@ -60,7 +60,8 @@ def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: str 
     x
         (N, D) float32, bfloat16 or float64; any strides.
     indices
-        (N,) int64 in [0, num_codes), or -1 for a row that is left out.
+        (N,) int64 in [0, num_codes), or -1 for a row that is left out. On a GPU, where looking would make the host
+        wait, rows of any other index are left out too.
     num_codes
         K >= 1.
     backend
