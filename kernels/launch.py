@@ -36,3 +36,14 @@ def sum_rows(x: Tensor) -> Tensor:
     if rows:
         _sum_rows[(rows,)](x, total, columns, BLOCK=min(1024, triton.next_power_of_2(max(columns, 1))), num_warps=4)
     return total
+
+
+def precision_of(x: Tensor) -> str:
+    """Products of float32 are exact unless PyTorch's own may be rounded to TF32; those of 16 bits always are."""
+    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def splits_for(programs: int, tiles: int) -> tuple[int, int]:
+    """Tiles for each split of a sum, and the splits: about 512 programs in all."""
+    share = triton.cdiv(tiles, min(tiles, 64, triton.cdiv(8 if INTERPRETED else 512, programs)))
+    return int(share), int(triton.cdiv(tiles, share))

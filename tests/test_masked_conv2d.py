@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DTYPES, compare, run
+from op_helpers import DEVICE, DTYPES, KERNELS, compare, run
 
 import fastgen
 from fastgen import backend
@@ -34,12 +34,12 @@ def arguments(batch, channels, height, width, outs, kernel=(3, 3), cond="none", 
 
 
 def floats(args):
-    return {k: v.float() for k, v in args.items()}
+    return {k: v.to(DEVICE, torch.float32) for k, v in args.items()}
 
 
 @pytest.fixture(autouse=True)
 def _needs_cpu_kernels(need):
-    need("gated_masked_conv2d", "cpu")
+    need("gated_masked_conv2d", KERNELS)
 
 
 SHAPES = [
@@ -104,13 +104,13 @@ def test_an_image_larger_than_the_caches():
 def test_sees_what_the_mask_says(mask, kernel):
     """Pixel by pixel: a changed input changes exactly the outputs that have a live tap on it."""
     args = floats(arguments(1, 2, 9, 9, 4, kernel))
-    before = gated_masked_conv2d(**args, mask=mask, backend="cpu")
+    before = gated_masked_conv2d(**args, mask=mask, backend=KERNELS)
     above, left = kernel[0] // 2, kernel[1] // 2
     live = mask_2d(mask, kernel)
     for i, j in ((4, 4), (0, 8), (8, 0)):
         x = args["x"].clone()
         x[0, :, i, j] += 1
-        changed = (gated_masked_conv2d(**(args | {"x": x}), mask=mask, backend="cpu") != before).any(1)[0]
+        changed = (gated_masked_conv2d(**(args | {"x": x}), mask=mask, backend=KERNELS) != before).any(1)[0]
         for a in range(9):
             for b in range(9):
                 tap = (i - a + above, j - b + left)
@@ -120,7 +120,7 @@ def test_sees_what_the_mask_says(mask, kernel):
                 assert ordered or not changed[a, b], "a pixel that comes before saw one that comes after"
 
 
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("mask", ["A", "B"])
 def test_colors_are_ordered_within_a_pixel(mask, op, which):
@@ -136,7 +136,7 @@ def test_colors_are_ordered_within_a_pixel(mask, op, which):
         assert sees == [bool(changed[2 * g : 2 * g + 2].any()) for g in range(3)]
 
 
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("colors", [1, 3])
 @pytest.mark.parametrize("mask", MASKS)
@@ -150,7 +150,7 @@ def test_weights_behind_the_mask_do_nothing(mask, colors, op, which):
         got = run(OPS[op], args | {"weight": weight}, torch.float32, which, mask=mask, colors=colors)
         for name, value in got.items():
             assert torch.equal(value, clean[name]), name
-        assert torch.equal(got["grad weight"][~live], torch.zeros(int((~live).sum())))
+        assert not bool(got["grad weight"][~live].any())
         assert bool((got["grad weight"][live] != 0).all())
 
 
@@ -175,7 +175,7 @@ def test_reference_is_conv2d_with_a_masked_weight():
 
 
 def test_strided_and_expanded_inputs():
-    args = arguments(3, 6, 8, 9, 10, (3, 3), "position")
+    args = floats(arguments(3, 6, 8, 9, 10, (3, 3), "position"))
     plain = gated_masked_conv2d(**args, mask="B", backend="cpu")
     strided = args | {
         "x": args["x"].contiguous(memory_format=torch.channels_last),
@@ -190,7 +190,7 @@ def test_strided_and_expanded_inputs():
     )
 
 
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 @pytest.mark.parametrize("sizes", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)])
 def test_empty(sizes, which):
     for op in OPS.values():
@@ -206,7 +206,7 @@ def test_empty(sizes, which):
 
 def test_no_live_tap_leaves_the_bias():
     args = floats(arguments(2, 3, 4, 5, 6, (1, 1)))
-    got = masked_conv2d(**args, mask="A", backend="cpu")
+    got = masked_conv2d(**args, mask="A", backend=KERNELS)
     assert torch.equal(got, args["bias"][:, None, None].expand(2, 6, 4, 5))
 
 
@@ -216,7 +216,7 @@ def test_without_bias_and_with_x_that_needs_no_gradient():
     args = floats(arguments(2, 5, 7, 8, 6))
     args["weight"].requires_grad_()
     grads = []
-    for which in ("cpu", "reference"):
+    for which in (KERNELS, "reference"):
         args["weight"].grad = None
         gated_masked_conv2d(**args, mask="B", backend=which).sum().backward()
         grads.append(args["weight"].grad)
@@ -225,7 +225,7 @@ def test_without_bias_and_with_x_that_needs_no_gradient():
 
 def test_two_runs_give_the_same_bits():
     args = arguments(3, 20, 19, 21, 40, (3, 3), "position")
-    runs = [run(gated_masked_conv2d, args, torch.float32, "cpu", mask="B") for _ in range(3)]
+    runs = [run(gated_masked_conv2d, args, torch.float32, KERNELS, mask="B") for _ in range(3)]
     for other in runs[1:]:
         for name, value in other.items():
             assert torch.equal(value, runs[0][name]), name
@@ -244,10 +244,10 @@ def test_nan_reaches_only_what_sees_it():
     args = floats(arguments(1, 4, 20, 30, 6))
     args["x"][0, 2, 7, 11] = float("nan")
     for mask in MASKS:
-        got = gated_masked_conv2d(**args, mask=mask, backend="cpu").isnan().any(1)[0]
+        got = gated_masked_conv2d(**args, mask=mask, backend=KERNELS).isnan().any(1)[0]
         expected = torch.zeros(20, 30, dtype=torch.bool)
         expected[6:9, 10:13] = mask_2d(mask, (3, 3)).flip(0, 1)
-        assert torch.equal(got, expected)
+        assert torch.equal(got.cpu(), expected)
 
 
 def test_second_derivative_raises():

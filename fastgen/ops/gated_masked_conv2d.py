@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import autocast, check, check_tensor, differentiates, quick_apply
 from fastgen.ops.masked_conv2d import MASKS, check_masked, masked_conv2d_reference
 
@@ -44,6 +44,9 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     batch, rows, size = x.shape[0], weight.shape[0], x.shape[2:]
     return x.new_empty(batch, rows // 2, *size), x.new_empty((batch, rows, *size) if keep else 0)
+
+
+has_triton_kernels("gated_masked_conv2d")
 
 
 @quick_apply
@@ -129,7 +132,7 @@ def gated_masked_conv2d(
         check_tensor(op, "cond", cond)
         size = tuple(cond.shape[2:]) == (1, 1) if cond.dim() == 4 else False
         check(op, "cond", cond, x, (x.shape[0], weight.shape[0], *((1, 1) if size else x.shape[2:])))
-    if resolve(op, backend, x.device) == "reference":
+    if resolve(op, backend, x.device, x.dtype) == "reference":
         return gated_masked_conv2d_reference(x, weight, bias, cond, mask=mask, colors=colors)
     args = (x.contiguous(), weight.contiguous(), *(None if t is None else t.contiguous() for t in (bias, cond)))
     if differentiates(*args):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import autocast, check, check_integer, differentiates, quick_apply
 
 MASKS = ("A", "B", "vertical", "vertical_B")
@@ -86,6 +86,9 @@ def _(
         x.new_empty(x.shape if need_x else 0), x.new_empty(weight.shape), x.new_empty(weight.shape[0]),
         x.new_empty(0 if cond is None else cond.shape),
     )  # fmt: skip
+
+
+has_triton_kernels("masked_conv2d", "masked_conv2d_backward")
 
 
 @quick_apply
@@ -179,7 +182,7 @@ def masked_conv2d(
     op = "masked_conv2d"
     x, weight, bias = autocast(op, x, weight, bias)  # type: ignore[assignment]
     check_masked(op, x, weight, bias, mask, colors, 1)
-    if resolve(op, backend, x.device) == "reference":
+    if resolve(op, backend, x.device, x.dtype) == "reference":
         return masked_conv2d_reference(x, weight, bias, mask=mask, colors=colors)
     args = (x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
     if differentiates(*args):

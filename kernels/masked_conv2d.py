@@ -1,0 +1,81 @@
+"""Masked convolution, plain and with a gate (see fastgen/ops/masked_conv2d.py): launches of convolution.py's kernels.
+
+Beside x and the result, x with its channels last is in memory, and for the backward of a gate the sums before it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgen.ops.masked_conv2d import MASKS, mask_2d, weight_mask
+
+from .convolution import Shape, by_tap, channels_last, conv, from_taps, gate_grad, gated_conv, grad_weight
+from .launch import on_device
+
+
+def live_taps(mask: str, kernel_size: tuple[int, int], colors: int) -> int:
+    """How many taps are live, of some color at least: always the first ones in raster order."""
+    of_pixel_itself = int(mask == "A" and colors > 1)
+    return int(mask_2d(mask, kernel_size).sum()) + of_pixel_itself
+
+
+def _shape(x: Tensor, weight: Tensor, mask: str, colors: int) -> Shape:
+    height, width = weight.shape[2:]
+    return Shape(x.shape[2], x.shape[3], live_taps(mask, (height, width), colors), height // 2, width // 2, width)
+
+
+def _live(weight: Tensor, mask: str, colors: int, gated: bool) -> Tensor:
+    """Zeros behind the mask, whatever was there."""
+    return torch.where(weight_mask(weight, mask, colors, 1 + gated), weight, 0)
+
+
+def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, colors: int) -> Tensor:
+    """Contiguous x (B, C, H, W), weight (O, C, KH, KW), bias (O,) -> (B, O, H, W)."""
+    out = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
+    if out.numel():
+        shape = _shape(x, weight, MASKS[mask], colors)
+        with on_device(x):
+            columns = by_tap(_live(weight, MASKS[mask], colors, False), shape.taps, 1)
+            conv(channels_last(x), columns, out, shape, bias=bias)
+    return out
+
+
+def gated_masked_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, mask: int, colors: int, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """-> (B, O/2, H, W), and what the backward needs: the sums before the gate, [pixel][pair][half]."""
+    batch, rows = x.shape[0], weight.shape[0]
+    out = x.new_empty(batch, rows // 2, *x.shape[2:])
+    kept = x.new_empty((batch, rows, *x.shape[2:]) if keep else 0)
+    if out.numel():
+        shape = _shape(x, weight, MASKS[mask], colors)
+        with on_device(x):
+            columns = by_tap(_live(weight, MASKS[mask], colors, True), shape.taps, 2)
+            gated_conv(channels_last(x), columns, bias, cond, out, kept if keep else None, shape)
+    return out, kept
+
+
+def masked_conv2d_backward(
+    grad: Tensor, kept: Tensor | None, x: Tensor, weight: Tensor, cond: Tensor | None, mask: int, colors: int,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> gradients of x (nothing unless needed), weight, bias, and cond (nothing without); `kept` of a gate."""
+    rows, channels = weight.shape[:2]
+    gated, name = kept is not None, MASKS[mask]
+    of_x, of_cond = x.new_empty(x.shape if need_x else 0), x.new_empty(0)
+    if not x.numel():
+        of_cond = of_cond if cond is None else torch.zeros_like(cond)
+        return of_x, torch.zeros_like(weight), x.new_zeros(rows), of_cond
+    shape = _shape(x, weight, name, colors)
+    with on_device(x):
+        if kept is None:
+            last, of_bias = channels_last(grad), grad.sum((0, 2, 3), dtype=torch.float32)
+        else:
+            last, of_bias, of_cond = gate_grad(grad, kept, cond, shape)
+        if need_x:
+            rows_of_taps = by_tap(_live(weight, name, colors, gated), shape.taps, 1 + gated, flip=True)
+            conv(last, rows_of_taps, of_x, shape, flip=True)
+        of_taps = grad_weight(last, channels_last(x), rows, channels, shape)
+        of_weight = _live(from_taps(of_taps, weight.shape, 1 + gated), name, colors, gated)
+        return of_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype), of_cond
