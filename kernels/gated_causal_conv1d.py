@@ -52,7 +52,7 @@ def gated_causal_conv1d_backward(
         source, last = arranged(x, shape)
         of_sums = x.new_empty(x.shape[0], x.shape[2], weight.shape[0])
         partial = gated_conv(source, columns_of(weight), bias, cond, None, of_sums, shape, last=last, grad=grad)
-        return through_taps(of_sums, partial, source, last, x, weight, cond, shape, None)
+        return through_taps(of_sums, partial, source, last, x, weight, bias, cond, shape, None)
 
 
 def nothing_to_do(x: Tensor, weight: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,8 +61,8 @@ def nothing_to_do(x: Tensor, weight: Tensor, cond: Tensor | None) -> tuple[Tenso
 
 
 def through_taps(
-    of_sums: Tensor, partial: Tensor, source: Tensor, last: bool, x: Tensor, weight: Tensor, cond: Tensor | None,
-    shape: Shape, added: Tensor | None,
+    of_sums: Tensor, partial: Tensor, source: Tensor, last: bool, x: Tensor, weight: Tensor, bias: Tensor | None,
+    cond: Tensor | None, shape: Shape, added: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """of_sums (B, T, 2H), the gradient of what goes into the gate -> gradients of x (and `added`), weight, bias, cond."""
     rows, channels, taps = weight.shape
@@ -70,7 +70,7 @@ def through_taps(
     conv(of_sums, by_tap(weight.unsqueeze(2), taps, 2, flip=True), of_x, shape, added=added, flip=True)
     of_taps = grad_weight(of_sums, source, rows, channels, shape, last=last)
     of_weight = from_taps(of_taps, weight.unsqueeze(2).shape, 2).squeeze(2).to(weight.dtype)
-    of_bias = sum_rows(partial).to(weight.dtype)
+    of_bias = weight.new_zeros(rows) if bias is None else sum_rows(partial).to(weight.dtype)
     of_cond = x.new_empty(0)
     if cond is not None:
         halves = of_sums.unflatten(2, (rows // 2, 2)).permute(0, 3, 2, 1)  # (B, 2, H, T)

@@ -90,6 +90,12 @@ def _layer(  # type: ignore[no-untyped-def]
     pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     gate = tl.arange(0, GATES)
     column = tl.arange(0, 2 * GATES)
+    skip_weight = out_weight + channels.to(tl.int64) * gates
+    if BACKWARD:
+        g = tl.zeros([ROWS, GATES], tl.float32)
+        g = _back(g, residual, out_weight, pixel, gate, pixels, steps, gates, channels, PRECISION, OUTS)
+        g = _back(g, skip, skip_weight, pixel, gate, pixels, steps, gates, skips, PRECISION, OUTS)
+        g = g.to(x.dtype.element_ty)  # half the registers while the gate is computed
     sums = product(
         source, weight, pixel, column, pixels, 1, steps, channels, 2 * gates, taps, 0, left, taps, dilation,
         LAST, False, PRECISION, ROWS, 2 * GATES, CHUNK,
@@ -98,15 +104,10 @@ def _layer(  # type: ignore[no-untyped-def]
         sums, bias, cond, pixel, gate, pixels, steps, gates, cond_stride, cond_step, BIASED, CONDITIONED, ROWS, GATES
     )
     z = (tanh(a) * sigmoid(b)).to(x.dtype.element_ty)
-    skip_weight = out_weight + channels.to(tl.int64) * gates
     if BACKWARD:
-        tl.store(
-            gates_out + pixel[:, None] * gates + gate[None, :], z, (pixel < pixels)[:, None] & (gate < gates)[None, :]
-        )
-        g = tl.zeros([ROWS, GATES], tl.float32)
-        g = _back(g, residual, out_weight, pixel, gate, pixels, steps, gates, channels, PRECISION, OUTS)
-        g = _back(g, skip, skip_weight, pixel, gate, pixels, steps, gates, skips, PRECISION, OUTS)
-        a, b = gate_gradients(g, a, b)
+        live = (pixel < pixels)[:, None] & (gate < gates)[None, :]
+        tl.store(gates_out + pixel[:, None] * gates + gate[None, :], z, live)
+        a, b = gate_gradients(g.to(tl.float32), a, b)
         store_halves(a, b, gate_grads, pixel, column, pixels, 2 * gates, ROWS, GATES)
         store_sums(a, b, partial, gate, gates)
     else:
@@ -211,6 +212,6 @@ def wavenet_layer_backward(
         parts = [grad_weight(g, z, g.shape[1], gates, one, grad_last=False)[0] for g in grads if g.numel()]
         of_out_weight = torch.cat(parts).to(out_weight.dtype)
         of_x, of_weight, of_bias, of_cond = through_taps(
-            of_sums, partial, source, last, x, weight, cond, shape, grad_residual
+            of_sums, partial, source, last, x, weight, bias, cond, shape, grad_residual
         )
         return of_x, of_weight, of_bias, of_out_weight, of_out_bias, of_cond

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -90,5 +93,13 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
 
 
 def instructions(compiled: Any) -> list[str]:
-    """The machine code, an instruction a line."""
-    return [line.strip() for line in compiled.asm["sass"].splitlines() if line.strip()]
+    """The machine code, an instruction a line: all of it, while compiled.asm["sass"] ends after 64 KiB."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        listing = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-sass", file.name], capture_output=True, text=True, check=True
+        )
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", listing.stdout)
