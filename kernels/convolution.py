@@ -268,10 +268,12 @@ def channels_last(x: Tensor) -> Tensor:
 def by_tap(weight: Tensor, taps: int, halves: int, *, flip: bool = False) -> Tensor:
     """Live weights (O, C, KH, KW) -> (taps, C, O), or to flip (taps, O, C); the halves of a gate in turns."""
     rows, channels = weight.shape[:2]
-    of_taps = weight.flatten(2)[:, :, :taps].unflatten(0, (halves, rows // halves))  # (halves, O / halves, C, taps)
+    of_taps: Tensor = weight.flatten(2)[:, :, :taps].unflatten(
+        0, (halves, rows // halves)
+    )  # (halves, O / halves, C, taps)
     if flip:
-        return of_taps.permute(3, 1, 0, 2).reshape(taps, rows, channels).contiguous()
-    return of_taps.permute(3, 2, 1, 0).reshape(taps, channels, rows).contiguous()
+        return of_taps.permute(3, 1, 0, 2).contiguous().view(taps, rows, channels)
+    return of_taps.permute(3, 2, 1, 0).contiguous().view(taps, channels, rows)
 
 
 def from_taps(weight: Tensor, size: torch.Size, halves: int) -> Tensor:

@@ -64,7 +64,7 @@ def through_taps(
     of_sums: Tensor, partial: Tensor, source: Tensor, last: bool, x: Tensor, weight: Tensor, bias: Tensor | None,
     cond: Tensor | None, shape: Shape, added: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """of_sums (B, T, 2H), the gradient of what goes into the gate -> gradients of x (and `added`), weight, bias, cond."""
+    """of_sums (B, T, 2H): of what goes into the gate -> gradients of x (with `added`), weight, bias and cond."""
     rows, channels, taps = weight.shape
     of_x = torch.empty_like(x)
     conv(of_sums, by_tap(weight.unsqueeze(2), taps, 2, flip=True), of_x, shape, added=added, flip=True)

@@ -84,11 +84,11 @@ def rows_for(dim: int) -> int:
 
 
 def vector_quantize(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool, strict: bool
+    x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool, strict: bool, precision: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> quantized, indices, mean squared error, counts of the codes."""
     rows, dim = x.shape
-    index, _ = nearest_code(x, codebook, cosine, strict)
+    index, _ = nearest_code(x, codebook, cosine, strict, precision)
     quantized = x.new_empty(rows, dim)
     counts = x.new_zeros(codebook.shape[0], dtype=torch.int32)
     tile = rows_for(dim)

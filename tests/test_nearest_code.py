@@ -155,6 +155,50 @@ def test_float32_answer(kind, metric, ran):
             assert not bool(same.any()), f"row {row}: code {int(code)} equals an earlier one"
 
 
+def test_float32_answer_among_codes_that_rounding_cannot_tell_apart():
+    """One, some or all lanes of a scan hold more than one candidate, or more lanes do than are kept."""
+    base = torch.randn(20)
+    x, near = base + torch.randn(12, 20), base + 1e-3 * torch.randn(300, 20)
+    far = torch.randn(300, 20) + 5
+    in_a_lane, few = far.clone(), far.clone()
+    in_a_lane[5::64] = near[5::64]
+    few[::100] = near[::100]
+    for codebook in (near, in_a_lane, few, torch.cat([few, far.repeat(7, 1), few])):
+        index, distance = (t.cpu() for t in nearest_code(x.to(DEVICE), codebook.to(DEVICE), backend=KERNELS))
+        exact = exact_distances(x, codebook, "euclidean")
+        got = exact.gather(1, index[:, None])[:, 0]
+        assert bool((got <= exact.min(1).values + 60 * 2.0**-24 * got).all())
+        torch.testing.assert_close(distance.double(), got, rtol=1e-5, atol=0)
+        if len(codebook) > 300:
+            assert int(index.max()) < 300
+
+
+def test_float32_answer_beside_a_code_far_away():
+    x, codebook = gaussian(30, 200, 16)
+    codebook[7] *= 1e6
+    index, _ = nearest_code(x.to(DEVICE), codebook.to(DEVICE), backend=KERNELS)
+    assert torch.equal(index.cpu(), exact_distances(x, codebook, "euclidean").argmin(1))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_float32_answer_or_one_that_a_lower_precision_may_take_for_it(precision):
+    x, codebook = gaussian(40, 150, 24)
+    for metric in METRICS:
+        index, distance = (
+            t.cpu()
+            for t in nearest_code(
+                x.to(DEVICE), codebook.to(DEVICE), metric=metric, precision=precision, backend=KERNELS
+            )
+        )
+        exact = exact_distances(x, codebook, metric)
+        got = exact.gather(1, index[:, None])[:, 0]
+        torch.testing.assert_close(distance.double(), got, rtol=1e-4, atol=1e-6)
+        assert bool((got <= exact.min(1).values * 1.02).all())
+    for which in (KERNELS, "reference"):
+        with pytest.raises(ValueError, match="precision must be one of ieee, tf32, bf16, got 'fp8'"):
+            nearest_code(x, codebook, precision="fp8", backend=which)
+
+
 def test_float32_answer_beside_nan():
     x, codebook = gaussian(20, 9, 5)
     x[3, 1], x[7], codebook[0], codebook[4, 2] = float("nan"), float("inf"), float("nan"), float("-inf")

@@ -10,6 +10,7 @@ from op_helpers import INTERPRETED
 
 from fastgen import backend
 from fastgen.ops.affine_coupling import LAYOUTS, SCALES
+from fastgen.ops.nearest_code import PRECISIONS
 
 pytest.importorskip("triton", reason="pip install triton==3.6.0")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in the interpreter")
@@ -21,10 +22,14 @@ OPS = {  # the test file of each, and which of its tests
     "vector_quantize": ("vector_quantize", "matches_reference and not anywhere"),
     "code_statistics": ("code_statistics", "matches_reference and not anywhere"),
     "gated_causal_conv1d": ("wavenet_layer", "gate_alone"),
-    "masked_conv2d": ("masked_conv2d", "(matches_reference and not anywhere and not 64) or behind or nan_reaches or live_tap"),
+    "masked_conv2d": (
+        "masked_conv2d",
+        "(matches_reference and not anywhere and not 64) or behind or nan_reaches or live_tap",
+    ),
     "gated_masked_conv2d": ("masked_conv2d", "colors or empty or two_runs or strided or without_bias"),
     "wavenet_layer": ("wavenet_layer", "(matches_reference and not anywhere) or without_biases or poison or two_runs"),
 }
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
@@ -99,22 +104,30 @@ def test_memory_bound_kernels_move_128_bits_at_a_time(case, dtype):
             assert_fits(compiled, architecture)
 
 
-@pytest.mark.parametrize("cosine", [False, True])
-@pytest.mark.parametrize("size", [(65536, 8192, 256), (8192, 1024, 64), (4096, 1024, 8)], ids=str)
-def test_the_search_multiplies_on_tensor_cores(size, cosine):
+@pytest.mark.parametrize(("size", "cosine", "precision"), [
+    ((65536, 8192, 256), False, "ieee"), ((8192, 1024, 64), True, "ieee"), ((4096, 1024, 8), False, "ieee"),
+    ((4096, 8192, 400), False, "ieee"), ((8192, 1024, 128), False, "tf32"), ((8192, 1024, 256), False, "bf16"),
+], ids=str)  # fmt: skip
+def test_the_search_multiplies_on_tensor_cores(size, cosine, precision):
     from fastgen.kernels import nearest_code as module
 
     rows, codes, dim = size
     x, codebook = torch.empty(rows, dim, dtype=torch.bfloat16), torch.zeros(codes, dim, dtype=torch.bfloat16)
     with recorded(module) as launches:
-        module.nearest_code(x, codebook, cosine, False)
-    assert [launch.kernel.__name__ for launch in launches] == ["_round", "_round", "_scan", "_measure"]
+        module.nearest_code(x, codebook, cosine, False, PRECISIONS.index(precision))
+    names = [] if cosine else ["_centre"]
+    names += ["_round", "_round", "_scan", "_measure"]
+    names += ["_compare", "_settle"] if precision == "ieee" else []
+    assert [launch.kernel.__name__ for launch in launches] == names
     for launch in launches:
-        for architecture, product in zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA"), strict=True):
+        is_scan = launch.kernel.__name__ == "_scan"
+        for architecture in ARCHITECTURES if is_scan else (80,):
             compiled = launch.compile(architecture)
             code = "\n".join(instructions(compiled))
             assert_fits(compiled, architecture)
-            assert (product in code) == (launch.kernel.__name__ == "_scan"), f"sm_{architecture}: {product}"
+            assert (TENSOR_CORES[architecture] in code) == is_scan, f"sm_{architecture}"
+            if is_scan and dim >= 64:
+                assert "LDGSTS.E.BYPASS.128" in code, f"sm_{architecture}: no asynchronous 128-bit loads"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -182,7 +195,9 @@ def masked_conv2d_launches(dtype, channels, gated):
             out, kept = module.gated_masked_conv2d(x, weight, bias, cond, 1, 1, True)
             module.masked_conv2d_backward(out, kept, x, weight, cond, 1, 1, True)
         else:
-            module.masked_conv2d_backward(module.masked_conv2d(x, weight, bias, 1, 1), None, x, weight, None, 1, 1, True)
+            module.masked_conv2d_backward(
+                module.masked_conv2d(x, weight, bias, 1, 1), None, x, weight, None, 1, 1, True
+            )
     names = ["_gated_conv", "_gate_grad", "_conv", "_grad_weight"] if gated else ["_conv", "_conv", "_grad_weight"]
     assert [launch.kernel.__name__ for launch in launches] == names
     return launches
@@ -202,7 +217,6 @@ PRODUCTS = {
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_convolutions_multiply_on_tensor_cores(case, dtype):
     """And take 16 bytes at a time, on their way while the last ones are multiplied."""
-    products = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
     for launch in PRODUCTS[case](dtype):
         for architecture in ARCHITECTURES if dtype == torch.bfloat16 else (80,):
             compiled = launch.compile(architecture)
@@ -212,7 +226,7 @@ def test_convolutions_multiply_on_tensor_cores(case, dtype):
                 assert "LDG.E.128" in code
                 assert "STG.E.128" in code
             else:
-                product = products[architecture]
+                product = TENSOR_CORES[architecture]
                 assert dtype == torch.float32 or product in code, f"sm_{architecture}: no {product}"
                 assert "LDGSTS.E.BYPASS.128" in code, f"sm_{architecture}: no asynchronous 128-bit loads"
                 assert "LDGSTS.E " not in code, f"sm_{architecture}: narrow asynchronous loads"
@@ -237,13 +251,13 @@ def test_sums_of_codes_load_128_bits_and_use_no_atomics(dtype):
 def test_heuristics_of_products():
     from fastgen.kernels import convolution, launch
     from fastgen.kernels.code_statistics import shares_for
-    from fastgen.kernels.nearest_code import chunk_for, splits_for
+    from fastgen.kernels.nearest_code import chunk_for, keep_for, splits_for
     from fastgen.kernels.vector_quantize import rows_for
     from fastgen.kernels.wavenet_layer import options_for
 
     assert [rows_for(d) for d in (1, 64, 65, 2048, 5000)] == [2048, 32, 16, 1, 1]
     assert [shares_for(*size) for size in ((1, 1 << 20), (256, 65536), (8192, 65536), (1, 3))] == [64, 8, 4, 1]
-    assert [chunk_for(d) for d in (1, 16, 17, 64, 100, 129, 1024)] == [16, 16, 32, 64, 128, 128, 128]
+    assert [chunk_for(d) for d in (1, 16, 17, 64, 100, 129, 256, 257)] == [16, 16, 32, 64, 128, 256, 256, 128]
     small, large = convolution.tile_for(3, 5, 1, 16), convolution.tile_for(16000, 512, 256, 16)
     assert [small[k] for k in ("ROWS", "COLUMNS", "CHUNK", "num_warps")] == [16, 16, 16, 4]
     assert [large[k] for k in ("ROWS", "COLUMNS", "CHUNK", "num_warps")] == [128, 128, 64, 8]
@@ -252,6 +266,7 @@ def test_heuristics_of_products():
         tile = options_for(gates, 256, bits)
         assert gates <= tile["GATES"]
         assert tile["ROWS"] * tile["GATES"] <= (16384 if bits == 16 else 4096)
+    assert [keep_for(k) for k in (1, 2048, 2049)] == [4, 4, 8]
     for programs in (1, 8, 1000):
         for tiles in (1, 7, 5000):
             share, splits = launch.splits_for(programs, tiles)

@@ -4,7 +4,8 @@
 namespace fastgen {
 namespace {
 
-std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, bool cosine, bool strict) {
+// The last argument says what may be rounded; nothing is.
+std::tuple<Tensor, Tensor> nearest_code(Tensor x, Tensor codebook, bool cosine, bool strict, int64_t) {
   const int64_t rows = x.size(0);
   Tensor indices = empty_of(x, {rows}, ScalarType::Long);
   Tensor distance;

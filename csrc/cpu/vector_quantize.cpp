@@ -8,7 +8,7 @@ namespace {
 
 // -> quantized (N, D), indices (N,), mean squared error (), counts (K,). Rows outside the mask: zeros, -1, not counted.
 std::tuple<Tensor, Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor codebook, std::optional<Tensor> mask,
-                                                           bool cosine, bool strict) {
+                                                           bool cosine, bool strict, int64_t /*precision*/) {
   const int64_t rows = x.size(0), dim = x.size(1), count = codebook.size(0);
   Tensor quantized = fresh(x, {rows, dim});
   Tensor indices = empty_of(x, {rows}, ScalarType::Long);

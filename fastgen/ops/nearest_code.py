@@ -19,6 +19,8 @@ from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import check, differentiates, refused
 
 Metric = Literal["euclidean", "cosine"]
+Precision = Literal["ieee", "tf32", "bf16"]
+PRECISIONS = ("ieee", "tf32", "bf16")
 SCORES = 1 << 24  # of the reference, in memory at a time
 
 
@@ -61,11 +63,11 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, *, metric: Metric = "euc
     return index, squared_distance(x, codebook[index], metric)
 
 
-lib.define("nearest_code(Tensor x, Tensor codebook, bool cosine, bool strict) -> (Tensor, Tensor)")
+lib.define("nearest_code(Tensor x, Tensor codebook, bool cosine, bool strict, int precision=0) -> (Tensor, Tensor)")
 
 
 @torch.library.register_fake("fastgen::nearest_code", lib=lib)
-def _(x: Tensor, codebook: Tensor, cosine: bool, strict: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precision: int = 0) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=compute_type(x))
 
 
@@ -82,8 +84,9 @@ def by_rows(x: Tensor) -> Tensor:
 
 
 def check_search(
-    op: str, x: Tensor, codebook: Tensor, metric: str, nonfinite: str | None, *, wide_codebook: bool = False
-) -> None:
+    op: str, x: Tensor, codebook: Tensor, metric: str, nonfinite: str | None, precision: str, *,
+    wide_codebook: bool = False,
+) -> None:  # fmt: skip
     """Raise on arguments that do not fit. With `wide_codebook`, a bfloat16 x may come with a float32 codebook."""
     check(op, "x", x, x, (None, None))
     wide = wide_codebook and x.dtype == torch.bfloat16 and codebook.dtype == torch.float32
@@ -96,6 +99,8 @@ def check_search(
         raise ValueError(f"{op}: metric must be euclidean or cosine, got {metric!r}")
     if nonfinite not in (None, "raise", "first"):
         raise ValueError(f"{op}: nonfinite must be raise, first or None, got {nonfinite!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def is_strict(x: Tensor, nonfinite: str | None) -> bool:
@@ -120,12 +125,13 @@ def nearest_code(
     *,
     metric: Metric = "euclidean",
     nonfinite: Literal["raise", "first"] | None = None,
+    precision: Precision = "ieee",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The nearest code of each row, and how far it is.
 
     On the CPU the code is the exact answer: none other is nearer in float64, and among equals the index is the lowest.
-    No matrix of N x K is ever in memory.
+    On a GPU it is what float32 distances give. No matrix of N x K is ever in memory.
 
     Parameters
     ----------
@@ -138,6 +144,10 @@ def nearest_code(
     nonfinite
         What a row with NaN or infinity gets: "raise", an error that names it; "first", code 0 and distance NaN, while
         such codes are never chosen. None: raise on the CPU, first elsewhere, where raising would make the host wait.
+    precision
+        What a GPU may round: "ieee", nothing that changes the answer (a scan in bfloat16 finds candidates, and rows
+        whose candidates do not surely hold the nearest are measured against all codes); "tf32" or "bf16", the products
+        of a scan whose leader is taken as it is, some 10 bits or 8 of each number. The CPU is exact whatever it may.
     backend
         See `fastgen.backend`.
 
@@ -155,7 +165,7 @@ def nearest_code(
         An explicit backend that cannot run here.
     """
     op = "nearest_code"
-    check_search(op, x, codebook, metric, nonfinite)
+    check_search(op, x, codebook, metric, nonfinite, precision)
     strict = is_strict(x, nonfinite)
     rows, codes = x.detach(), codebook.detach()
     chosen = resolve(op, backend, x.device, x.dtype)
@@ -166,7 +176,7 @@ def nearest_code(
     else:
         with refused():
             index, distance = torch.ops.fastgen.nearest_code(
-                by_rows(rows), codes.contiguous(), metric == "cosine", strict
+                by_rows(rows), codes.contiguous(), metric == "cosine", strict, PRECISIONS.index(precision)
             )
     if differentiates(x, codebook):
         distance = squared_distance(x.to(distance.dtype), F.embedding(index, codebook).to(distance.dtype), metric)

@@ -23,7 +23,9 @@ from torch.autograd.function import once_differentiable
 from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import check_tensor, differentiates, is_finite, quick_apply, refused
 from fastgen.ops.nearest_code import (
+    PRECISIONS,
     Metric,
+    Precision,
     assert_finite,
     by_rows,
     check_search,
@@ -83,7 +85,7 @@ def quantize_reference(
 
 
 lib.define(
-    "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, bool cosine, bool strict) "
+    "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, bool cosine, bool strict, int precision=0) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 lib.define(
@@ -93,7 +95,9 @@ lib.define(
 
 
 @torch.library.register_fake("fastgen::vector_quantize", lib=lib)
-def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool, strict: bool) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool, strict: bool, precision: int = 0
+) -> tuple[Tensor, ...]:
     dtype = compute_type(x)
     return (
         x.new_empty(x.shape),
@@ -115,14 +119,16 @@ has_triton_kernels("vector_quantize", "vector_quantize_backward")
 class _VectorQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool, strict: bool, rotation: bool
+        x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool, strict: bool, precision: int, rotation: bool
     ) -> tuple[Tensor, ...]:
-        quantized, indices, error, counts = torch.ops.fastgen.vector_quantize(x, codebook, mask, cosine, strict)
+        quantized, indices, error, counts = torch.ops.fastgen.vector_quantize(
+            x, codebook, mask, cosine, strict, precision
+        )
         return quantized, indices, error, error.clone(), counts
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, codebook, mask, _, _, ctx.rotation = inputs
+        x, codebook, mask, _, _, _, ctx.rotation = inputs
         quantized, indices, _, _, counts = output
         ctx.mark_non_differentiable(indices, counts)
         ctx.save_for_backward(x, quantized, indices, mask)
@@ -143,7 +149,7 @@ class _VectorQuantize(torch.autograd.Function):
             counts, sums = torch.ops.fastgen.code_statistics(quantized, x, indices, ctx.num_codes)
             used = (counts.sum() * x.shape[1]).clamp(min=1)
             grad_codebook = (sums * (2 * grad_codebook_error / used)).to(ctx.codebook_dtype)
-        return grad_x, grad_codebook, None, None, None, None
+        return grad_x, grad_codebook, None, None, None, None, None
 
 
 def quantize(
@@ -155,13 +161,14 @@ def quantize(
     metric: Metric = "euclidean",
     estimator: Estimator = "straight_through",
     nonfinite: Literal["raise", "first"] | None = None,
+    precision: Precision = "ieee",
     backend: str | None = None,
 ) -> Quantized:
     """`vector_quantize` with the parts of its loss and the code counts, for layers; `op` is named in errors.
 
     A bfloat16 x may come with a float32 codebook.
     """
-    check_search(op, x, codebook, metric, nonfinite, wide_codebook=True)
+    check_search(op, x, codebook, metric, nonfinite, precision, wide_codebook=True)
     if estimator not in ("straight_through", "rotation"):
         raise ValueError(f"{op}: estimator must be straight_through or rotation, got {estimator!r}")
     if mask is not None:
@@ -177,7 +184,10 @@ def quantize(
         assert_finite(op, x.detach(), codebook.detach())
     if chosen == "reference":
         return quantize_reference(x, codebook, mask, metric=metric, estimator=estimator)
-    args = by_rows(x), codebook.contiguous(), None if mask is None else mask.contiguous(), metric == "cosine", strict
+    args = (
+        by_rows(x), codebook.contiguous(), None if mask is None else mask.contiguous(), metric == "cosine", strict,
+        PRECISIONS.index(precision),
+    )  # fmt: skip
     with refused():
         if differentiates(x, codebook):
             return Quantized(*_VectorQuantize.apply(*args, estimator == "rotation"))  # type: ignore[no-untyped-call]
@@ -194,6 +204,7 @@ def vector_quantize(
     metric: Metric = "euclidean",
     estimator: Estimator = "straight_through",
     nonfinite: Literal["raise", "first"] | None = None,
+    precision: Precision = "ieee",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Replace each row by its nearest code, with the losses of a VQ-VAE.
@@ -211,7 +222,7 @@ def vector_quantize(
         Weight of the commitment loss, >= 0.
     mask
         (N,) bool: rows where it is False get zeros and index -1, and count in no loss.
-    metric, nonfinite, backend
+    metric, nonfinite, precision, backend
         As in `nearest_code`.
     estimator
         How the gradient of `quantized` reaches x: "straight_through", or "rotation".
@@ -232,6 +243,9 @@ def vector_quantize(
     op = "vector_quantize"
     if not is_finite(beta) or beta < 0:
         raise ValueError(f"{op}: beta must be finite and >= 0, got {beta!r}")
-    check_search(op, x, codebook, metric, nonfinite)
-    out = quantize(op, x, codebook, mask=mask, metric=metric, estimator=estimator, nonfinite=nonfinite, backend=backend)
+    check_search(op, x, codebook, metric, nonfinite, precision)
+    out = quantize(
+        op, x, codebook, mask=mask, metric=metric, estimator=estimator, nonfinite=nonfinite, precision=precision,
+        backend=backend,
+    )  # fmt: skip
     return out.quantized, out.indices, out.codebook_error + beta * out.commitment
