@@ -4,6 +4,7 @@
 # make gpu    on a machine with a GPU, with the python (GPU_PYTHON) that has a CUDA torch, triton, numpy,
 #             pytest and hypothesis:
 #             gpu-test, gpu-check (compute-sanitizer) and gpu-bench, each also alone; OUT is where the figures go
+# make gpu-tune  there too: measure the kernels' tiles and write the table that they read (minutes)
 # make bench  the benchmarks, and the README's table from them
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: demo test gpu gpu-installed gpu-test gpu-check gpu-bench check format bench clean
+.PHONY: demo test gpu gpu-installed gpu-test gpu-check gpu-bench gpu-tune check format bench clean
 
 demo: $(VENV)/built
 	$(BIN)/python -P -m fastgen demo $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -34,6 +35,9 @@ gpu-check: gpu-installed
 
 gpu-bench: gpu-installed
 	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)")
+
+gpu-tune: gpu-installed
+	$(GPU_PYTHON) bench/tune.py
 
 check: $(VENV)/built
 	$(BIN)/ruff check .

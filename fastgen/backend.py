@@ -184,7 +184,13 @@ def _why_no_triton() -> str | None:
         return None
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU"
-    capability = torch.cuda.get_device_capability()
+    return _too_old(None)
+
+
+@functools.cache
+def _too_old(index: int | None) -> str | None:
+    """Of one GPU; None: the current one."""
+    capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, below 8.0"
     return None
@@ -195,7 +201,9 @@ def _triton_refuses(device: torch.device, dtype: torch.dtype | None) -> str | No
         return "TRITON_INTERPRET is set: Triton's interpreter takes tensors on the CPU"
     if device.type not in ("cuda", "meta") and not INTERPRETED:
         return f"the tensors are on {device}"
-    return "float64 has no Triton kernel" if dtype == torch.float64 else None
+    if dtype == torch.float64:
+        return "float64 has no Triton kernel"
+    return _too_old(device.index) if device.type == "cuda" and device.index is not None else None
 
 
 def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dtype | None = None) -> str:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, sum_rows
+from .launch import on_device, splits_for, sum_rows
 
 
 @triton.jit
@@ -29,25 +29,24 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    grad, kept, factor, grad_x, partial_sums, partial_products, batch, channels, pixels, samples, splits,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, kept, factor, grad_x, partial_sums, partial_products, batch, channels, pixels, column_blocks, tiles, share,
+    splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Each program has a share of the tiles, ROWS samples by COLUMNS pixels, of one channel."""
     channel = tl.program_id(0) % channels
     split = tl.program_id(0) // channels
     scale = tl.load(factor + channel)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     products = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(split * samples, min((split + 1) * samples, batch), ROWS):
-        sample = first + tl.arange(0, ROWS)
-        row = (sample.to(tl.int64) * channels + channel) * pixels
-        for start in range(0, pixels, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            at = row[:, None] + column[None, :]
-            live = (sample < batch)[:, None] & (column < pixels)[None, :]
-            g = tl.load(grad + at, live, other=0.0).to(tl.float32)
-            sums += g
-            products += g * tl.load(kept + at, live, other=0.0).to(tl.float32)
-            tl.store(grad_x + at, (g * scale).to(grad_x.dtype.element_ty), live)
+    for tile in range(split * share, min((split + 1) * share, tiles)):
+        sample = tile // column_blocks * ROWS + tl.arange(0, ROWS)
+        column = tile % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+        at = ((sample.to(tl.int64) * channels + channel) * pixels)[:, None] + column[None, :]
+        live = (sample < batch)[:, None] & (column < pixels)[None, :]
+        g = tl.load(grad + at, live, other=0.0).to(tl.float32)
+        sums += g
+        products += g * tl.load(kept + at, live, other=0.0).to(tl.float32)
+        tl.store(grad_x + at, (g * scale).to(grad_x.dtype.element_ty), live)
     tl.store(partial_sums + channel * splits + split, tl.sum(sums))
     tl.store(partial_products + channel * splits + split, tl.sum(products))
 
@@ -56,13 +55,6 @@ def tile_for(rows: int, pixels: int) -> tuple[int, int]:
     """Rows and columns of a tile of up to 2048 numbers."""
     columns = min(2048, triton.next_power_of_2(max(pixels, 1)))
     return max(1, min(2048 // columns, triton.next_power_of_2(max(rows, 1)))), columns
-
-
-def splits_for(batch: int, channels: int, rows: int) -> tuple[int, int]:
-    """Samples for each program of a channel, a multiple of `rows`, and how many programs: about 1024 in all."""
-    tiles = triton.cdiv(batch, rows)
-    samples = triton.cdiv(tiles, min(tiles, triton.cdiv(1024, channels))) * rows
-    return samples, triton.cdiv(batch, samples)
 
 
 def actnorm(x: Tensor, before: Tensor, factor: Tensor, after: Tensor) -> Tensor:
@@ -86,11 +78,13 @@ def actnorm_backward(grad: Tensor, kept: Tensor, factor: Tensor) -> tuple[Tensor
     if not grad.numel():
         return grad_x, torch.zeros_like(factor), torch.zeros_like(factor)
     rows, columns = tile_for(batch, pixels)
-    samples, splits = splits_for(batch, channels, rows)
+    blocks = triton.cdiv(pixels, columns)
+    tiles = triton.cdiv(batch, rows) * blocks
+    share, splits = splits_for(channels, tiles, most=tiles)
     sums, products = (factor.new_empty(channels, splits) for _ in range(2))
     with on_device(grad):
         _backward[(channels * splits,)](
-            grad, kept, factor, grad_x, sums, products, batch, channels, pixels, samples, splits,
-            ROWS=rows, COLUMNS=columns, num_warps=4,
+            grad, kept, factor, grad_x, sums, products, batch, channels, pixels, blocks, tiles, share,
+            splits, ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return grad_x, sum_rows(sums), sum_rows(products)

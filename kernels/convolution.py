@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .functions import sigmoid, tanh
 from .launch import precision_of, splits_for
+from .tuning import tuned
 
 
 @triton.jit
@@ -300,7 +301,7 @@ def conv(
     """
     _, channels, columns = weight.shape
     pixels = x.numel() // channels
-    options = tile_for(pixels, columns, channels, 8 * x.element_size())
+    options = tuned("conv", x, (pixels, columns, channels), tile_for(pixels, columns, channels, 8 * x.element_size()))
     _conv[(triton.cdiv(pixels, options["ROWS"]), triton.cdiv(columns, options["COLUMNS"]))](
         x, weight, bias, added, out, pixels, shape.height, shape.width, channels, columns, shape.taps,
         *shape.tap_arguments(), BIASED=bias is not None, ADDED=added is not None, LAST=last, FLIP=flip,
@@ -318,6 +319,7 @@ def gated_conv(
     _, channels, columns = weight.shape
     pixels = x.numel() // channels
     options = tile_for(pixels, columns, channels, 8 * x.element_size())
+    options = tuned("gated_conv", x, (pixels, columns, channels), options)
     tiles = triton.cdiv(pixels, options["ROWS"])
     partial = x.new_empty(columns, tiles if grad is not None else 0, dtype=torch.float32)
     spread = is_spread(cond, shape)
@@ -352,7 +354,7 @@ def grad_weight(
 ) -> Tensor:
     """-> (taps, rows, C) float32, of grad [image][pixel][rows] and x [image][pixel][C], or channels before pixels."""
     pixels = x.numel() // channels
-    options = tile_for(rows, channels, pixels, 8 * x.element_size())
+    options = tuned("grad_weight", x, (rows, channels, pixels), tile_for(rows, channels, pixels, 8 * x.element_size()))
     channel_tiles = triton.cdiv(channels, options["COLUMNS"])
     programs = triton.cdiv(rows, options["ROWS"]) * channel_tiles
     share, splits = splits_for(programs * max(shape.taps, 1), triton.cdiv(pixels, options["CHUNK"]))

@@ -43,7 +43,7 @@ def precision_of(x: Tensor) -> str:
     return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def splits_for(programs: int, tiles: int) -> tuple[int, int]:
-    """Tiles for each split of a sum, and the splits: about 512 programs in all."""
-    share = triton.cdiv(tiles, min(tiles, 64, triton.cdiv(8 if INTERPRETED else 512, programs)))
+def splits_for(programs: int, tiles: int, most: int = 64) -> tuple[int, int]:
+    """Tiles for each split of a sum, and the splits: about 512 programs in all, at most `most` splits."""
+    share = triton.cdiv(tiles, min(tiles, most, triton.cdiv(8 if INTERPRETED else 512, programs)))
     return int(share), int(triton.cdiv(tiles, share))

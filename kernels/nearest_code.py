@@ -24,6 +24,7 @@ from torch import Tensor
 from fastgen.ops.nearest_code import PRECISIONS
 
 from .launch import INTERPRETED, on_device
+from .tuning import tuned
 
 NO_DIRECTION = tl.constexpr(1e-30)  # vectors no longer than this are zero to the cosine
 UNSETTLED = tl.constexpr(0x7FFFFFFFFFFFFFFF)
@@ -326,6 +327,12 @@ def keep_for(codes: int) -> int:
     return 4 if codes <= 2048 else 8
 
 
+def scan_options(chunk_bytes: int) -> dict[str, int]:
+    """Tile of the scan, and how it is run: as many rows as leave their leaders in registers."""
+    rows, codes = (16, 16) if INTERPRETED else (128, 64)
+    return {"ROWS": rows, "CODES": codes, "num_warps": 8, "num_stages": 3 if chunk_bytes <= 256 else 2}
+
+
 def splits_for(rows: int, codes: int, tile_rows: int, tile_codes: int, processors: int) -> tuple[int, int]:
     """Tiles of codes for each split, and the splits: as many programs as fill the GPU twice, up to 16 splits."""
     tiles = triton.cdiv(codes, tile_codes)
@@ -380,14 +387,14 @@ def nearest_code(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precis
         codes, code_norm, code_lost, code_length, offset = _rounded(codebook, centre, dtype, cosine, True)
         short, norm, lost, length, _ = _rounded(x, centre, dtype, cosine, False)
         chunk, width, keep = min(chunk_for(dim), 512 // dtype.itemsize), short.shape[1], keep_for(count)
-        tile_rows, tile_codes = (16, 16) if INTERPRETED else (128, 64)
+        options = tuned("scan", short, (rows, count, width), scan_options(chunk * dtype.itemsize))
+        tile_rows, tile_codes = options["ROWS"], options["CODES"]
         tiles, splits = splits_for(rows, count, tile_rows, tile_codes, processors(x))
         value, behind = (x.new_empty(rows, splits, keep, dtype=torch.float32) for _ in range(2))
         candidate, rest = torch.empty_like(value, dtype=torch.int32), x.new_empty(rows, splits, dtype=torch.float32)
         _scan[(triton.cdiv(rows, tile_rows), splits)](
             short, codes, norm, lost, offset, code_norm, code_lost, value, candidate, behind, rest, rows, count, width,
-            tiles, splits, ROWS=tile_rows, CODES=tile_codes, CHUNK=chunk, WHOLE=width == chunk, KEEP=keep,
-            FLOATS=INTERPRETED, num_warps=8, num_stages=3 if chunk * dtype.itemsize <= 256 else 2,
+            tiles, splits, CHUNK=chunk, WHOLE=width == chunk, KEEP=keep, FLOATS=INTERPRETED, **options,
         )  # fmt: skip
         listed, waiting = x.new_empty(rows, dtype=torch.int32), x.new_zeros(1, dtype=torch.int32)
         _measure[(rows,)](

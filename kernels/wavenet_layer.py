@@ -37,6 +37,7 @@ from .gated_causal_conv1d import (
     through_taps,
 )
 from .launch import on_device, precision_of
+from .tuning import tuned
 
 MOST_GATES = 256  # of a sample, on chip
 
@@ -139,7 +140,9 @@ def _run(
 ) -> Tensor:  # fmt: skip
     """Forward; or for `backward`, (gate_grads, gates): those, and the sums of the former, (2H, programs)."""
     gates, pixels = out_weight.shape[1], x.shape[0] * x.shape[2]
-    options = options_for(gates, x.shape[1], 8 * x.element_size())
+    kernel = "layer" if backward is None else "layer_backward"
+    sizes = (gates, x.shape[1], skip.shape[1])
+    options = tuned(kernel, x, sizes, options_for(gates, x.shape[1], 8 * x.element_size()))
     programs = triton.cdiv(pixels, options["ROWS"])
     partial = x.new_empty(2 * gates, programs if backward else 0, dtype=torch.float32)
     spread = is_spread(cond, shape)

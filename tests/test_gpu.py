@@ -6,7 +6,16 @@ from op_helpers import DEVICE
 from test_triton import OPS
 
 from fastgen import backend
-from fastgen.ops import actnorm, affine_coupling, code_statistics, nearest_code, vector_quantize, wavenet_layer
+from fastgen.ops import (
+    actnorm,
+    affine_coupling,
+    code_statistics,
+    gated_masked_conv2d,
+    masked_conv2d,
+    nearest_code,
+    vector_quantize,
+    wavenet_layer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +109,58 @@ def test_smallest():
         nearest_code(*(torch.randn(n, 150, device="cuda") for n in (37, 70)), metric=metric, backend="triton")
         assert code_statistics(rows, indices, 70, backend="triton")[0].sum() == 37
 
+    for dilation in (1, 16):  # taps that are aligned, and that are not
+        rows = torch.randn(2, 5, 48, device="cuda", requires_grad=True)
+        weights = [torch.randn(n, device="cuda", requires_grad=True) for n in ((8, 5, 2), (12, 4), (2, 8, 48))]
+        residual, skip = wavenet_layer(
+            rows, weights[0], None, weights[1], None, weights[2], dilation=dilation, backend="triton"
+        )
+        torch.autograd.grad(residual.sum() + skip.sum(), [rows, *weights])
+    image, cond = (torch.randn(2, n, 5, 7, device="cuda", requires_grad=True) for n in (6, 12))
+    kernel = torch.randn(12, 6, 3, 3, device="cuda", requires_grad=True)
+    for mask in ("A", "vertical"):
+        torch.autograd.grad(masked_conv2d(image, kernel, mask=mask, backend="triton").sum(), [image, kernel])
+        gated = gated_masked_conv2d(image, kernel, None, cond, mask=mask, backend="triton")
+        torch.autograd.grad(gated.sum(), [image, kernel, cond])
+
+
+def convolutions():
+    """Calls with gradients, and their inputs."""
+    x, weight, out_weight = (
+        torch.randn(n, device="cuda", requires_grad=True) for n in ((2, 16, 64), (32, 16, 2), (24, 16))
+    )
+    image, kernel = (torch.randn(n, device="cuda", requires_grad=True) for n in ((2, 16, 6, 8), (32, 16, 3, 3)))
+
+    def layer():
+        outs = wavenet_layer(x, weight, None, out_weight, None, dilation=4, backend="triton")
+        return torch.autograd.grad([o.square().sum() for o in outs], [x, weight, out_weight])
+
+    def masked():
+        out = gated_masked_conv2d(image, kernel, mask="B", backend="triton")
+        return torch.autograd.grad(out.square().sum(), [image, kernel])
+
+    return {"wavenet_layer": layer, "gated_masked_conv2d": masked}, [x, image]
+
+
+@pytest.mark.parametrize("name", ["wavenet_layer", "gated_masked_conv2d"])
+def test_convolutions_in_a_graph_and_on_a_side_stream(name):
+    calls, inputs = convolutions()
+    call = calls[name]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        first = call()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(map(torch.equal, call(), first))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    with torch.no_grad():
+        for t in inputs:
+            t.normal_()
+    graph.replay()
+    assert all(map(torch.equal, results, call()))
+
 
 def test_side_stream_and_second_device():
     x, params = coupling()
@@ -158,3 +219,14 @@ def test_offsets_beyond_32_bits():
     assert y[-1, -1, :-5].unique().tolist() == [0.5]
     ones = torch.ones(x.shape[1], device="cuda", dtype=x.dtype)
     assert actnorm(x, 0 * ones, ones, backend="triton")[0][-1, -1, -5:].tolist() == [4.0] * 5
+
+
+def test_offsets_of_images_beyond_32_bits():
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    x = torch.zeros(3, 16, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    x[-1, -1, -1, -2] = 3
+    kernel = torch.ones(1, 16, 1, 3, device="cuda", dtype=x.dtype)
+    y = masked_conv2d(x, kernel, mask="A", backend="triton")
+    assert float(y[-1, -1, -1, -1]) == 3
+    assert float(y.sum()) == 3

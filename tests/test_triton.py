@@ -143,12 +143,17 @@ def test_why_not_and_what_is_said_of_it(op):
 
 def test_refuses_what_it_does_not_take(monkeypatch):
     monkeypatch.setattr(backend, "_why_no_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    monkeypatch.setattr(backend, "_too_old", backend._too_old.__wrapped__)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert backend.resolve("actnorm", None, cuda, torch.float16) == "triton"
     with pytest.raises(backend.BackendError, match="float64 has no Triton kernel"):
         backend.resolve("actnorm", "triton", cuda, torch.float64)
     with pytest.raises(backend.BackendError, match="the tensors are on cpu"):
         backend.resolve("actnorm", "triton", cpu, torch.float32)
+    assert backend.resolve("actnorm", "triton", torch.device("cuda:0"), torch.float32) == "triton"
+    with pytest.raises(backend.BackendError, match=r"compute capability 7\.5, below 8\.0"):
+        backend.resolve("actnorm", "triton", torch.device("cuda:1"), torch.float32)
     with pytest.warns(RuntimeWarning, match="float64 has no Triton kernel"):
         assert backend.resolve("actnorm", None, cuda, torch.float64) == "reference"
 
@@ -269,8 +274,10 @@ def test_heuristics_of_products():
     assert [keep_for(k) for k in (1, 2048, 2049)] == [4, 4, 8]
     for programs in (1, 8, 1000):
         for tiles in (1, 7, 5000):
-            share, splits = launch.splits_for(programs, tiles)
-            assert (splits - 1) * share < tiles <= splits * share
+            for most in (64, tiles):
+                share, splits = launch.splits_for(programs, tiles, most)
+                assert (splits - 1) * share < tiles <= splits * share
+                assert splits <= most
     for rows in (1, 128, 4096, 1 << 20):
         for codes in (1, 64, 1000, 8192, 100000):
             share, splits = splits_for(rows, codes, 128, 64, 132)
@@ -281,7 +288,7 @@ def test_heuristics_of_products():
 
 
 def test_heuristics():
-    from fastgen.kernels.actnorm import splits_for, tile_for
+    from fastgen.kernels.actnorm import tile_for
     from fastgen.kernels.affine_coupling import block_for
 
     assert block_for(1, 1) == 128
@@ -291,21 +298,42 @@ def test_heuristics():
         assert tile_rows * columns <= 2048
         assert columns >= min(pixels, 2048)
         assert tile_rows & (tile_rows - 1) == 0
-    for batch in (1, 5, 64, 1000):
-        for channels in (1, 12, 3000):
-            rows = tile_for(batch, 16)[0]
-            samples, splits = splits_for(batch, channels, rows)
-            assert (splits - 1) * samples < batch <= splits * samples
-            assert samples % rows == 0
-            assert splits * channels <= max(1024 + channels, channels)
+
+
+def rehearsed(python, script, *args):
+    path = str(Path(__file__).parent.parent / "bench" / script)
+    done = python(path, "--tiny", *args, TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_rehearsal_of_the_benchmarks(python, tmp_path):
-    script = Path(__file__).parent.parent / "bench" / "gpu.py"
-    done = python(str(script), "--tiny", "--out", str(tmp_path), TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
-    assert done.returncode == 0, done.stderr[-2000:]
+    rehearsed(python, "gpu.py", "--out", str(tmp_path))
     report = json.loads((tmp_path / "rehearsal.json").read_text())
     assert {case["case"].split()[0] for case in report["cases"]} == {
-        "affine_coupling", "actnorm", "nearest_code", "vector_quantize",
+        "affine_coupling", "actnorm", "nearest_code", "vector_quantize", "gated_masked_conv2d", "wavenet_layer",
     }  # fmt: skip
     assert all(t > 0 for case in report["cases"] for t in case["seconds"].values())
+
+
+def test_a_rehearsal_of_tuning(python, tmp_path):
+    rehearsed(python, "tune.py", "--out", str(tmp_path / "table.json"))
+    table = json.loads((tmp_path / "table.json").read_text())
+    kernels = {key.split()[0] for key in table}
+    assert kernels
+    assert kernels <= {"scan", "conv", "gated_conv", "grad_weight", "layer", "layer_backward"}
+
+
+def test_tiles_that_were_tuned_are_taken(tmp_path, monkeypatch):
+    from fastgen.kernels import tuning
+
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    path = tuning.file_for("NVIDIA H100 80GB HBM3")
+    assert path.name == "nvidia-h100-80gb-hbm3.json"
+    path.write_text(json.dumps({tuning.key_for("conv", torch.bfloat16, (1000, 64)): {"ROWS": 256}}))
+    assert tuning.table_for.__wrapped__("NVIDIA H100 80GB HBM3") == {"conv bfloat16 1024 64": {"ROWS": 256}}
+    assert tuning.table_for.__wrapped__("another") == {}
+    x, heuristic = torch.empty(0, dtype=torch.bfloat16), {"ROWS": 128, "num_warps": 8}
+    assert tuning.tuned("conv", x, (1000, 64), heuristic) == heuristic
+    with tuning.trial(tuning.key_for("conv", x.dtype, (700, 33)), {"ROWS": 32}):
+        assert tuning.tuned("conv", x, (1024, 64), heuristic) == {"ROWS": 32, "num_warps": 8}
+        assert tuning.tuned("conv", x, (1025, 64), heuristic) == heuristic
