@@ -360,7 +360,7 @@ def wavenet_generate_reference(
             x = weights.input[state.last] + weights.input_bias  # (B, R)
         else:
             x = state.last[:, None] * weights.input + weights.input_bias
-        skips = weights.skip_bias
+        skips = weights.skip_bias.expand(state.last.shape[0], -1)  # (B, S)
         for i in range(layers):
             now = state.position
             past = [queues[i][:, (now - j * dilations[i]) % lengths[i]] for j in range(kernel_size - 1, 0, -1)]

@@ -1,0 +1,86 @@
+// What a kernel says to the machine: to CUDA, or with FASTGEN_EMULATED to the thread-block emulator in tests/emulator,
+// so that the same source runs on both. Kernels take shared memory from `Shared`, wait through these calls alone, and
+// pause() in every loop that waits for another thread.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef FASTGEN_EMULATED
+#include "emulator.h"
+#define FASTGEN_DEVICE inline
+#else
+#include <cooperative_groups.h>
+#define FASTGEN_DEVICE __device__ __forceinline__
+#endif
+
+namespace fastgen::device {
+
+#ifdef FASTGEN_EMULATED
+
+using namespace fastgen::emulator;
+
+#else
+
+FASTGEN_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+FASTGEN_DEVICE int threads() { return static_cast<int>(blockDim.x); }
+FASTGEN_DEVICE int block() { return static_cast<int>(blockIdx.x); }
+FASTGEN_DEVICE void sync_block() { __syncthreads(); }
+FASTGEN_DEVICE void sync_warp() { __syncwarp(); }
+FASTGEN_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+FASTGEN_DEVICE float shuffle_xor(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
+FASTGEN_DEVICE float shuffle_up(float v, int lanes) { return __shfl_up_sync(0xffffffffu, v, lanes); }
+FASTGEN_DEVICE void pause() { __nanosleep(20); }
+
+// The same place in the shared memory of another block of the cluster.
+template <class T>
+FASTGEN_DEVICE T* in_block(T* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+#else
+  return p;
+#endif
+}
+
+// Flags between blocks: what was written before a store_release is seen after a load_acquire that reads it.
+FASTGEN_DEVICE int64_t load_acquire(const int64_t* p) {
+  int64_t v;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.acquire.cluster.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+#else
+  asm volatile("ld.acquire.gpu.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+#endif
+  return v;
+}
+FASTGEN_DEVICE void store_release(int64_t* p, int64_t v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.release.cluster.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+#else
+  asm volatile("st.release.gpu.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+#endif
+}
+
+// Arrays of a block's dynamic shared memory, one after the other; every thread takes the same ones in the same order.
+class Shared {
+ public:
+  template <class T>
+  FASTGEN_DEVICE T* take(int64_t n) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    T* p = reinterpret_cast<T*>(memory + used_);
+    used_ += (n * sizeof(T) + 15) / 16 * 16;
+    return p;
+  }
+
+ private:
+  int64_t used_ = 0;
+};
+
+#endif
+
+}  // namespace fastgen::device

@@ -1,0 +1,332 @@
+// The scheduler. A fiber runs until it waits; then the next runs that can, in the launch's order. Each shared array is
+// a heap chunk of its own, so that AddressSanitizer has red zones around it, and is filled before the kernel sees it.
+// ThreadSanitizer takes each fiber for a thread that only barriers, warp barriers and flags put in order: a race that
+// no schedule shows is named by it. This file is compiled without sanitizers, but told of them.
+#include "emulator.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef EMULATE_ASAN
+extern "C" void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
+extern "C" void __sanitizer_finish_switch_fiber(void* save, const void** bottom, size_t* size);
+#endif
+#ifdef EMULATE_TSAN
+extern "C" void* __tsan_create_fiber(unsigned flags);
+extern "C" void __tsan_destroy_fiber(void* fiber);
+extern "C" void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+extern "C" void* __tsan_get_current_fiber();
+extern "C" void __tsan_acquire(void* at);
+extern "C" void __tsan_release(void* at);
+constexpr unsigned kNoOrder = 1;  // a switch is no synchronisation
+#endif
+
+namespace fastgen::emulator {
+namespace {
+
+constexpr size_t kStack = 128 << 10;
+constexpr int kWarp = 32;
+constexpr int64_t kPatience = 200000;  // rounds in which nothing happens but pauses
+
+std::string text(const Where& where) {
+  const char* slash = std::strrchr(where.file_name(), '/');
+  return std::string(slash ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
+}
+
+// Some threads that wait for each other.
+struct Barrier {
+  int members = 0, arrived = 0;
+  int64_t generation = 0;
+  Where where;
+  char order[2];  // what ThreadSanitizer orders by: two generations in turns
+};
+
+struct Block {
+  Barrier barrier;
+  std::vector<Barrier> warps;
+  std::vector<std::pair<char*, int64_t>> chunks;
+  std::vector<float> exchanged;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Block* block;
+  int rank, index, thread;
+  Barrier* waits = nullptr;
+  int64_t generation = 0;
+  Where where;
+  bool done = false;
+#ifdef EMULATE_TSAN
+  void* tsan = nullptr;
+#endif
+};
+
+struct Machine {
+  Launch how;
+  const std::function<void()>* kernel;
+  ucontext_t scheduler;
+  std::vector<Block> blocks;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  Barrier cluster;
+  Fiber* now = nullptr;
+  int first_block = 0;
+  bool progress = false;
+  std::string error;
+#ifdef EMULATE_ASAN
+  const void* bottom = nullptr;
+  size_t size = 0;
+#endif
+#ifdef EMULATE_TSAN
+  void* tsan = nullptr;
+#endif
+};
+
+Machine* machine = nullptr;
+
+void to_scheduler(bool dies) {
+  Fiber* fiber = machine->now;
+#ifdef EMULATE_ASAN
+  void* save = nullptr;
+  __sanitizer_start_switch_fiber(dies ? nullptr : &save, machine->bottom, machine->size);
+#endif
+#ifdef EMULATE_TSAN
+  __tsan_switch_to_fiber(machine->tsan, kNoOrder);
+#endif
+  (void)dies;
+  swapcontext(&fiber->context, &machine->scheduler);
+#ifdef EMULATE_ASAN
+  __sanitizer_finish_switch_fiber(save, &machine->bottom, &machine->size);
+#endif
+}
+
+void enter(Fiber* fiber) {
+  machine->now = fiber;
+#ifdef EMULATE_ASAN
+  void* save = nullptr;
+  __sanitizer_start_switch_fiber(&save, fiber->stack.get(), kStack);
+#endif
+#ifdef EMULATE_TSAN
+  __tsan_switch_to_fiber(fiber->tsan, kNoOrder);
+#endif
+  swapcontext(&machine->scheduler, &fiber->context);
+#ifdef EMULATE_ASAN
+  __sanitizer_finish_switch_fiber(save, nullptr, nullptr);
+#endif
+}
+
+void body() {
+#ifdef EMULATE_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &machine->bottom, &machine->size);
+#endif
+  try {
+    (*machine->kernel)();
+  } catch (const std::exception& e) {
+    if (machine->error.empty()) machine->error = e.what();
+  }
+  machine->now->done = machine->progress = true;
+#ifdef EMULATE_TSAN
+  __tsan_release(machine);
+#endif
+  to_scheduler(true);
+}
+
+void wait(Barrier& barrier, const Where& where, bool orders = true) {
+  Fiber* fiber = machine->now;
+  if (barrier.arrived && barrier.where.line() != where.line())
+    throw std::runtime_error("threads of a block wait at different barriers: " + text(barrier.where) + " and " +
+                             text(where));
+  barrier.where = fiber->where = where;
+  machine->progress = true;
+  [[maybe_unused]] char* order = &barrier.order[barrier.generation & 1];
+#ifdef EMULATE_TSAN
+  if (orders) __tsan_release(order);
+#endif
+  if (++barrier.arrived == barrier.members) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else {
+    fiber->waits = &barrier;
+    fiber->generation = barrier.generation;
+    to_scheduler(false);
+  }
+#ifdef EMULATE_TSAN
+  if (orders) __tsan_acquire(order);
+#endif
+  (void)orders;
+}
+
+Barrier& warp_of(const Fiber& fiber) { return fiber.block->warps[fiber.thread / kWarp]; }
+
+std::string waiting() {
+  std::map<std::string, int> places;
+  for (const auto& fiber : machine->fibers)
+    if (!fiber->done) ++places[text(fiber->where)];
+  std::string list;
+  for (const auto& [place, count] : places) list += (list.empty() ? "" : ", ") + std::to_string(count) + " at " + place;
+  return list;
+}
+
+void run_cluster() {
+  const Launch& how = machine->how;
+  machine->blocks.clear();
+  machine->blocks.resize(how.cluster);
+  machine->fibers.clear();
+  machine->cluster = Barrier{};
+  machine->cluster.members = how.cluster * how.threads;
+  for (int rank = 0; rank < how.cluster; ++rank) {
+    Block& block = machine->blocks[rank];
+    block.barrier.members = how.threads;
+    block.warps.resize((how.threads + kWarp - 1) / kWarp);
+    block.exchanged.resize(how.threads);
+    for (size_t w = 0; w < block.warps.size(); ++w)
+      block.warps[w].members = std::min(kWarp, how.threads - static_cast<int>(w) * kWarp);
+    for (int t = 0; t < how.threads; ++t) {
+      auto fiber = std::make_unique<Fiber>();
+      fiber->block = &block;
+      fiber->rank = rank;
+      fiber->index = machine->first_block + rank;
+      fiber->thread = t;
+      fiber->stack = std::make_unique<char[]>(kStack);
+      getcontext(&fiber->context);
+      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_size = kStack;
+      fiber->context.uc_link = nullptr;
+      makecontext(&fiber->context, body, 0);
+#ifdef EMULATE_TSAN
+      fiber->tsan = __tsan_create_fiber(0);
+#endif
+      machine->fibers.push_back(std::move(fiber));
+    }
+  }
+  std::vector<Fiber*> order;
+  for (const auto& fiber : machine->fibers) order.push_back(fiber.get());
+  if (how.order == Order::kReverse) std::reverse(order.begin(), order.end());
+  std::mt19937 random(how.seed);
+  int64_t idle = 0;
+  while (machine->error.empty()) {
+    if (how.order == Order::kRandom) std::shuffle(order.begin(), order.end(), random);
+    machine->progress = false;
+    bool ran = false, left = false;
+    for (Fiber* fiber : order) {
+      if (fiber->done) continue;
+      left = true;
+      if (fiber->waits && fiber->waits->generation == fiber->generation) continue;
+      fiber->waits = nullptr;
+      ran = true;
+      enter(fiber);
+      if (!machine->error.empty()) break;
+    }
+    if (!left) break;
+    idle = machine->progress ? 0 : idle + 1;
+    if (!ran && machine->error.empty()) machine->error = "deadlock: threads wait for ever: " + waiting();
+    if (idle > kPatience && machine->error.empty()) machine->error = "livelock: threads spin for ever: " + waiting();
+  }
+#ifdef EMULATE_TSAN
+  __tsan_acquire(machine);
+  for (const auto& fiber : machine->fibers) __tsan_destroy_fiber(fiber->tsan);
+#endif
+  for (Block& block : machine->blocks)
+    for (auto& [p, bytes] : block.chunks) std::free(p);
+}
+
+}  // namespace
+
+void launch(const Launch& how, const std::function<void()>& kernel) {
+  Machine here{};
+  here.how = how;
+  here.kernel = &kernel;
+  machine = &here;
+#ifdef EMULATE_TSAN
+  here.tsan = __tsan_get_current_fiber();
+#endif
+  for (; here.first_block < how.blocks && here.error.empty(); here.first_block += how.cluster) run_cluster();
+  machine = nullptr;
+  if (!here.error.empty()) throw std::runtime_error(here.error);
+}
+
+int thread() { return machine->now->thread; }
+int threads() { return machine->how.threads; }
+int block() { return machine->now->index; }
+void sync_block(Where where) { wait(machine->now->block->barrier, where); }
+void sync_warp(Where where) { wait(warp_of(*machine->now), where); }
+void sync_cluster(Where where) { wait(machine->cluster, where); }
+
+// A shuffle hands values over, but orders no other memory.
+static float exchange(float v, int from, Where where) {
+  Fiber* fiber = machine->now;
+  fiber->block->exchanged[fiber->thread] = v;
+  wait(warp_of(*fiber), where, false);
+  const float got = fiber->block->exchanged[from];
+  wait(warp_of(*fiber), where, false);
+  return got;
+}
+
+float shuffle_xor(float v, int lanes, Where where) { return exchange(v, machine->now->thread ^ lanes, where); }
+
+float shuffle_up(float v, int lanes, Where where) {
+  const int t = machine->now->thread;
+  return exchange(v, t % kWarp >= lanes ? t - lanes : t, where);
+}
+
+void pause(Where where) {
+  machine->now->where = where;
+  to_scheduler(false);
+}
+
+int64_t load_acquire(const int64_t* p) {
+  const int64_t v = *p;
+#ifdef EMULATE_TSAN
+  __tsan_acquire(const_cast<int64_t*>(p));
+#endif
+  return v;
+}
+
+void store_release(int64_t* p, int64_t v) {
+#ifdef EMULATE_TSAN
+  __tsan_release(p);
+#endif
+  machine->progress = true;
+  *p = v;
+}
+
+void* shared_chunk(int index, int64_t bytes) {
+  auto& chunks = machine->now->block->chunks;
+  if (index == static_cast<int>(chunks.size())) {
+    char* p = static_cast<char*>(std::malloc(bytes));
+    std::memset(p, machine->how.fill, bytes);
+    chunks.emplace_back(p, bytes);
+#ifdef EMULATE_TSAN
+    __tsan_release(p);
+#endif
+  }
+#ifdef EMULATE_TSAN
+  __tsan_acquire(chunks[index].first);
+#endif
+  if (chunks[index].second != bytes) throw std::runtime_error("threads of a block take different shared arrays");
+  return chunks[index].first;
+}
+
+void* chunk_in_block(void* p, int rank) {
+  const auto& own = machine->now->block->chunks;
+  if (rank < 0 || rank >= machine->how.cluster) throw std::runtime_error("no such block in the cluster");
+  for (size_t i = 0; i < own.size(); ++i) {
+    const int64_t offset = static_cast<char*>(p) - own[i].first;
+    if (offset < 0 || offset >= own[i].second) continue;
+    const auto& other = machine->blocks[rank].chunks;
+    if (i >= other.size()) throw std::runtime_error("shared memory of a block that has not begun: sync_cluster first");
+    return other[i].first + offset;
+  }
+  throw std::runtime_error("not an address in this block's shared memory");
+}
+
+}  // namespace fastgen::emulator

@@ -1,0 +1,58 @@
+// A GPU's thread blocks on a CPU: threads are fibers, a cluster's blocks run together, clusters one after the other.
+// It finds what an order of execution, a sanitizer or a poisoned array can show: see emulator.cpp.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <source_location>
+
+namespace fastgen::emulator {
+
+using Where = std::source_location;
+
+enum class Order { kForward, kReverse, kRandom };
+
+struct Launch {
+  int blocks, cluster, threads;
+  Order order = Order::kForward;
+  uint32_t seed = 0;
+  int fill = 0xFF;  // of shared memory: NaN as float; another value for kernels that swallow NaN
+};
+
+// Runs `kernel` once for each thread. Throws std::runtime_error for a deadlock, for threads that spin without end, for
+// a barrier that some threads of a block reach at another place than others, and for shared memory used wrongly; the
+// message names the lines.
+void launch(const Launch& how, const std::function<void()>& kernel);
+
+int thread();
+int threads();
+int block();
+void sync_block(Where where = Where::current());
+void sync_warp(Where where = Where::current());
+void sync_cluster(Where where = Where::current());
+float shuffle_xor(float v, int lanes, Where where = Where::current());
+float shuffle_up(float v, int lanes, Where where = Where::current());
+void pause(Where where = Where::current());
+int64_t load_acquire(const int64_t* p);
+void store_release(int64_t* p, int64_t v);
+
+void* shared_chunk(int index, int64_t bytes);
+void* chunk_in_block(void* p, int rank);
+
+template <class T>
+T* in_block(T* p, int rank) {
+  return static_cast<T*>(chunk_in_block(p, rank));
+}
+
+class Shared {
+ public:
+  template <class T>
+  T* take(int64_t n) {
+    return static_cast<T*>(shared_chunk(taken_++, n * static_cast<int64_t>(sizeof(T))));
+  }
+
+ private:
+  int taken_ = 0;
+};
+
+}  // namespace fastgen::emulator

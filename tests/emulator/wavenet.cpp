@@ -1,0 +1,147 @@
+// wavenet_generate.cuh in the emulator: wavenet FOLDER KEY=NUMBER..., each array a file of the folder, results written
+// there. Exits with 3 and a message where the emulator finds fault.
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/wavenet_generate.cuh"
+#include "../../csrc/cuda/wavenet_pack.h"
+
+using namespace fastgen::wavenet;
+
+namespace {
+
+std::string folder;
+std::map<std::string, double> options;
+
+template <class T = int64_t>
+T option(const char* name) {
+  if (!options.count(name)) throw std::invalid_argument(std::string("missing: ") + name);
+  return static_cast<T>(options[name]);
+}
+
+template <class T>
+std::vector<T> read(const std::string& name) {
+  std::vector<T> values;
+  FILE* file = std::fopen((folder + "/" + name).c_str(), "rb");
+  if (!file) return values;
+  std::fseek(file, 0, SEEK_END);
+  values.resize(std::ftell(file) / sizeof(T));
+  std::rewind(file);
+  if (!values.empty() && std::fread(values.data(), sizeof(T), values.size(), file) != values.size())
+    throw std::runtime_error(name);
+  std::fclose(file);
+  return values;
+}
+
+template <class T>
+void write(const std::string& name, const std::vector<T>& values) {
+  FILE* file = std::fopen((folder + "/" + name).c_str(), "wb");
+  if (!file || (!values.empty() && std::fwrite(values.data(), sizeof(T), values.size(), file) != values.size()))
+    throw std::runtime_error(name);
+  std::fclose(file);
+}
+
+template <class T>
+const T* data_or_null(const std::vector<T>& v) {
+  return v.empty() ? nullptr : v.data();
+}
+
+template <int N, bool kResident, class W>
+void run() {
+  const Shape s{option<int>("inputs"),  option<int>("residual"), option<int>("gate"),       option<int>("skip"),
+                option<int>("outputs"), option<int>("layers"),   option<int>("kernel_size")};
+  const int threads = option<int>("threads");
+  const Layout layout(s, threads);
+  std::vector<std::vector<float>> w;
+  for (const char* name : {"input", "input_bias", "conv", "residual", "residual_bias", "skip", "skip_bias", "hidden",
+                           "hidden_bias", "output", "output_bias"})
+    w.push_back(read<float>(std::string("weights.") + name));
+  std::vector<Group<W>> packed(layout.weights / kGroup);
+  std::vector<float> floats(layout.floats);
+  pack<W>({w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data(), w[5].data(), w[6].data(), w[7].data(),
+           w[8].data(), w[9].data(), w[10].data()},
+          s, layout, reinterpret_cast<W*>(packed.data()), floats.data());
+  const auto dilations = read<int64_t>("dilations");
+  std::vector<int64_t> history_at;
+  int64_t rows = 0;
+  for (const int64_t d : dilations) {
+    history_at.push_back(rows);
+    rows += (s.kernel_size - 1) * d;
+  }
+  const auto gate_bias = read<float>("gate_bias"), cond = read<float>("cond"), uniforms = read<float>("uniforms");
+  auto history = read<float>("history"), last_value = read<float>("last_value"),
+       given_value = read<float>("given_value");
+  auto last_class = read<int64_t>("last_class"), given_class = read<int64_t>("given_class");
+  Job job(s, threads, option<int>("cluster"), option<int>("tiles"));
+  job.distribution = static_cast<Distribution>(option<int>("distribution"));
+  job.temperature = option<float>("temperature");
+  job.log_scale_min = option<float>("log_scale_min");
+  job.streams = option("streams");
+  job.steps = option("steps");
+  job.given_steps = option("given_steps");
+  job.position = option("position");
+  job.history_rows = rows;
+  job.history_stride = round_up(s.residual, 32);
+  job.weights = packed.data();
+  job.floats = floats.data();
+  job.dilations = dilations.data();
+  job.history_at = history_at.data();
+  job.gate_bias = gate_bias.data();
+  job.gate_bias_stride = option("gate_bias_stride");
+  job.cond = data_or_null(cond);
+  job.uniforms = uniforms.data();
+  job.history = history.data();
+  std::vector<float> parameters(job.streams * job.steps * s.outputs, -1), values(job.streams * job.steps);
+  std::vector<int64_t> classes(job.streams * job.steps);
+  job.parameters = parameters.data();
+  job.given_class = data_or_null(given_class);
+  job.given_value = data_or_null(given_value);
+  job.classes = classes.data();
+  job.values = values.data();
+  job.last_class = last_class.data();
+  job.last_value = last_value.data();
+  fastgen::emulator::Launch how{};
+  const int64_t groups = (job.streams + job.tiles * N - 1) / (job.tiles * N);
+  how.blocks = static_cast<int>(groups) * job.cluster;
+  how.cluster = job.cluster;
+  how.threads = threads;
+  how.order = static_cast<fastgen::emulator::Order>(option<int>("order"));
+  how.seed = option<uint32_t>("seed");
+  how.fill = option<int>("fill");
+  fastgen::emulator::launch(how, [&] { Block<N, kResident, W>(job).run(); });
+  write("out.parameters", parameters);
+  write("out.values", values);
+  write("out.classes", classes);
+  write("out.history", history);
+  write("out.last_value", last_value);
+  write("out.last_class", last_class);
+}
+
+template <int N>
+void with_tile() {
+  const bool resident = option("resident"), bf16 = option("bf16");
+  if (bf16)
+    resident ? run<N, true, uint16_t>() : run<N, false, uint16_t>();
+  else
+    resident ? run<N, true, float>() : run<N, false, float>();
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  try {
+    folder = words[1];
+    for (int i = 2; i < count; ++i) {
+      const std::string word = words[i];
+      options[word.substr(0, word.find('='))] = std::atof(word.c_str() + word.find('=') + 1);
+    }
+    option("tile") == 1 ? with_tile<1>() : with_tile<4>();
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "%s\n", e.what());
+    return 3;
+  }
+}

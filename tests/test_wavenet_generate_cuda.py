@@ -1,0 +1,174 @@
+"""The CUDA kernel of WaveNet sampling without a GPU: its own source, compiled by g++, in the thread-block emulator."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_helpers import ORDERS, built, run
+
+from fastgen.ops import distributions
+from fastgen.ops.wavenet_generate import Generator, WaveNetWeights, initial_state
+
+
+def network(layers=5, residual=6, gate=5, skip=9, outputs=11, kernel_size=2, classes=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size, fan=6):
+        return torch.randn(*size, generator=generator) * fan**-0.5
+
+    return WaveNetWeights(
+        input=normal(outputs if classes else 1, residual), input_bias=normal(residual),
+        conv=normal(layers, 2 * gate, residual, kernel_size, fan=residual * kernel_size),
+        residual=normal(layers, residual, gate, fan=gate),
+        residual_bias=normal(layers, residual), skip=normal(layers, skip, gate, fan=gate), skip_bias=normal(skip),
+        hidden=normal(skip, skip, fan=skip), hidden_bias=normal(skip), output=normal(outputs, skip, fan=skip),
+        output_bias=normal(outputs),
+    )  # fmt: skip
+
+
+def call(weights, dilations, distribution="categorical", streams=2, steps=12, cond=False, own_bias=False, given=0):
+    """Arguments of Generator.run, after some steps that fill the queues."""
+    layers, gates, _, _ = weights.conv.shape
+    classes = distribution == "categorical"
+    start = torch.arange(streams) % weights.input.shape[0] if classes else torch.linspace(-0.5, 0.5, streams)
+    state = initial_state(weights, dilations, start)
+    args = {
+        "uniforms": torch.rand(streams, steps, *(() if classes else (2,))),
+        "gate_bias": 0.3 * torch.randn(streams if own_bias else 1, layers, gates),
+        "cond": 0.3 * torch.randn(streams, steps, layers, gates) if cond else None,
+        "given": (torch.arange(streams * given).view(streams, given) % 3 if classes else torch.zeros(streams, given))
+        if given else None,
+    }  # fmt: skip
+    before = torch.rand(streams, 3, *(() if classes else (2,)))
+    first = Generator(weights, dilations, distribution=distribution, backend="reference")
+    first.run(state, before, args["gate_bias"])
+    return state, args
+
+
+def emulate(program, folder, weights, dilations, state, args, *, distribution="categorical", temperature=1.0,
+            bf16=False, threads=64, cluster=1, tiles=1, tile=1, resident=True, order="forward", fill=0xFF):  # fmt: skip
+    """-> samples, parameters, and the state behind them."""
+    arrays = {f"weights.{k}": v for k, v in weights._asdict().items()}
+    classes = distribution == "categorical"
+    arrays |= {k: v for k, v in args.items() if v is not None and k != "given"}
+    if args["given"] is not None:
+        arrays["given_class" if classes else "given_value"] = args["given"]
+    arrays |= {"history": state.history, "last_class" if classes else "last_value": state.last}
+    arrays["dilations"] = torch.tensor(dilations)
+    for name, array in arrays.items():
+        (folder / name).write_bytes(array.contiguous().numpy().tobytes())
+    layers, gates, residual, kernel_size = weights.conv.shape
+    streams, steps = args["uniforms"].shape[:2]
+    options = {
+        "inputs": weights.input.shape[0], "residual": residual, "gate": gates // 2, "skip": weights.hidden.shape[0],
+        "outputs": weights.output.shape[0], "layers": layers, "kernel_size": kernel_size, "streams": streams,
+        "steps": steps, "given_steps": 0 if args["given"] is None else args["given"].shape[1],
+        "position": state.position, "gate_bias_stride": int(len(args["gate_bias"]) > 1),
+        "distribution": distributions.KINDS.index(distribution), "temperature": temperature, "log_scale_min": -7.0,
+        "threads": threads, "cluster": cluster, "tiles": tiles, "tile": tile, "resident": int(resident),
+        "bf16": int(bf16), "order": ORDERS[order][0], "seed": ORDERS[order][1], "fill": fill,
+    }  # fmt: skip
+    done = run(program, folder, *(f"{k}={v}" for k, v in options.items()))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def read(name, dtype):
+        return torch.frombuffer(bytearray((folder / f"out.{name}").read_bytes()), dtype=dtype)
+
+    samples = read("classes", torch.int64) if classes else read("values", torch.float32)
+    last = read("last_class", torch.int64) if classes else read("last_value", torch.float32)
+    history = read("history", torch.float32).view(state.history.shape) if state.history.numel() else state.history
+    return samples.view(streams, steps), read("parameters", torch.float32).view(streams, steps, -1), history, last
+
+
+def check(program, folder, weights, dilations, state, args, *, distribution="categorical", temperature=1.0,
+          bf16=False, **how):  # fmt: skip
+    got = emulate(program, folder, weights, dilations, state, args, distribution=distribution,
+                  temperature=temperature, bf16=bf16, **how)  # fmt: skip
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    reference = Generator(weights, dilations, distribution=distribution, dtype=dtype, backend="reference")
+    state = state.clone()
+    samples, parameters = reference.run(state, **args, temperature=temperature, parameters=True)
+    torch.testing.assert_close(got[1], parameters, rtol=1e-4, atol=2e-5)
+    if distribution == "categorical":
+        assert torch.equal(got[0], samples)
+    else:
+        torch.testing.assert_close(got[0], samples, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(got[2], state.history, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(got[3], state.last, rtol=1e-4, atol=2e-5)
+
+
+DILATIONS = [1, 2, 4, 1, 2]
+VARIANTS = {
+    "one block": {},
+    "one block, weights in memory": {"resident": False},
+    "two blocks": {"cluster": 2},
+    "a cluster": {"cluster": 4},
+    "a cluster, tiles of streams": {"cluster": 3, "tile": 4, "tiles": 2, "threads": 96},
+    "a cluster, bfloat16, weights in memory": {"cluster": 6, "tile": 4, "bf16": True, "resident": False},
+    "one block, bfloat16": {"bf16": True, "tile": 4, "threads": 32},
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, order, tmp_path):
+    how = VARIANTS[variant]
+    state, args = call(network(), DILATIONS, streams=11 if how.get("tile", 1) > 1 else 2, cond=True, given=2)
+    for mode in ("plain", "address"):
+        check(built("wavenet.cpp", mode), tmp_path, network(), DILATIONS, state, args, order=order, **how)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_races(variant, tmp_path):
+    how = VARIANTS[variant]
+    state, args = call(network(), DILATIONS, streams=5 if how.get("tile", 1) > 1 else 1, steps=4, cond=True)
+    check(built("wavenet.cpp", "thread"), tmp_path, network(), DILATIONS, state, args, order="random 1", **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"cluster": 3}], ids=["one block", "a cluster"])
+@pytest.mark.parametrize("distribution", distributions.KINDS)
+@pytest.mark.parametrize("sizes", [
+    {"kernel_size": 3, "residual": 33, "gate": 40, "skip": 70}, {"kernel_size": 1, "residual": 1, "gate": 1, "skip": 1},
+    {"layers": 2, "kernel_size": 5, "residual": 8, "gate": 3},
+], ids=str)  # fmt: skip
+def test_sizes_and_distributions(sizes, distribution, how, tmp_path):
+    outputs = {"categorical": 300, "logistic": 6, "gaussian": 2}[distribution]
+    weights = network(outputs=outputs, classes=distribution == "categorical", **sizes)
+    dilations = [1, 3, 2, 5, 1][: len(weights.conv)]
+    for steps, given in ((1, 0), (9, 3)):
+        state, args = call(weights, dilations, distribution, 3, steps, own_bias=True, given=given)
+        check(
+            built("wavenet.cpp", "address"), tmp_path, weights, dilations, state, args, distribution=distribution,
+            temperature=0.7, **how,
+        )  # fmt: skip
+
+
+def test_without_layers(tmp_path):
+    weights = network(layers=0)
+    state, args = call(weights, [])
+    check(built("wavenet.cpp", "address"), tmp_path, weights, [], state, args)
+
+
+def test_whatever_shared_memory_held(tmp_path):
+    state, args = call(network(), DILATIONS)
+    for fill in (0x00, 0x41):
+        check(built("wavenet.cpp", "plain"), tmp_path, network(), DILATIONS, state, args, cluster=3, fill=fill)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_compiles_without_warnings_or_spills(architecture, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    source = Path(__file__).parent.parent / "csrc" / "cuda" / "wavenet_generate.cu"
+    command = [nvcc, "-std=c++20", f"-arch={architecture}", "-cubin", "-O3", "-Werror", "all-warnings"]
+    command += ["-Xptxas", "-v,-warn-spills", "-o", str(tmp_path / "cubin"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(registers) == 8  # tiles of 1 and 4, weights on chip and not, float32 and bfloat16
+    assert max(registers) <= 160
+    assert not re.search(r"[1-9]\d* bytes spill", done.stderr)
