@@ -26,12 +26,13 @@ gpu: gpu-test gpu-check gpu-bench
 
 gpu-installed:
 	FASTGEN_BUILD=none $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(GPU_PYTHON) csrc/cuda/build.py fastgen/_cuda.so
 
 gpu-test: gpu-installed
-	FASTGEN_REQUIRE=triton FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_gpu.py $(ARGS)
+	FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_gpu.py $(ARGS)
 
 gpu-check: gpu-installed
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTGEN_REQUIRE=triton FASTGEN_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest \
 		tests/test_gpu.py -k smallest
 
 gpu-bench: gpu-installed

@@ -3,6 +3,7 @@
 The C++ kernels are one set of sources, compiled once for each instruction set into a library of its own
 (`fastgen/_cpu_avx2.so`, ...); the one that suits the machine is loaded at import. Each library registers the same
 operators with the PyTorch dispatcher through the LibTorch stable ABI, so it survives an upgrade of torch.
+The CUDA kernels are one more such library, built where torch has CUDA and nvcc is there, or with FASTGEN_BUILD=cuda.
 """
 
 import os
@@ -18,6 +19,7 @@ FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-tr
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11: the oldest release the libraries load under
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+CUDA = "fastgen._cuda"
 ISAS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": [*AVX512, "-mavx512vnni"]}
@@ -36,12 +38,13 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
     if WANT == "none":
         skip("FASTGEN_BUILD=none")
         return [], {}
-    if WANT == "cuda" and not glob("csrc/cuda/*.cu"):
-        sys.exit("fastgen: FASTGEN_BUILD=cuda, but this version has no CUDA kernels yet; use auto, none or cpu")
+    if WANT == "cuda" and not shutil.which("nvcc"):
+        sys.exit("fastgen: FASTGEN_BUILD=cuda, but nvcc was not found; use auto, none or cpu")
     if not shutil.which(os.environ.get("CXX", "c++").split()[0]):
         skip("no C++ compiler was found")
         return [], {}
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         sys.exit("fastgen: install torch first, then: pip install --no-build-isolation -e .")
@@ -51,6 +54,10 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
         """Objects of each library in a folder of their own: the sources are shared, the flags are not."""
 
         def build_extension(self, ext: Extension) -> None:
+            if ext.name == CUDA:
+                target = self.get_ext_fullpath(ext.name)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                return self.spawn([sys.executable, "csrc/cuda/build.py", target])
             shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
             os.makedirs(self.build_temp, exist_ok=True)
             super().build_extension(ext)
@@ -73,7 +80,9 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
         include_dirs=[pybind11.get_include()],
         extra_compile_args={"cxx": [*FLAGS, f'-DFASTGEN_ISAS="{" ".join(ISAS)}"']},
     )
-    return [host, *kernels], {"build_ext": Build.with_options(no_python_abi_suffix=True)}
+    with_cuda = WANT == "cuda" or (WANT == "auto" and torch.version.cuda and shutil.which("nvcc"))
+    cuda = [Extension(CUDA, sorted(glob("csrc/cuda/*.c*")))] if with_cuda else []
+    return [host, *kernels, *cuda], {"build_ext": Build.with_options(no_python_abi_suffix=True)}
 
 
 ext_modules, cmdclass = extensions()

@@ -23,6 +23,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastgen.backend import why_not
+from fastgen.models import WaveNet
 from fastgen.ops import (
     actnorm,
     affine_coupling,
@@ -202,6 +204,24 @@ def convolution_cases(tiny: bool) -> list[Case]:
     return cases
 
 
+def generation_cases(tiny: bool) -> list[Case]:
+    """Samples of 20 layers 64/128/256, 30 layers 128/256/256 and kernel 3, for 1 to 1024 streams; nothing beside."""
+    if why_not("wavenet_generate", "cuda") is not None:
+        return []
+    cases = []
+    for layers, width, skip, kernel in ((20, 64, 128, 2), (30, 128, 256, 2), (20, 64, 128, 3)):
+        model = WaveNet(layers, 2, residual_channels=width, skip_channels=skip, kernel_size=kernel).to(DEVICE)
+        operations = 2.0 * layers * width * (2 * width * kernel + width + skip) + 2.0 * skip * (skip + 256)
+        for streams in (1, 16, 128, 1024):
+            for dtype in (torch.bfloat16, torch.float32):
+                steps = 1000
+                options = {"batch_size": streams, "uniforms": torch.rand(streams, steps, device=DEVICE), "dtype": dtype}
+                name = f"wavenet_generate L{layers} R{width} S{skip} K{kernel} B{streams} {dtype}, {steps} steps"
+                ways = {"fastgen": lambda m=model, o=options: m.generate(1000, backend="cuda", **o)}
+                cases.append(Case(name, ways, operations=operations * streams * steps))
+    return cases
+
+
 def expanded(x: Tensor, codebook: Tensor) -> Tensor:
     return (x.square().sum(1, keepdim=True) - 2 * x @ codebook.T + codebook.square().sum(1)).argmin(1)
 
@@ -272,7 +292,7 @@ def main() -> None:
     print(f"{name}: copy {limits['copy_bytes'] / 1e9:.0f} GB/s, bf16 {limits['bf16_operations'] / 1e12:.1f} TFLOP/s")
     options.out.mkdir(parents=True, exist_ok=True)
     target = options.out / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
-    for make in (search_cases, convolution_cases, coupling_cases):
+    for make in (search_cases, convolution_cases, coupling_cases, generation_cases):
         for case in make(options.tiny):
             case.results = {way: seconds(call) for way, call in case.ways.items()}
             ours = case.results["fastgen"]

@@ -29,6 +29,8 @@ ISAS = ("generic", "avx2", "avx512", "avx512_vnni")  # slowest first
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 NOT_YET_RUN = "not yet run on a GPU; verified in Triton's interpreter and by its machine code"
 
+NOT_YET_RUN_CUDA = "not yet run on a GPU; verified by running its source in a thread-block emulator"
+
 REBUILD = ", or rebuild: pip install --no-build-isolation -e ."
 
 lib = torch.library.Library("fastgen", "FRAGMENT")
@@ -140,7 +142,21 @@ def release_memory() -> None:
         torch.ops.fastgen.keep_buffers(0, False)
 
 
+def _load_cuda() -> str | None:
+    """Load the CUDA kernels; they register themselves under any torch -> the reason why not."""
+    library = Path(__file__).parent / "_cuda.so"
+    if not library.exists():
+        return "the CUDA kernels were not built (no nvcc at installation, a torch without CUDA, or FASTGEN_BUILD)"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the CUDA kernels could not be loaded: {error}"
+    return None
+
+
 cpu_isa, _cpu_reason = _load_cpu()
+_cuda_reason = _load_cuda()
+CUDA_OPS = ("wavenet_generate",)  # that have CUDA kernels
 
 
 @functools.cache
@@ -173,6 +189,8 @@ def why_not(op: str, backend: str) -> str | None:
         return None
     if backend == "triton" and op in TRITON_OPS:
         return _why_no_triton()
+    if backend == "cuda" and op in CUDA_OPS:
+        return _cuda_reason or _why_no_gpu()
     return "this version has no GPU kernel for it"
 
 
@@ -180,8 +198,11 @@ def why_not(op: str, backend: str) -> str | None:
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if INTERPRETED:
-        return None
+    return None if INTERPRETED else _why_no_gpu()
+
+
+@functools.cache
+def _why_no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU"
     return _too_old(None)
@@ -194,6 +215,17 @@ def _too_old(index: int | None) -> str | None:
     if capability < (8, 0):
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, below 8.0"
     return None
+
+
+def _refuses(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why a backend that is live does not take such tensors."""
+    if name == "cpu":
+        return None if device.type in ("cpu", "meta") else f"the tensors are on {device}"
+    if name == "cuda":
+        if device.type not in ("cuda", "meta"):
+            return f"the tensors are on {device}"
+        return _too_old(device.index) if device.index is not None else None
+    return _triton_refuses(device, dtype) if name == "triton" else None
 
 
 def _triton_refuses(device: torch.device, dtype: torch.dtype | None) -> str | None:
@@ -217,10 +249,8 @@ def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dty
     name = (_forced.name or _environment) if backend is None else _check_name(backend, f"{op}: backend")
     if name != "auto":
         reason = why_not(op, name)
-        if reason is None and name == "cpu" and device.type not in ("cpu", "meta"):
-            reason = f"the tensors are on {device}"
-        if reason is None and name == "triton":
-            reason = _triton_refuses(device, dtype)
+        if reason is None:
+            reason = _refuses(name, device, dtype)
         if reason is not None:
             raise BackendError(
                 f"fastgen.{op}: backend {name!r} was requested but cannot run: {reason}. "
@@ -228,10 +258,10 @@ def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dty
                 "(`python -m fastgen info` lists what is live)"
             )
         return name
-    preferred = "cpu" if device.type in ("cpu", "meta") else "triton"
+    preferred = "cpu" if device.type in ("cpu", "meta") else "cuda" if op in CUDA_OPS else "triton"
     reason = why_not(op, preferred)
-    if reason is None and preferred == "triton":
-        reason = _triton_refuses(device, dtype)
+    if reason is None:
+        reason = _refuses(preferred, device, dtype)
     if reason is None:
         return preferred
     if not torch.compiler.is_compiling():

@@ -4,18 +4,22 @@ import pytest
 import torch
 from op_helpers import DEVICE
 from test_triton import OPS
+from wavenet_helpers import network
 
 from fastgen import backend
 from fastgen.ops import (
+    WaveNetWeights,
     actnorm,
     affine_coupling,
     code_statistics,
     gated_masked_conv2d,
+    initial_state,
     masked_conv2d,
     nearest_code,
     vector_quantize,
     wavenet_layer,
 )
+from fastgen.ops.wavenet_generate import Generator
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +164,46 @@ def test_convolutions_in_a_graph_and_on_a_side_stream(name):
             t.normal_()
     graph.replay()
     assert all(map(torch.equal, results, call()))
+
+
+def generated(which, dtype=torch.float32, streams=1, steps=40, distribution="categorical", layers=6, width=16):
+    """Samples, parameters and history of a network on the GPU, by `which` backend."""
+    outputs = {"categorical": 40, "logistic": 6}[distribution]
+    weights = network(layers, width, width, 2 * width, outputs, distribution=distribution)
+    dilations = [2 ** (i % 4) for i in range(layers)]
+    weights = WaveNetWeights(*(w.cuda() for w in weights))
+    kind = torch.int64 if distribution == "categorical" else torch.float32
+    state = initial_state(weights, dilations, torch.zeros(streams, dtype=kind, device="cuda"))
+    generator = torch.Generator().manual_seed(0)
+    pair = () if distribution == "categorical" else (2,)
+    uniforms = torch.rand(streams, steps, *pair, generator=generator).cuda()
+    bias = torch.zeros(1, layers, 2 * width, device="cuda")
+    run = Generator(weights, dilations, distribution=distribution, dtype=dtype, backend=which).run
+    half = [run(state, u.contiguous(), bias, parameters=True) for u in uniforms.split(steps // 2, 1)]
+    return *(torch.cat(parts, 1) for parts in zip(*half, strict=True)), state.history
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("streams", [1, 3, 50, 1000])
+@pytest.mark.parametrize("size", [{"layers": 6, "width": 16}, {"layers": 20, "width": 64}], ids=str)
+@pytest.mark.parametrize("distribution", ["categorical", "logistic"])
+def test_generation(distribution, size, streams, dtype, need):
+    need("wavenet_generate", "cuda")
+    got, expected = (generated(which, dtype, streams, 12, distribution, **size) for which in ("cuda", "reference"))
+    near = (got[0] - expected[0]).abs() <= (0 if distribution == "categorical" else 1e-3)
+    assert float(near.all(1).float().mean()) > 0.98  # streams: a uniform may fall at a boundary
+    same = near.all(1)
+    torch.testing.assert_close(got[1][same], expected[1][same], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got[2][same], expected[2][same], rtol=1e-3, atol=1e-3)
+
+
+def test_generation_smallest(need):
+    """For compute-sanitizer."""
+    need("wavenet_generate", "cuda")
+    for streams in (1, 5):
+        for distribution in ("categorical", "logistic"):
+            generated("cuda", torch.bfloat16, streams, 4, distribution, layers=3, width=8)
+    generated("cuda", torch.float32, 1, 2, layers=20, width=64)
 
 
 def test_side_stream_and_second_device():

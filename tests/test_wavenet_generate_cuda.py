@@ -1,6 +1,7 @@
 """The CUDA kernel of WaveNet sampling without a GPU: its own source, compiled by g++, in the thread-block emulator."""
 
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -158,17 +159,45 @@ def test_whatever_shared_memory_held(tmp_path):
         check(built("wavenet.cpp", "plain"), tmp_path, network(), DILATIONS, state, args, cluster=3, fill=fill)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_compiles_without_warnings_or_spills(architecture, tmp_path):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The CUDA library, and what ptxas said of it."""
+    if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
-    source = Path(__file__).parent.parent / "csrc" / "cuda" / "wavenet_generate.cu"
-    command = [nvcc, "-std=c++20", f"-arch={architecture}", "-cubin", "-O3", "-Werror", "all-warnings"]
-    command += ["-Xptxas", "-v,-warn-spills", "-o", str(tmp_path / "cubin"), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    target = tmp_path_factory.mktemp("cuda") / "_cuda.so"
+    build = runpy.run_path(str(Path(__file__).parent.parent / "csrc" / "cuda" / "build.py"))
+    done = subprocess.run([*build["command"](target), "-Xptxas", "-v"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert len(registers) == 8  # tiles of 1 and 4, weights on chip and not, float32 and bfloat16
+    return target, done.stderr
+
+
+def test_compiles_without_warnings_or_spills(library):
+    report = library[1]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    assert len(registers) == 16  # tiles of 1 and 4, weights on chip and not, float32 and bfloat16; for two machines
     assert max(registers) <= 160
-    assert not re.search(r"[1-9]\d* bytes spill", done.stderr)
+    assert not re.search(r"[1-9]\d* bytes spill", report)
+
+
+def test_loads_under_a_torch_without_cuda_and_plans(library, python):
+    """The weights of a usual network lie on the chips of eight blocks; nothing is planned that does not fit."""
+    code = f"""
+import torch, fastgen
+torch.ops.load_library({str(library[0])!r})
+assert torch._C._dispatch_has_kernel_for_dispatch_key("fastgen::wavenet_generate", "CUDA")
+plan = torch.ops.fastgen.wavenet_plan
+h100, a100, small = [232448, 132, 8], [166912, 108, 1], [40000, 10, 1]
+usual = [256, 64, 64, 128, 256, 20, 2]
+assert plan(usual, 1, True, h100) == [8, 1, 1, 1]
+assert plan(usual, 1, True, a100) == [1, 1, 1, 0]
+assert plan([16, 8, 8, 16, 16, 4, 2], 1, True, h100) == [1, 1, 1, 1]
+assert plan([256, 4096, 4096, 4096, 256, 4, 2], 1, True, small)[0] == 0
+for device in (h100, a100, small):
+    for shape in (usual, [256, 128, 128, 256, 256, 30, 3], [1, 16, 16, 16, 30, 3, 1]):
+        for streams in (1, 2, 7, 100, 5000):
+            cluster, tile, tiles, resident = plan(shape, streams, True, device)
+            assert cluster == 0 or (cluster <= device[2] and tile in (1, 4) and tiles >= 1), (cluster, tile, tiles)
+            assert tile * tiles < streams + 4 * cluster + 4
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -10,36 +10,11 @@
 #pragma once
 
 #include "device.h"
-#include "wavenet_layout.h"
+#include "wavenet_job.h"
 
 namespace fastgen::wavenet {
 
 using namespace device;
-
-enum class Distribution { kCategorical = 0, kLogisticMixture = 1, kGaussianMixture = 2 };
-
-struct Job {
-  Shape shape;
-  int cluster, tiles;  // blocks of a group, tiles of streams that it takes
-  Layout layout;
-  Vectors lengths;
-  Distribution distribution;
-  float temperature, log_scale_min;
-  int64_t streams, steps, given_steps, position, history_rows, history_stride;
-  const void* weights;
-  const float* floats;
-  const int64_t *dilations, *history_at;  // of each layer: the dilation, and its first row of the history
-  const float *gate_bias, *cond, *uniforms;
-  int64_t gate_bias_stride;
-  float *history, *parameters;
-  const int64_t* given_class;
-  const float* given_value;
-  int64_t *classes, *last_class;
-  float *values, *last_value;
-
-  Job(const Shape& shape, int threads, int cluster, int tiles)
-      : shape(shape), cluster(cluster), tiles(tiles), layout(shape, threads), lengths(layout, shape, cluster) {}
-};
 
 template <class W>
 struct alignas(16) Group {
@@ -140,7 +115,7 @@ class Block {
     const W* all = static_cast<const W*>(job.weights);
     weights_ = all + share_.begin;
     if constexpr (kResident) {
-      W* own = shared.take<W>(largest_share(job));
+      W* own = shared.take<W>(job.largest_share);
       for (int64_t i = int64_t{thread()} * kGroup; i < share_.size; i += int64_t{threads()} * kGroup)
         *reinterpret_cast<Group<W>*>(own + i) = *reinterpret_cast<const Group<W>*>(weights_ + i);
       weights_ = own;
@@ -165,17 +140,6 @@ class Block {
     sync_cluster();
   }
 
-  // What the weights and vectors take of shared memory.
-  static int64_t shared_bytes(const Job& job) {
-    const Vectors& v = job.lengths;
-    const auto rounded = [](int64_t bytes) { return round_up(bytes, 16); };
-    const int64_t weights = kResident ? largest_share(job) * int64_t{sizeof(W)} : 0, tiles = job.tiles;
-    return rounded(weights) + rounded(4 * tiles * N * v.x) + rounded(4 * tiles * N * v.s) +
-           rounded(4 * tiles * v.layers * N * 2 * job.shape.gate) + rounded(12ll * N * v.x) +
-           rounded(4ll * v.layers * N * v.z) + rounded(8ll * N * v.s) + rounded(4ll * N * v.out) +
-           rounded(8 * tiles * N) + rounded(4 * tiles * N) + rounded(24 * tiles);
-  }
-
   FASTGEN_DEVICE void run() {
     for (int tile = 0; tile < job_.tiles && begins(tile); ++tile) prepare(tile, 0);
     for (int64_t t = 0; t < job_.steps; ++t)
@@ -188,15 +152,6 @@ class Block {
   }
 
  private:
-  FASTGEN_HOST_DEVICE static int64_t largest_share(const Job& job) {
-    int64_t most = 0;
-    for (int rank = 0; rank < job.cluster; ++rank) {
-      const int64_t size = Share(job.layout, job.shape, rank, job.cluster).size;
-      if (size > most) most = size;
-    }
-    return most;
-  }
-
   FASTGEN_DEVICE void clear(float* p, int64_t n) {
     for (int64_t i = thread(); i < n; i += threads()) p[i] = 0;
   }

@@ -85,6 +85,8 @@ def _layout(w: WaveNetWeights, dilations: list[int]) -> Layout:
 
 
 lib.define("wavenet_pack(Tensor[] weights, bool bf16) -> Tensor")
+lib.define("wavenet_pack_cuda(Tensor[] weights, int[] shape, int[] dilations, bool bf16) -> Tensor")
+lib.define("wavenet_plan(int[] shape, int streams, bool bf16, int[] device) -> int[]")
 lib.define(
     "wavenet_generate(Tensor packed, int[] shape, int[] dilations, bool bf16, int distribution, float log_scale_min, "
     "float temperature, Tensor gate_bias, Tensor? cond, Tensor uniforms, Tensor? given, int position, "
@@ -153,8 +155,18 @@ class Generator:
         self.dtype = dtype
         if self.backend == "reference":
             self._rounded = self.weights.rounded(dtype)
+        elif self.backend == "cuda":
+            packed = torch.ops.fastgen.wavenet_pack_cuda(
+                [w.detach().cpu() for w in self.weights], self._shape(), self.dilations, dtype == torch.bfloat16
+            )
+            self._packed = packed.to(weights.conv.device)
         else:
             self._packed = torch.ops.fastgen.wavenet_pack(list(self.weights), dtype == torch.bfloat16)
+
+    def _shape(self) -> list[int]:
+        w = self.weights
+        layers, gates, residual, kernel_size = w.conv.shape
+        return [w.input.shape[0], residual, gates // 2, w.hidden.shape[0], w.output.shape[0], layers, kernel_size]
 
     def run(
         self,
@@ -210,12 +222,10 @@ class Generator:
                 self._rounded, self.dilations, state, uniforms, gate_bias, cond, distribution=self.distribution,
                 log_scale_min=self.log_scale_min, temperature=temperature, given=given, parameters=parameters,
             )  # fmt: skip
-        layers, gates, residual, kernel_size = w.conv.shape
-        shape = [w.input.shape[0], residual, gates // 2, w.hidden.shape[0], outputs, layers, kernel_size]
         samples = state.last.new_empty(batch, steps)
         kept = uniforms.new_empty(batch, steps, outputs) if parameters else None
         torch.ops.fastgen.wavenet_generate(
-            self._packed, shape, self.dilations, self.dtype == torch.bfloat16,
+            self._packed, self._shape(), self.dilations, self.dtype == torch.bfloat16,
             distributions.KINDS.index(self.distribution), self.log_scale_min, temperature, gate_bias.contiguous(),
             None if cond is None else cond.contiguous(), uniforms.contiguous(),
             None if given is None else given.contiguous(), state.position, state.history, state.last, samples, kept,
