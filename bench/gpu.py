@@ -23,8 +23,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgen.backend import why_not
-from fastgen.models import WaveNet
+from fastgen.backend import use_backend, why_not
+from fastgen.models import GatedPixelCNN, WaveNet
 from fastgen.ops import (
     actnorm,
     affine_coupling,
@@ -219,7 +219,25 @@ def generation_cases(tiny: bool) -> list[Case]:
                 name = f"wavenet_generate L{layers} R{width} S{skip} K{kernel} B{streams} {dtype}, {steps} steps"
                 ways = {"fastgen": lambda m=model, o=options: m.generate(1000, backend="cuda", **o)}
                 cases.append(Case(name, ways, operations=operations * streams * steps))
+    model = GatedPixelCNN(channels=128, layers=10).to(DEVICE)
+    for images in (1, 16, 256):
+        uniforms = torch.rand(images, 1, 28, 28, device=DEVICE)
+        drawn = model.sample(images, (28, 28), uniforms=uniforms, backend="cuda")
+        for dtype in (torch.bfloat16, torch.float32):
+            ways = {
+                "fastgen": lambda d=dtype, u=uniforms: model.sample(
+                    len(u), (28, 28), uniforms=u, dtype=d, backend="cuda"
+                ),
+                "eager forward pass": lambda x=drawn: forward_pass(model, x),
+            }
+            cases.append(Case(f"pixelcnn_generate 10 x 128, 28x28, {images} images {dtype}", ways))
     return cases
+
+
+@torch.no_grad()
+def forward_pass(model: GatedPixelCNN, x: Tensor) -> object:
+    with use_backend("reference"):
+        return model(x)
 
 
 def expanded(x: Tensor, codebook: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def _load_cuda() -> str | None:
 
 cpu_isa, _cpu_reason = _load_cpu()
 _cuda_reason = _load_cuda()
-CUDA_OPS = ("wavenet_generate",)  # that have CUDA kernels
+CUDA_OPS = ("wavenet_generate", "pixelcnn_generate")  # that have CUDA kernels
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from test_triton import OPS
 from wavenet_helpers import network
 
 from fastgen import backend
+from fastgen.models import GatedPixelCNN, PixelSNAIL
 from fastgen.ops import (
     WaveNetWeights,
     actnorm,
@@ -197,6 +198,25 @@ def test_generation(distribution, size, streams, dtype, need):
     torch.testing.assert_close(got[2][same], expected[2][same], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 200])
+@pytest.mark.parametrize("model", ["gated", "colors", "attention"])
+def test_images(model, batch, dtype, need):
+    need("pixelcnn_generate", "cuda")
+    models = {
+        "gated": lambda: GatedPixelCNN(channels=32, layers=3, levels=4),
+        "colors": lambda: GatedPixelCNN(image_channels=3, channels=24, layers=2, levels=8),
+        "attention": lambda: PixelSNAIL(channels=16, levels=4),
+    }
+    torch.manual_seed(0)
+    network = models[model]().cuda()
+    uniforms = torch.rand(batch, network.image_channels, 7, 9, device="cuda")
+    got, expected = (
+        network.sample(batch, (7, 9), uniforms=uniforms, dtype=dtype, backend=which) for which in ("cuda", "reference")
+    )
+    assert float((got == expected).flatten(1).all(1).float().mean()) >= 1 - 1 / max(batch, 20)
+
+
 def test_generation_smallest(need):
     """For compute-sanitizer."""
     need("wavenet_generate", "cuda")
@@ -204,6 +224,9 @@ def test_generation_smallest(need):
         for distribution in ("categorical", "logistic"):
             generated("cuda", torch.bfloat16, streams, 4, distribution, layers=3, width=8)
     generated("cuda", torch.float32, 1, 2, layers=20, width=64)
+    need("pixelcnn_generate", "cuda")
+    for model in (GatedPixelCNN(channels=8, layers=2), PixelSNAIL(channels=8, levels=4)):
+        model.cuda().sample(3, (2, 3), backend="cuda")
 
 
 def test_side_stream_and_second_device():

@@ -174,8 +174,9 @@ def library(tmp_path_factory):
 def test_compiles_without_warnings_or_spills(library):
     report = library[1]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    assert len(registers) == 16  # tiles of 1 and 4, weights on chip and not, float32 and bfloat16; for two machines
-    assert max(registers) <= 160
+    # tiles of 1 and 4, weights on chip and not, float32 and bfloat16, and of images the last; for two machines
+    assert len(registers) == 20
+    assert max(registers) <= 192  # of 255 that a thread of 256 can have
     assert not re.search(r"[1-9]\d* bytes spill", report)
 
 
@@ -184,7 +185,8 @@ def test_loads_under_a_torch_without_cuda_and_plans(library, python):
     code = f"""
 import torch, fastgen
 torch.ops.load_library({str(library[0])!r})
-assert torch._C._dispatch_has_kernel_for_dispatch_key("fastgen::wavenet_generate", "CUDA")
+for op in ("wavenet_generate", "pixelcnn_generate"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{{op}}", "CUDA")
 plan = torch.ops.fastgen.wavenet_plan
 h100, a100, small = [232448, 132, 8], [166912, 108, 1], [40000, 10, 1]
 usual = [256, 64, 64, 128, 256, 20, 2]

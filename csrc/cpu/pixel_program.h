@@ -10,15 +10,13 @@
 // meet before an instruction that reads all channels.
 #pragma once
 
+#include "../pixel_layout.h"
 #include "packed_matrix.h"
 #include "partner.h"
 #include "sampling.h"
 
 namespace fastgen {
 namespace {
-
-constexpr int kPlaneInts = 7, kInstructionInts = 10, kMatrixInts = 4;
-constexpr int kChannelBlock = 16;  // channels are padded to whole blocks
 
 enum class Kind {
   kConv = 0,
@@ -61,15 +59,6 @@ struct SplitMatrix {
   PackedMatrix<W> part[2];
   int64_t first[2];
 };
-
-// Rows of a matrix as they are stored: a gate's halves in alternating blocks. -> row of the weight, or -1.
-inline int64_t stored_row(int64_t r, int64_t rows, int64_t halves) {
-  if (halves == 1) return r < rows ? r : -1;
-  const int64_t channel = r / (2 * kChannelBlock) * kChannelBlock + r % kChannelBlock;
-  if (channel >= rows / 2) return -1;
-  return (r / kChannelBlock % 2) * (rows / 2) + channel;
-}
-inline int64_t stored_rows(int64_t rows, int64_t halves) { return halves * round_up(rows / halves, kChannelBlock); }
 
 // The matrices of a program in one buffer. With data == nullptr it only measures. Each is described by its rows,
 // halves, taps, and channels of a tap.

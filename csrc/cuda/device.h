@@ -3,6 +3,7 @@
 // pause() in every loop that waits for another thread.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 

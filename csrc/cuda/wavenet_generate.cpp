@@ -1,24 +1,11 @@
 // wavenet_generate for CUDA tensors: packing, the choice of a plan, the op. The arguments' meaning, and their checks:
 // fastgen/ops/wavenet_generate.py.
-#include <dlfcn.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <vector>
-
+#include "host.h"
 #include "wavenet_launch.h"
 #include "wavenet_pack.h"
 
 namespace fastgen::wavenet {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-#define FASTGEN_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastgen: ", __VA_ARGS__)
 
 // A packed buffer: weights, then floats, then for each layer its dilation and its first row of the history.
 struct Parts {
@@ -71,32 +58,6 @@ std::vector<int64_t> wavenet_plan(std::vector<int64_t> shape, int64_t streams, b
   return {p.cluster, p.tile, p.tiles, p.resident};
 }
 
-// The current stream of the torch that runs; this library loads under one without CUDA too.
-void* current_stream(int device) {
-  using Get = int (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return reinterpret_cast<Get>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  }();
-  FASTGEN_CHECK(get != nullptr, "wavenet_generate: this torch has no CUDA streams");
-  void* stream = nullptr;
-  FASTGEN_CHECK(get(device, &stream) == 0, "wavenet_generate: torch gives no current stream of device ", device);
-  return stream;
-}
-
-class OnDevice {
- public:
-  OnDevice() : before_(current_device()) {}
-  ~OnDevice() { set_device(before_); }
-
- private:
-  int before_;
-};
-
-void check(int error, const char* what) {
-  FASTGEN_CHECK(error == 0, "wavenet_generate: ", what, ": ", error_text(error));
-}
-
 void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int64_t> /*dilations*/, bool bf16,
                       int64_t distribution, double log_scale_min, double temperature, Tensor gate_bias,
                       std::optional<Tensor> cond, Tensor uniforms, std::optional<Tensor> given, int64_t position,
@@ -106,7 +67,7 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
   const Shape s = shape_from(shape);
   const OnDevice restored;
   Device device{};
-  check(device_of(packed.get_device_index(), &device), "the device");
+  check(device_of(packed.get_device_index(), &device), "wavenet_generate", "the device");
   const Plan plan =
       choose(s, streams, bf16 ? 2 : 4, device, [&](const Plan& candidate) { return active(candidate, s, bf16); });
   FASTGEN_CHECK(plan.cluster > 0, "wavenet_generate: a block of this GPU has ", device.shared_bytes,
@@ -144,7 +105,7 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
     job.last_value = static_cast<float*>(last.data_ptr());
     job.given_value = given ? static_cast<const float*>(given->data_ptr()) : nullptr;
   }
-  check(launch(plan, job, bf16, current_stream(packed.get_device_index())), "the launch");
+  check(launch(plan, job, bf16, current_stream(packed.get_device_index())), "wavenet_generate", "the launch");
 }
 
 }  // namespace

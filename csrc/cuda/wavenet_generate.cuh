@@ -9,27 +9,12 @@
 // A mailbox is written again only after the sample that its last content led to, so no answer need be awaited.
 #pragma once
 
-#include "device.h"
+#include "network.cuh"
 #include "wavenet_job.h"
 
 namespace fastgen::wavenet {
 
 using namespace device;
-
-template <class W>
-struct alignas(16) Group {
-  W v[kGroup];
-};
-
-FASTGEN_DEVICE float to_float(float v) { return v; }
-FASTGEN_DEVICE float to_float(uint16_t v) {  // bfloat16
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-FASTGEN_DEVICE float gate(float a, float b) { return tanhf(a) / (1 + expf(-b)); }
 
 // finish(unit, sums [rows][N]) for each unit of w x, x [N][stride], by one thread each. All threads of a block take
 // part.
@@ -56,37 +41,6 @@ FASTGEN_DEVICE void product(const Matrix& m, const W* w, const float* x, int str
         for (int n = 0; n < N; ++n) sums[r][n] += shuffle_xor(sums[r][n], lanes);
     if (live && sub == 0) finish(unit, sums);
   }
-}
-
-FASTGEN_DEVICE float sum_of_warp(float v) {
-  for (int lanes = 1; lanes < 32; lanes *= 2) v += shuffle_xor(v, lanes);
-  return v;
-}
-
-// How many of the classes have a cumulative probability <= u, for softmax(logits / temperature). By one warp.
-FASTGEN_DEVICE int sample_categorical(const float* logits, int classes, float temperature, float u) {
-  const int lane = thread() % 32, each = (classes + 31) / 32;
-  const int begin = lane * each < classes ? lane * each : classes;
-  const int end = begin + each < classes ? begin + each : classes;
-  const float scale = 1 / temperature;
-  float top = -3.4e38f;
-  for (int c = begin; c < end; ++c) top = fmaxf(top, logits[c] * scale);
-  for (int lanes = 1; lanes < 32; lanes *= 2) top = fmaxf(top, shuffle_xor(top, lanes));
-  float own = 0;
-  for (int c = begin; c < end; ++c) own += expf(logits[c] * scale - top);
-  float until = own;
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const float before = shuffle_up(until, lanes);
-    if (lane >= lanes) until += before;
-  }
-  const float threshold = u * sum_of_warp(own);
-  float below = until - own, count = 0;
-  for (int c = begin; c < end; ++c) {
-    below += expf(logits[c] * scale - top);
-    if (below <= threshold) ++count;
-  }
-  const int chosen = static_cast<int>(sum_of_warp(count));
-  return chosen < classes ? chosen : classes - 1;
 }
 
 // One value from a mixture, as sampling.h in the CPU's kernels. By one warp.

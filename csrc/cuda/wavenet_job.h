@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "runtime.h"
 #include "wavenet_layout.h"
 
 namespace fastgen::wavenet {
@@ -61,12 +62,6 @@ struct Job {
   }
 
   int64_t groups(int64_t tile) const { return (streams + tiles * tile - 1) / (tiles * tile); }
-};
-
-struct Device {
-  int64_t shared_bytes;  // that a block may have
-  int multiprocessors;
-  int largest_cluster;  // 1 where there are no clusters
 };
 
 struct Plan {

@@ -8,10 +8,9 @@
 #include <cstdint>
 
 #include "../normal_quantile.h"
+#include "group.h"
 
 namespace fastgen::wavenet {
-
-constexpr int kGroup = 8;
 
 struct Shape {
   int inputs, residual, gate, skip, outputs, layers, kernel_size;

@@ -44,6 +44,7 @@ class PixelDistribution:
 
 
 lib.define("pixelcnn_pack(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor")
+lib.define("pixelcnn_pack_cuda(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor")
 lib.define(
     "pixelcnn_generate(Tensor packed, int[] shapes, int[] planes, int[] instructions, bool bf16, Tensor biases, "
     "Tensor? context, int context_plane, Tensor table, int distribution, int outputs, float log_scale_min, "
@@ -101,6 +102,10 @@ class PixelGenerator:
         ]
         if self.backend == "reference":
             self._matrices = [m.to(dtype).float() for m in program.matrices]
+        elif self.backend == "cuda":
+            matrices = [m.detach().cpu() for m in program.matrices]
+            packed = torch.ops.fastgen.pixelcnn_pack_cuda(matrices, self._shapes, dtype == torch.bfloat16)
+            self._packed = packed.to(table.device)
         else:
             bf16 = dtype == torch.bfloat16
             self._packed = torch.ops.fastgen.pixelcnn_pack(program.matrices, self._shapes, bf16)
@@ -201,6 +206,8 @@ class PixelGenerator:
                 )  # fmt: skip
             if report is not None:
                 report(row + 1)
+        if self.backend == "cuda" and bool((values < 0).any()):
+            raise ValueError(f"pixelcnn_generate: the network's outputs are not finite {TOO_LARGE}")
         return values, kept
 
     def _check_call(

@@ -1,0 +1,104 @@
+// pixelcnn_generate for CUDA tensors. The arguments' meaning, and their checks: fastgen/ops/pixelcnn_generate.py.
+#include <algorithm>
+
+#include "host.h"
+#include "pixelcnn_job.h"
+#include "wavenet_pack.h"
+
+namespace fastgen::pixelcnn {
+namespace {
+
+// -> one uint8 buffer, on the CPU as the matrices are.
+Tensor pixelcnn_pack_cuda(std::vector<Tensor> matrices, std::vector<int64_t> shapes, bool bf16) {
+  FASTGEN_CHECK(matrices.size() * kMatrixInts == shapes.size(), "pixelcnn_pack_cuda: shapes do not fit the matrices");
+  const int64_t bytes = matrices_of(shapes, kThreads).back().at * (bf16 ? 2 : 4);
+  Tensor packed = torch::stable::new_empty(matrices[0], std::vector<int64_t>{bytes}, ScalarType::Byte);
+  std::memset(packed.data_ptr(), 0, bytes);
+  std::vector<const float*> weights;
+  for (const Tensor& m : matrices) weights.push_back(static_cast<const float*>(m.data_ptr()));
+  const auto put_all = [&](auto* to) {
+    pack(weights, shapes, kThreads, [&](int64_t at, float v) { wavenet::convert(v, to + at); });
+  };
+  bf16 ? put_all(static_cast<uint16_t*>(packed.data_ptr())) : put_all(static_cast<float*>(packed.data_ptr()));
+  return packed;
+}
+
+void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<int64_t> planes,
+                       std::vector<int64_t> instructions, bool bf16, Tensor biases, std::optional<Tensor> context,
+                       int64_t context_plane, Tensor table, int64_t distribution, int64_t outputs, double log_scale_min,
+                       double temperature, Tensor uniforms, std::optional<Tensor> given, std::optional<Tensor> known,
+                       int64_t first_row, int64_t last_row, Tensor memory, Tensor values,
+                       std::optional<Tensor> parameters) {
+  const char* op = "pixelcnn_generate";
+  Job job{};
+  job.images = values.size(0);
+  job.colors = values.size(1);
+  job.height = values.size(2);
+  job.width = values.size(3);
+  if (job.images == 0 || job.width == 0) return;
+  const OnDevice restored;
+  Device device{};
+  check(device_of(packed.get_device_index(), &device), op, "the device");
+  void* stream = current_stream(packed.get_device_index());
+  const std::vector<Matrix> matrices = matrices_of(shapes, kThreads);
+  FASTGEN_CHECK(packed.numel() == matrices.back().at * (bf16 ? 2 : 4), op, ": packed weights of another size");
+  // the program goes to the GPU in one piece: planes, instructions, matrices
+  std::vector<int64_t> program = planes;
+  program.insert(program.end(), instructions.begin(), instructions.end());
+  for (const Matrix& m : matrices) program.insert(program.end(), {m.rows, m.inputs, m.at});
+  const auto size = static_cast<int64_t>(program.size());
+  Tensor there = torch::stable::new_empty(values, std::vector<int64_t>{size}, ScalarType::Long);
+  check(copy_to_device(there.data_ptr(), program.data(), size * 8, stream), op, "the program");
+  const auto* numbers = static_cast<const int64_t*>(there.data_ptr());
+  job.planes = reinterpret_cast<const Plane*>(numbers);
+  job.instructions = reinterpret_cast<const Instruction*>(numbers + planes.size());
+  job.matrices = reinterpret_cast<const Matrix*>(numbers + planes.size() + instructions.size());
+  job.instruction_count = static_cast<int64_t>(instructions.size()) / kInstructionInts;
+  for (const Matrix& m : matrices) job.most_inputs = std::max(job.most_inputs, m.inputs);
+  for (size_t i = 0; i < instructions.size(); i += kInstructionInts)
+    if (instructions[i] == static_cast<int64_t>(Kind::kAttention)) job.scores = job.height * job.width;
+  job.first_row = first_row;
+  job.last_row = last_row;
+  job.memory_size = memory.size(1);
+  job.bias_size = biases.size(1);
+  job.logistic = distribution == 1;
+  job.own_biases = biases.size(0) > 1;
+  job.own_context = context && context->size(0) > 1;
+  job.outputs = outputs;
+  job.levels = table.size(0);
+  job.features = table.size(1);
+  job.context_plane = context_plane;
+  job.context_channels = context ? context->size(3) : 0;
+  job.temperature = static_cast<float>(temperature);
+  job.log_scale_min = static_cast<float>(log_scale_min);
+  job.weights = packed.data_ptr();
+  job.biases = static_cast<const float*>(biases.data_ptr());
+  job.table = static_cast<const float*>(table.data_ptr());
+  job.uniforms = static_cast<const float*>(uniforms.data_ptr());
+  job.context = data_of<float>(context);
+  job.given = data_of<int64_t>(given);
+  job.known = data_of<uint8_t>(known);
+  job.memory = static_cast<float*>(memory.data_ptr());
+  job.values = static_cast<int64_t*>(values.data_ptr());
+  job.parameters = parameters ? static_cast<float*>(parameters->data_ptr()) : nullptr;
+  FASTGEN_CHECK(job.shared_bytes(kThreads) <= device.shared_bytes, op, ": images of ", job.height, " x ", job.width,
+                " pixels need ", job.shared_bytes(kThreads), " bytes of a block's shared memory, this GPU has ",
+                device.shared_bytes, "; use backend='reference'");
+  // as few images in a group as leave no group waiting for another
+  job.images_each = 1;
+  for (job.cluster = device.largest_cluster; job.cluster > 1 && active(job, bf16) == 0;) job.cluster /= 2;
+  const int64_t groups = std::max(1, active(job, bf16));
+  job.images_each = static_cast<int>((job.images + groups - 1) / groups);
+  check(launch(job, bf16, stream), op, "the launch");
+}
+
+}  // namespace
+}  // namespace fastgen::pixelcnn
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
+  m.impl("pixelcnn_pack_cuda", TORCH_BOX(&fastgen::pixelcnn::pixelcnn_pack_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CUDA, m) {
+  m.impl("pixelcnn_generate", TORCH_BOX(&fastgen::pixelcnn::pixelcnn_generate));
+}

@@ -1,0 +1,261 @@
+// Sampling an image pixel by pixel on a GPU, for any model that is a program over planes
+// (fastgen/ops/pixel_program.py).
+//
+// A cluster of blocks draws some images together: each block has a share of the rows of every matrix, which it reads
+// for all images, and all meet after each instruction. What is above the current row is multiplied for whole rows;
+// planes lie in global memory.
+#pragma once
+
+#include "network.cuh"
+#include "pixelcnn_job.h"
+
+namespace fastgen::pixelcnn {
+
+template <class W>
+class Images {
+ public:
+  FASTGEN_DEVICE explicit Images(const Job& job)
+      : job_(job),
+        rank_(block() % job.cluster),
+        first_(int64_t{block() / job.cluster} * job.images_each),
+        count_(static_cast<int>(first_ + job.images_each < job.images ? job.images_each : job.images - first_)) {
+    Shared shared;
+    windows_ = shared.take<float>(kColumns * job.most_inputs);
+    scores_ = shared.take<float>((threads() / 32) * job.scores);
+    for (int64_t i = thread(); i < kColumns * job.most_inputs; i += threads()) windows_[i] = 0;
+    sync_block();
+  }
+
+  FASTGEN_DEVICE void draw() {
+    for (int64_t y = job_.first_row; y < job_.last_row; ++y) {
+      copy_context(y);
+      meet();
+      run(false, y, 0, job_.width);
+      for (int64_t x = 0; x < job_.width; ++x) run(true, y, x, x + 1);
+    }
+  }
+
+ private:
+  FASTGEN_DEVICE void meet() {
+    if (job_.cluster > 1)
+      sync_cluster();
+    else
+      sync_block();
+  }
+
+  FASTGEN_DEVICE void run(bool per_pixel, int64_t y, int64_t x0, int64_t x1) {
+    for (int64_t i = 0; i < job_.instruction_count; ++i) {
+      const Instruction& instruction = job_.instructions[i];
+      if ((instruction.per_pixel != 0) != per_pixel) continue;
+      execute(instruction, y, x0, x1);
+      meet();
+    }
+  }
+
+  FASTGEN_DEVICE float* at(int64_t plane, int64_t image, int64_t y, int64_t x) const {
+    const Plane& p = job_.planes[plane];
+    return job_.memory + (first_ + image) * job_.memory_size + p.offset +
+           ((y % p.rows) + p.rows) % p.rows * p.row_size + p.start + x * p.step;
+  }
+
+  // f(image, x, channel) for all of them, by all threads of the cluster.
+  template <class F>
+  FASTGEN_DEVICE void each(int64_t x0, int64_t x1, int64_t channels, F&& f) const {
+    const int64_t columns = x1 - x0, step = int64_t{job_.cluster} * threads();
+    for (int64_t i = int64_t{rank_} * threads() + thread(); i < count_ * columns * channels; i += step)
+      f(i / channels / columns, x0 + i / channels % columns, i % channels);
+  }
+
+  FASTGEN_DEVICE void copy_context(int64_t y) const {
+    if (!job_.context) return;
+    each(0, job_.width, job_.context_channels, [&](int64_t image, int64_t x, int64_t c) {
+      const int64_t pixel = ((job_.own_context ? first_ + image : 0) * job_.height + y) * job_.width + x;
+      at(job_.context_plane, image, y, x)[c] = job_.context[pixel * job_.context_channels + c];
+    });
+  }
+
+  FASTGEN_DEVICE void execute(const Instruction& i, int64_t y, int64_t x0, int64_t x1) {
+    const Kind kind = static_cast<Kind>(i.kind);
+    if (kind == Kind::kConv) return convolve(i, y, x0, x1);
+    if (kind == Kind::kSample) return sample(i, y, x0);
+    if (kind == Kind::kRemember) return remember(i, y, x0);
+    if (kind == Kind::kAttention) return attend(i, y, x0);
+    each(x0, x1, job_.planes[i.dst].channels, [&](int64_t image, int64_t x, int64_t c) {
+      const float* from = at(i.src, image, y, x);
+      const float* pair = from + c / kChannelBlock * 2 * kChannelBlock + c % kChannelBlock;
+      float v = 0;
+      if (kind == Kind::kGate)
+        v = gate(pair[0], pair[kChannelBlock]);
+      else if (kind == Kind::kGlu)
+        v = pair[0] / (1 + expf(-pair[kChannelBlock]));
+      else if (kind == Kind::kRelu)
+        v = from[c] > 0 || from[c] != from[c] ? from[c] : 0.0f;
+      else if (kind == Kind::kElu)
+        v = from[c] > 0 ? from[c] : expm1f(from[c]);
+      else
+        v = from[c] + at(i.other, image, y, x)[c];
+      at(i.dst, image, y, x)[c] = v;
+    });
+  }
+
+  // dst = bias + other + matrix * window of src: for kColumns pixels or images at a time, this block's slices of rows.
+  FASTGEN_DEVICE void convolve(const Instruction& i, int64_t y, int64_t x0, int64_t x1) {
+    const Matrix& m = job_.matrices[i.matrix];
+    const int64_t inputs = i.extra * job_.planes[i.src].channels, columns = (x1 - x0) * count_;
+    const int slice = threads() / kSplit, sub = thread() % kSplit, place = thread() / kSplit;
+    for (int64_t begin = 0; begin < columns; begin += kColumns) {
+      const int64_t n = columns - begin < kColumns ? columns - begin : kColumns;
+      for (int64_t j = thread(); j < n * m.inputs; j += threads()) {
+        const int64_t column = begin + j / m.inputs, k = j % m.inputs;
+        windows_[j] = k < inputs ? at(i.src, column / (x1 - x0), y + i.dy, x0 + column % (x1 - x0) + i.dx)[k] : 0.0f;
+      }
+      sync_block();
+      for (int64_t s = rank_; s * slice < m.rows; s += job_.cluster) {
+        float sums[kColumns] = {};
+        const W* w = static_cast<const W*>(job_.weights) + m.at + (s * slice * m.inputs) +
+                     (int64_t{place} * kSplit + sub) * kGroup;
+        for (int64_t k = sub * kGroup; k < m.inputs; k += kStep, w += slice * kSplit * kGroup) {
+          const Group<W> g = *reinterpret_cast<const Group<W>*>(w);
+          for (int c = 0; c < kColumns; ++c)
+            for (int e = 0; e < kGroup; ++e) sums[c] += to_float(g.v[e]) * windows_[c * m.inputs + k + e];
+        }
+        for (int lanes = 1; lanes < kSplit; lanes *= 2)
+          for (int c = 0; c < kColumns; ++c) sums[c] += shuffle_xor(sums[c], lanes);
+        const int64_t row = s * slice + place;
+        if (sub >= n || row >= m.rows) continue;
+        float v = 0;
+        for (int c = 0; c < kColumns; ++c)
+          if (c == sub) v = sums[c];
+        const int64_t column = begin + sub, image = column / (x1 - x0), x = x0 + column % (x1 - x0);
+        if (i.bias >= 0) v += job_.biases[(job_.own_biases ? first_ + image : 0) * job_.bias_size + i.bias + row];
+        if (i.other >= 0) v += at(i.other, image, y, x)[row];
+        at(i.dst, image, y, x)[row] = v;
+      }
+      sync_block();
+    }
+  }
+
+  // Keys [head][channel][pixel] and values [head][pixel][channel] of all pixels drawn.
+  struct Cache {
+    int64_t heads, keys, values, room;
+    float *key, *value;
+  };
+  FASTGEN_DEVICE Cache cache_of(const Instruction& i, int64_t image) const {
+    const int64_t pixels = job_.height * job_.width,
+                  room = (pixels + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
+    float* key = job_.memory + (first_ + image) * job_.memory_size + i.extra;
+    return {i.bias, i.dy / i.bias, i.dx / i.bias, room, key, key + i.dy * room};
+  }
+
+  FASTGEN_DEVICE void remember(const Instruction& i, int64_t y, int64_t x) const {
+    const int64_t pixel = y * job_.width + x;
+    each(x, x + 1, i.dy + i.dx, [&](int64_t image, int64_t, int64_t c) {
+      const Cache cache = cache_of(i, image);
+      if (c < i.dy) {
+        cache.key[c * cache.room + pixel] = at(i.src, image, y, x)[c];
+      } else {
+        const int64_t v = c - i.dy;
+        cache.value[(v / cache.values * cache.room + pixel) * cache.values + v % cache.values] =
+            at(i.other, image, y, x)[v];
+      }
+    });
+  }
+
+  // Softmax of the products with the keys of all pixels before and with a key of zeros, over their values; the value of
+  // the key of zeros is zero. A warp for each head of an image.
+  FASTGEN_DEVICE void attend(const Instruction& i, int64_t y, int64_t x) {
+    const int64_t pixels = y * job_.width + x, warps = threads() / 32;
+    const int lane = thread() % 32;
+    float* score = scores_ + thread() / 32 * job_.scores;
+    for (int64_t item = rank_ * warps + thread() / 32; item < count_ * i.bias; item += job_.cluster * warps) {
+      const Cache cache = cache_of(i, item / i.bias);
+      const int64_t h = item % i.bias;
+      const float* query = at(i.src, item / i.bias, y, x);
+      const float scale = 1 / sqrtf(static_cast<float>(cache.keys));
+      float top = 0;
+      for (int64_t j = lane; j < pixels; j += 32) {
+        float sum = 0;
+        for (int64_t k = h * cache.keys; k < (h + 1) * cache.keys; ++k)
+          sum += cache.key[k * cache.room + j] * (query[k] * scale);
+        score[j] = sum;
+        top = fmaxf(top, sum);
+      }
+      top = most_of_warp(top);
+      float total = 0;
+      for (int64_t j = lane; j < pixels; j += 32) total += score[j] = expf(score[j] - top);
+      total = sum_of_warp(total) + expf(-top);
+      sync_warp();
+      float* to = at(i.dst, item / i.bias, y, x) + h * cache.values;
+      for (int64_t c = lane; c < cache.values; c += 32) {
+        float sum = 0;
+        for (int64_t j = 0; j < pixels; ++j) sum += score[j] * cache.value[(h * cache.room + j) * cache.values + c];
+        to[c] = sum / total;
+      }
+      sync_warp();
+    }
+  }
+
+  // The values of one color of one pixel, and what the network sees of them. A warp for each image.
+  FASTGEN_DEVICE void sample(const Instruction& i, int64_t y, int64_t x) {
+    const int64_t plane = job_.height * job_.width, warps = threads() / 32;
+    const int lane = thread() % 32;
+    for (int64_t image = rank_ * warps + thread() / 32; image < count_; image += job_.cluster * warps) {
+      const int64_t pixel = ((first_ + image) * job_.colors + i.extra) * plane + y * job_.width + x;
+      const float* out = at(i.src, image, y, x);
+      float zero = 0;
+      for (int64_t o = lane; o < job_.outputs; o += 32) {
+        zero += 0.0f * out[o];
+        if (job_.parameters) job_.parameters[pixel * job_.outputs + o] = out[o];
+      }
+      zero = sum_of_warp(zero);
+      int64_t value = draw_value(out, job_.uniforms[pixel]);
+      if (job_.known && job_.known[pixel]) value = job_.given[pixel];
+      if (zero == 0) {
+        float* features = at(i.dst, image, y, x) + i.extra * job_.features;
+        for (int64_t f = lane; f < job_.features; f += 32) features[f] = job_.table[value * job_.features + f];
+      }
+      if (lane == 0) job_.values[pixel] = zero == 0 ? value : -1;
+    }
+  }
+
+  FASTGEN_DEVICE int64_t draw_value(const float* out, float u) const {
+    if (job_.logistic) return sample_logistic_level(out, u);
+    if (job_.outputs > 1) return sample_categorical(out, static_cast<int>(job_.outputs), job_.temperature, u);
+    const float pair[2] = {0.0f, out[0]};  // one logit: of level 1 against level 0
+    return sample_categorical(pair, 2, job_.temperature, u);
+  }
+
+  // As in the CPU's pixel_images.h; each lane computes the same.
+  FASTGEN_DEVICE int64_t sample_logistic_level(const float* parameters, float u) const {
+    const int64_t mixtures = job_.outputs / 3;
+    const float *logits = parameters, *means = parameters + mixtures, *log_scales = means + mixtures;
+    float top = logits[0];
+    for (int64_t m = 1; m < mixtures; ++m) top = fmaxf(top, logits[m]);
+    const double temperature = job_.temperature;
+    double total = 0;
+    for (int64_t m = 0; m < mixtures; ++m) total += exp(static_cast<double>(logits[m] - top) / temperature);
+    int64_t low = 0, high = job_.levels - 1;
+    while (low < high) {
+      const int64_t level = (low + high) / 2;
+      const double edge = (2.0 * level + 1) / (job_.levels - 1) - 1;
+      double below = 0;
+      for (int64_t m = 0; m < mixtures; ++m) {
+        const double scale = temperature * exp(static_cast<double>(fmaxf(log_scales[m], job_.log_scale_min)));
+        below += exp(static_cast<double>(logits[m] - top) / temperature) / (1 + exp((means[m] - edge) / scale));
+      }
+      if (below / total <= u)
+        low = level + 1;
+      else
+        high = level;
+    }
+    return low;
+  }
+
+  const Job& job_;
+  const int rank_;
+  const int64_t first_;
+  const int count_;
+  float *windows_, *scores_;
+};
+
+}  // namespace fastgen::pixelcnn

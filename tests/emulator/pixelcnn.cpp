@@ -1,0 +1,82 @@
+// pixelcnn_generate.cuh in the emulator; see files.h.
+#include "../../csrc/cuda/pixelcnn_generate.cuh"
+#include "../../csrc/cuda/wavenet_pack.h"
+#include "files.h"
+
+using namespace fastgen::pixelcnn;
+
+namespace {
+
+template <class W>
+void run() {
+  const int threads = option<int>("threads");
+  const auto shapes = read<int64_t>("shapes");
+  const std::vector<Matrix> matrices = matrices_of(shapes, threads);
+  std::vector<std::vector<float>> weights;
+  std::vector<const float*> starts;
+  for (size_t i = 0; i + 1 < matrices.size(); ++i) weights.push_back(read<float>("matrix." + std::to_string(i)));
+  for (const auto& w : weights) starts.push_back(w.data());
+  std::vector<fastgen::Group<W>> packed(matrices.back().at / fastgen::kGroup);
+  auto* to = reinterpret_cast<W*>(packed.data());
+  pack(starts, shapes, threads, [&](int64_t at, float v) { fastgen::wavenet::convert(v, to + at); });
+  const auto planes = read<int64_t>("planes"), instructions = read<int64_t>("instructions");
+  const auto biases = read<float>("biases"), table = read<float>("table"), uniforms = read<float>("uniforms"),
+             context = read<float>("context");
+  const auto given = read<int64_t>("given");
+  const auto known = read<uint8_t>("known");
+  auto memory = read<float>("memory");
+  Job job{};
+  job.cluster = option<int>("cluster");
+  job.images_each = option<int>("images_each");
+  job.images = option("images");
+  job.colors = option("colors");
+  job.height = option("height");
+  job.width = option("width");
+  job.first_row = option("first_row");
+  job.last_row = option("last_row");
+  job.memory_size = option("memory_size");
+  job.bias_size = option("bias_size");
+  job.instruction_count = instructions.size() / fastgen::kInstructionInts;
+  for (const Matrix& m : matrices) job.most_inputs = std::max(job.most_inputs, m.inputs);
+  job.scores = job.height * job.width;
+  job.logistic = option("logistic");
+  job.own_biases = option("own_biases");
+  job.own_context = option("own_context");
+  job.outputs = option("outputs");
+  job.levels = option("levels");
+  job.features = option("features");
+  job.context_plane = option("context_plane");
+  job.context_channels = option("context_channels");
+  job.temperature = option<float>("temperature");
+  job.log_scale_min = option<float>("log_scale_min");
+  job.planes = reinterpret_cast<const Plane*>(planes.data());
+  job.instructions = reinterpret_cast<const Instruction*>(instructions.data());
+  job.matrices = matrices.data();
+  job.weights = packed.data();
+  job.biases = biases.data();
+  job.table = table.data();
+  job.uniforms = uniforms.data();
+  job.context = data_or_null(context);
+  job.given = data_or_null(given);
+  job.known = data_or_null(known);
+  job.memory = memory.data();
+  const int64_t pixels = job.images * job.colors * job.height * job.width;
+  std::vector<float> parameters(pixels * job.outputs);
+  std::vector<int64_t> values(pixels);
+  job.parameters = parameters.data();
+  job.values = values.data();
+  fastgen::emulator::Launch how{};
+  how.blocks = static_cast<int>((job.images + job.images_each - 1) / job.images_each) * job.cluster;
+  how.cluster = job.cluster;
+  how.threads = threads;
+  set_order(how);
+  fastgen::emulator::launch(how, [&] { Images<W>(job).draw(); });
+  write("out.values", values);
+  write("out.parameters", parameters);
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  return guarded(count, words, [] { option("bf16") ? run<uint16_t>() : run<float>(); });
+}

@@ -1,0 +1,113 @@
+"""The CUDA kernel of image sampling without a GPU: its own source, compiled by g++, in the thread-block emulator."""
+
+import pytest
+import torch
+from cuda_helpers import ORDERS, built, run
+
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelSNAIL
+
+NAMES = (
+    "packed", "shapes", "planes", "instructions", "bf16", "biases", "context", "context_plane", "table", "distribution",
+    "outputs", "log_scale_min", "temperature", "uniforms", "given", "known", "first_row", "last_row", "memory",
+    "values", "parameters",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _needs_cpu_kernels(need):
+    need("pixelcnn_generate", "cpu")
+
+
+def recorded(monkeypatch, model, batch, size, **options):
+    """What the op gets when the model samples, and the matrices that were packed, in one row-by-row call."""
+    op, pack = torch.ops.fastgen.pixelcnn_generate, torch.ops.fastgen.pixelcnn_pack
+    seen = {}
+
+    def packing(matrices, shapes, bf16):
+        seen["matrices"] = matrices
+        return pack(matrices, shapes, bf16)
+
+    def generating(*args):
+        seen.update(zip(NAMES, args, strict=True), memory=args[18].clone())
+        return op(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.fastgen, "pixelcnn_pack", packing)
+        patch.setattr(torch.ops.fastgen, "pixelcnn_generate", generating)
+        colors = model.image_channels
+        uniforms = torch.rand(batch, colors, *size, generator=torch.Generator().manual_seed(0))
+        model.sample(batch, image_size=size, uniforms=uniforms, backend="cpu", **options)
+    return seen
+
+
+def check(folder, seen, mode="plain", cluster=1, images_each=1, threads=64, order="forward", fill=0xFF):
+    """The emulated kernel draws what the reference program draws, from the same parameters."""
+    arrays = {f"matrix.{i}": m for i, m in enumerate(seen["matrices"])}
+    for name in ("shapes", "planes", "instructions"):
+        arrays[name] = torch.tensor(seen[name])
+    for name in ("biases", "context", "table", "uniforms", "given", "known", "memory"):
+        if seen[name] is not None:
+            arrays[name] = seen[name]
+    for name, array in arrays.items():
+        (folder / name).write_bytes(array.contiguous().numpy().tobytes())
+    images, colors, height, width = seen["values"].shape
+    context = seen["context"]
+    options = {
+        "images": images, "colors": colors, "height": height, "width": width, "first_row": seen["first_row"],
+        "last_row": seen["last_row"], "memory_size": seen["memory"].shape[1], "bias_size": seen["biases"].shape[1],
+        "logistic": int(seen["distribution"] == 1), "own_biases": int(len(seen["biases"]) > 1),
+        "own_context": int(context is not None and len(context) > 1), "outputs": seen["outputs"],
+        "levels": seen["table"].shape[0], "features": seen["table"].shape[1], "context_plane": seen["context_plane"],
+        "context_channels": 0 if context is None else context.shape[3], "temperature": seen["temperature"],
+        "log_scale_min": seen["log_scale_min"], "bf16": int(seen["bf16"]), "threads": threads, "cluster": cluster,
+        "images_each": images_each, "order": ORDERS[order][0], "seed": ORDERS[order][1], "fill": fill,
+    }  # fmt: skip
+    done = run(built("pixelcnn.cpp", mode), folder, *(f"{k}={v}" for k, v in options.items()))
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = torch.frombuffer(bytearray((folder / "out.values").read_bytes()), dtype=torch.int64)
+    assert torch.equal(values.view(seen["values"].shape), seen["values"])
+
+
+def gated(**options):
+    torch.manual_seed(0)
+    return GatedPixelCNN(channels=8, layers=2, **options)
+
+
+MODELS = {
+    "gated": lambda: (gated(), {}),
+    "gated, classes": lambda: (gated(classes=3), {"labels": torch.tensor([0, 2, 1])}),
+    "gated, colors": lambda: (gated(image_channels=3, levels=5), {"temperature": 0.8}),
+    "gated, bfloat16": lambda: (gated(levels=4), {"dtype": torch.bfloat16}),
+    "plain": lambda: (PixelCNN(channels=8, layers=2), {}),
+    "attention": lambda: (PixelSNAIL(channels=8, levels=4), {}),
+}
+HOW = {
+    "one block": {}, "a cluster": {"cluster": 3, "images_each": 2}, "more images": {"cluster": 2, "images_each": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", MODELS)
+def test_draws_what_the_cpu_draws(name, how, monkeypatch, tmp_path):
+    model, options = MODELS[name]()
+    seen = recorded(monkeypatch, model, 3, (3, 4), **options)
+    check(tmp_path, seen, "address", **HOW[how])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_in_any_order_of_threads(order, monkeypatch, tmp_path):
+    seen = recorded(monkeypatch, gated(), 3, (3, 4))
+    check(tmp_path, seen, order=order, cluster=2, images_each=2, fill=0x41)
+
+
+@pytest.mark.parametrize("name", ["gated, colors", "attention"])
+def test_no_races(name, monkeypatch, tmp_path):
+    model, options = MODELS[name]()
+    seen = recorded(monkeypatch, model, 2, (2, 2), **options)
+    check(tmp_path, seen, "thread", cluster=2, images_each=2, threads=32, order="random 1")
+
+
+def test_completion(monkeypatch, tmp_path):
+    given = torch.randint(0, 2, (3, 1, 3, 4))
+    seen = recorded(monkeypatch, gated(), 3, (3, 4), given=given, known=torch.rand(3, 1, 3, 4) < 0.5)
+    check(tmp_path, seen, "address")
