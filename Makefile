@@ -31,9 +31,11 @@ gpu-installed:
 gpu-test: gpu-installed
 	FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_gpu.py $(ARGS)
 
+SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda compute-sanitizer \
+	--error-exitcode 1
 gpu-check: gpu-installed
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest \
-		tests/test_gpu.py -k smallest
+	$(SANITIZED) $(GPU_PYTHON) -m pytest tests/test_gpu.py -k smallest
+	$(SANITIZED) --tool racecheck $(GPU_PYTHON) -m pytest tests/test_gpu.py -k generation_smallest
 
 gpu-bench: gpu-installed
 	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)")

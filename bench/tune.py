@@ -28,7 +28,7 @@ def best_options(key: str, options: tuning.Options, call: Callable[[], object], 
     start = best = seconds(call)
     chosen: tuning.Options = {}
     for _ in range(1 if tiny else 2):
-        for name in [n for n in CHOICES if n in options]:
+        for name in [n for n in CHOICES if n in options][: 1 if tiny else None]:
             for value in CHOICES[name][:2] if tiny else CHOICES[name]:
                 candidate = chosen | {name: value}
                 if (options | chosen)[name] == value:

@@ -176,17 +176,17 @@ def test_reference_is_conv2d_with_a_masked_weight():
 
 def test_strided_and_expanded_inputs():
     args = floats(arguments(3, 6, 8, 9, 10, (3, 3), "position"))
-    plain = gated_masked_conv2d(**args, mask="B", backend="cpu")
+    plain = gated_masked_conv2d(**args, mask="B", backend=KERNELS)
     strided = args | {
         "x": args["x"].contiguous(memory_format=torch.channels_last),
         "weight": args["weight"].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
         "cond": torch.stack([args["cond"]] * 2, -1)[..., 0],
     }
     assert not any(strided[k].is_contiguous() for k in ("x", "weight", "cond"))
-    assert torch.equal(plain, gated_masked_conv2d(**strided, mask="B", backend="cpu"))
+    assert torch.equal(plain, gated_masked_conv2d(**strided, mask="B", backend=KERNELS))
     one = args | {"x": args["x"][:1].expand(3, -1, -1, -1)}
     torch.testing.assert_close(
-        gated_masked_conv2d(**one, mask="B", backend="cpu"), gated_masked_conv2d_reference(**one, mask="B")
+        gated_masked_conv2d(**one, mask="B", backend=KERNELS), gated_masked_conv2d_reference(**one, mask="B")
     )
 
 
