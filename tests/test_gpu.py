@@ -167,7 +167,8 @@ def test_convolutions_in_a_graph_and_on_a_side_stream(name):
     assert all(map(torch.equal, results, call()))
 
 
-def generated(which, dtype=torch.float32, streams=1, steps=40, distribution="categorical", layers=6, width=16):
+def generated(which, dtype=torch.float32, streams=1, steps=40, distribution="categorical", layers=6, width=16,
+              local=0):  # fmt: skip
     """Samples, parameters and history of a network on the GPU, by `which` backend."""
     outputs = {"categorical": 40, "logistic": 6}[distribution]
     weights = network(layers, width, width, 2 * width, outputs, distribution=distribution)
@@ -179,14 +180,24 @@ def generated(which, dtype=torch.float32, streams=1, steps=40, distribution="cat
     pair = () if distribution == "categorical" else (2,)
     uniforms = torch.rand(streams, steps, *pair, generator=generator).cuda()
     bias = torch.zeros(1, layers, 2 * width, device="cuda")
-    run = Generator(weights, dilations, distribution=distribution, dtype=dtype, backend=which).run
-    half = [run(state, u.contiguous(), bias, parameters=True) for u in uniforms.split(steps // 2, 1)]
+    local_weight = torch.randn(layers, 2 * width, local, generator=generator).cuda() / 10 if local else None
+    features = torch.randn(streams, steps, local, generator=generator).cuda() if local else None
+    run = Generator(
+        weights, dilations, distribution=distribution, local_weight=local_weight, dtype=dtype, backend=which
+    ).run
+    halves = [slice(0, steps // 2), slice(steps // 2, steps)]
+    half = [
+        run(state, uniforms[:, h], bias, local=None if features is None else features[:, h], parameters=True)
+        for h in halves
+    ]
     return *(torch.cat(parts, 1) for parts in zip(*half, strict=True)), state.history
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("streams", [1, 3, 50, 1000])
-@pytest.mark.parametrize("size", [{"layers": 6, "width": 16}, {"layers": 20, "width": 64}], ids=str)
+@pytest.mark.parametrize(
+    "size", [{"layers": 6, "width": 16}, {"layers": 20, "width": 64}, {"layers": 9, "width": 32, "local": 80}], ids=str
+)
 @pytest.mark.parametrize("distribution", ["categorical", "logistic"])
 def test_generation(distribution, size, streams, dtype, need):
     need("wavenet_generate", "cuda")
@@ -222,7 +233,7 @@ def test_generation_smallest(need):
     need("wavenet_generate", "cuda")
     for streams in (1, 5):
         for distribution in ("categorical", "logistic"):
-            generated("cuda", torch.bfloat16, streams, 4, distribution, layers=3, width=8)
+            generated("cuda", torch.bfloat16, streams, 6, distribution, layers=3, width=8, local=5)
     generated("cuda", torch.float32, 1, 2, layers=20, width=64)
     need("pixelcnn_generate", "cuda")
     for model in (GatedPixelCNN(channels=8, layers=2), PixelSNAIL(channels=8, levels=4)):

@@ -40,7 +40,8 @@ def recorded(monkeypatch, model, batch, size, **options):
     return seen
 
 
-def check(folder, seen, mode="plain", cluster=1, images_each=1, threads=64, order="forward", fill=0xFF):
+def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=4, threads=64, order="forward",
+          fill=0xFF):  # fmt: skip
     """The emulated kernel draws what the reference program draws, from the same parameters."""
     arrays = {f"matrix.{i}": m for i, m in enumerate(seen["matrices"])}
     for name in ("shapes", "planes", "instructions"):
@@ -60,7 +61,8 @@ def check(folder, seen, mode="plain", cluster=1, images_each=1, threads=64, orde
         "levels": seen["table"].shape[0], "features": seen["table"].shape[1], "context_plane": seen["context_plane"],
         "context_channels": 0 if context is None else context.shape[3], "temperature": seen["temperature"],
         "log_scale_min": seen["log_scale_min"], "bf16": int(seen["bf16"]), "threads": threads, "cluster": cluster,
-        "images_each": images_each, "order": ORDERS[order][0], "seed": ORDERS[order][1], "fill": fill,
+        "images_each": images_each, "columns": columns, "order": ORDERS[order][0],
+        "seed": ORDERS[order][1], "fill": fill,
     }  # fmt: skip
     done = run(built("pixelcnn.cpp", mode), folder, *(f"{k}={v}" for k, v in options.items()))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -82,7 +84,8 @@ MODELS = {
     "attention": lambda: (PixelSNAIL(channels=8, levels=4), {}),
 }
 HOW = {
-    "one block": {}, "a cluster": {"cluster": 3, "images_each": 2}, "more images": {"cluster": 2, "images_each": 3},
+    "one block": {}, "a cluster": {"cluster": 3, "images_each": 2},
+    "more images": {"cluster": 2, "images_each": 3, "columns": 16},
 }  # fmt: skip
 
 

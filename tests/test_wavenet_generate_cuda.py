@@ -30,7 +30,8 @@ def network(layers=5, residual=6, gate=5, skip=9, outputs=11, kernel_size=2, cla
     )  # fmt: skip
 
 
-def call(weights, dilations, distribution="categorical", streams=2, steps=12, cond=False, own_bias=False, given=0):
+def call(weights, dilations, distribution="categorical", streams=2, steps=12, cond=False, own_bias=False, given=0,
+         local=0):  # fmt: skip
     """Arguments of Generator.run, after some steps that fill the queues."""
     layers, gates, _, _ = weights.conv.shape
     classes = distribution == "categorical"
@@ -40,6 +41,7 @@ def call(weights, dilations, distribution="categorical", streams=2, steps=12, co
         "uniforms": torch.rand(streams, steps, *(() if classes else (2,))),
         "gate_bias": 0.3 * torch.randn(streams if own_bias else 1, layers, gates),
         "cond": 0.3 * torch.randn(streams, steps, layers, gates) if cond else None,
+        "local": torch.randn(streams, steps, local) if local else None,
         "given": (torch.arange(streams * given).view(streams, given) % 3 if classes else torch.zeros(streams, given))
         if given else None,
     }  # fmt: skip
@@ -50,11 +52,15 @@ def call(weights, dilations, distribution="categorical", streams=2, steps=12, co
 
 
 def emulate(program, folder, weights, dilations, state, args, *, distribution="categorical", temperature=1.0,
-            bf16=False, threads=64, cluster=1, tiles=1, tile=1, resident=True, order="forward", fill=0xFF):  # fmt: skip
+            bf16=False, local_weight=None, threads=64,
+            cluster=1, tiles=1, tile=1, resident=True, order="forward", fill=0xFF):  # fmt: skip
     """-> samples, parameters, and the state behind them."""
     arrays = {f"weights.{k}": v for k, v in weights._asdict().items()}
     classes = distribution == "categorical"
-    arrays |= {k: v for k, v in args.items() if v is not None and k != "given"}
+    arrays |= {k: v for k, v in args.items() if v is not None and k not in ("given", "local")}
+    local = args["local"]
+    if local is not None:
+        arrays |= {"cond": local, "weights.local": local_weight}
     if args["given"] is not None:
         arrays["given_class" if classes else "given_value"] = args["given"]
     arrays |= {"history": state.history, "last_class" if classes else "last_value": state.last}
@@ -68,6 +74,7 @@ def emulate(program, folder, weights, dilations, state, args, *, distribution="c
         "outputs": weights.output.shape[0], "layers": layers, "kernel_size": kernel_size, "streams": streams,
         "steps": steps, "given_steps": 0 if args["given"] is None else args["given"].shape[1],
         "position": state.position, "gate_bias_stride": int(len(args["gate_bias"]) > 1),
+        "local": 0 if local is None else local.shape[2],
         "distribution": distributions.KINDS.index(distribution), "temperature": temperature, "log_scale_min": -7.0,
         "threads": threads, "cluster": cluster, "tiles": tiles, "tile": tile, "resident": int(resident),
         "bf16": int(bf16), "order": ORDERS[order][0], "seed": ORDERS[order][1], "fill": fill,
@@ -89,7 +96,10 @@ def check(program, folder, weights, dilations, state, args, *, distribution="cat
     got = emulate(program, folder, weights, dilations, state, args, distribution=distribution,
                   temperature=temperature, bf16=bf16, **how)  # fmt: skip
     dtype = torch.bfloat16 if bf16 else torch.float32
-    reference = Generator(weights, dilations, distribution=distribution, dtype=dtype, backend="reference")
+    reference = Generator(
+        weights, dilations, distribution=distribution, dtype=dtype, local_weight=how.get("local_weight"),
+        backend="reference",
+    )  # fmt: skip
     state = state.clone()
     samples, parameters = reference.run(state, **args, temperature=temperature, parameters=True)
     torch.testing.assert_close(got[1], parameters, rtol=1e-4, atol=2e-5)
@@ -104,12 +114,14 @@ def check(program, folder, weights, dilations, state, args, *, distribution="cat
 DILATIONS = [1, 2, 4, 1, 2]
 VARIANTS = {
     "one block": {},
-    "one block, weights in memory": {"resident": False},
+    "one block, weights in memory": {"resident": False, "tile": 2},
     "two blocks": {"cluster": 2},
     "a cluster": {"cluster": 4},
-    "a cluster, tiles of streams": {"cluster": 3, "tile": 4, "tiles": 2, "threads": 96},
+    "a cluster, bfloat16": {"cluster": 4, "bf16": True},
+    "a cluster, tiles of streams": {"cluster": 3, "tile": 3, "tiles": 2, "threads": 96},
+    "a cluster, large tiles": {"cluster": 3, "tile": 6, "tiles": 2},
     "a cluster, bfloat16, weights in memory": {"cluster": 6, "tile": 4, "bf16": True, "resident": False},
-    "one block, bfloat16": {"bf16": True, "tile": 4, "threads": 32},
+    "one block, bfloat16, large tiles": {"bf16": True, "tile": 8, "threads": 32},
 }
 
 
@@ -129,7 +141,7 @@ def test_no_races(variant, tmp_path):
     check(built("wavenet.cpp", "thread"), tmp_path, network(), DILATIONS, state, args, order="random 1", **how)
 
 
-@pytest.mark.parametrize("how", [{}, {"cluster": 3}], ids=["one block", "a cluster"])
+@pytest.mark.parametrize("how", [{}, {"cluster": 3, "bf16": True}], ids=["one block", "a cluster, bfloat16"])
 @pytest.mark.parametrize("distribution", distributions.KINDS)
 @pytest.mark.parametrize("sizes", [
     {"kernel_size": 3, "residual": 33, "gate": 40, "skip": 70}, {"kernel_size": 1, "residual": 1, "gate": 1, "skip": 1},
@@ -144,6 +156,22 @@ def test_sizes_and_distributions(sizes, distribution, how, tmp_path):
         check(
             built("wavenet.cpp", "address"), tmp_path, weights, dilations, state, args, distribution=distribution,
             temperature=0.7, **how,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"cluster": 2, "bf16": True}, {"tile": 3, "bf16": True, "tiles": 2}, {"tile": 5, "cluster": 3},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("streams", [1, 7])
+def test_features_at_the_rate_of_samples(streams, how, tmp_path):
+    """Their 1x1 convolutions are part of the kernel, for four steps at once where a stream is alone."""
+    weights = network(kernel_size=3)
+    local_weight = 0.5 * torch.randn(len(weights.conv), weights.conv.shape[1], 37)
+    state, args = call(weights, [1, 2, 4, 5, 3], streams=streams, steps=11, local=37)
+    for mode in ("plain", "address"):
+        check(
+            built("wavenet.cpp", mode), tmp_path, weights, [1, 2, 4, 5, 3], state, args, local_weight=local_weight,
+            order="random 1", **how,
         )  # fmt: skip
 
 
@@ -174,10 +202,24 @@ def library(tmp_path_factory):
 def test_compiles_without_warnings_or_spills(library):
     report = library[1]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    # tiles of 1 and 4, weights on chip and not, float32 and bfloat16, and of images the last; for two machines
-    assert len(registers) == 20
+    # four or eight vectors, weights on chip and not, float32 and bfloat16; images: 4 or 16 vectors; for two machines
+    assert len(registers) == 24
     assert max(registers) <= 192  # of 255 that a thread of 256 can have
     assert not re.search(r"[1-9]\d* bytes spill", report)
+
+
+def test_bfloat16_weights_are_multiplied_on_tensor_cores(library):
+    knobs = pytest.importorskip("triton.knobs", reason="no cuobjdump")
+    listing = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "-sass", library[0]], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)
+    assert len(kernels) == 24
+    for name, code in kernels:
+        bf16 = re.search(r"EtE+v", name) is not None  # of template arguments the last: unsigned short
+        assert ("HMMA.16816.F32.BF16" in code) == bf16, name
+        assert "LDS.128" in code
+        assert "LDG.E.128" in code
 
 
 def test_loads_under_a_torch_without_cuda_and_plans(library, python):
@@ -189,17 +231,17 @@ for op in ("wavenet_generate", "pixelcnn_generate"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{{op}}", "CUDA")
 plan = torch.ops.fastgen.wavenet_plan
 h100, a100, small = [232448, 132, 8], [166912, 108, 1], [40000, 10, 1]
-usual = [256, 64, 64, 128, 256, 20, 2]
+usual = [256, 64, 64, 128, 256, 20, 2, 0]
 assert plan(usual, 1, True, h100) == [8, 1, 1, 1]
 assert plan(usual, 1, True, a100) == [1, 1, 1, 0]
-assert plan([16, 8, 8, 16, 16, 4, 2], 1, True, h100) == [1, 1, 1, 1]
-assert plan([256, 4096, 4096, 4096, 256, 4, 2], 1, True, small)[0] == 0
+assert plan([16, 8, 8, 16, 16, 4, 2, 0], 1, True, h100) == [1, 1, 1, 1]
+assert plan([256, 4096, 4096, 4096, 256, 4, 2, 0], 1, True, small)[0] == 0
 for device in (h100, a100, small):
-    for shape in (usual, [256, 128, 128, 256, 256, 30, 3], [1, 16, 16, 16, 30, 3, 1]):
+    for shape in (usual, [256, 128, 128, 256, 256, 30, 3, 0], [1, 16, 16, 16, 30, 3, 1, 80]):
         for streams in (1, 2, 7, 100, 5000):
             cluster, tile, tiles, resident = plan(shape, streams, True, device)
-            assert cluster == 0 or (cluster <= device[2] and tile in (1, 4) and tiles >= 1), (cluster, tile, tiles)
-            assert tile * tiles < streams + 4 * cluster + 4
+            assert cluster == 0 or (cluster <= device[2] and 1 <= tile <= 8 and tiles >= 1), (cluster, tile, tiles)
+            assert tile * tiles < streams + 8
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]

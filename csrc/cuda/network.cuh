@@ -1,25 +1,9 @@
-// What the kernels that sample from networks share: weights in groups of 8, the gate, a categorical sample.
+// What the kernels that sample from networks share: products, the gate, a categorical sample.
 #pragma once
 
-#include "device.h"
-#include "group.h"
+#include "product.cuh"
 
 namespace fastgen {
-
-using namespace device;
-
-template <class W>
-struct alignas(16) Group {
-  W v[kGroup];
-};
-
-FASTGEN_DEVICE float to_float(float v) { return v; }
-FASTGEN_DEVICE float to_float(uint16_t v) {  // bfloat16
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  memcpy(&f, &bits, sizeof f);
-  return f;
-}
 
 FASTGEN_DEVICE float gate(float a, float b) { return tanhf(a) / (1 + expf(-b)); }
 

@@ -3,7 +3,6 @@
 
 #include "host.h"
 #include "pixelcnn_job.h"
-#include "wavenet_pack.h"
 
 namespace fastgen::pixelcnn {
 namespace {
@@ -11,15 +10,15 @@ namespace {
 // -> one uint8 buffer, on the CPU as the matrices are.
 Tensor pixelcnn_pack_cuda(std::vector<Tensor> matrices, std::vector<int64_t> shapes, bool bf16) {
   FASTGEN_CHECK(matrices.size() * kMatrixInts == shapes.size(), "pixelcnn_pack_cuda: shapes do not fit the matrices");
-  const int64_t bytes = matrices_of(shapes, kThreads).back().at * (bf16 ? 2 : 4);
+  const int64_t bytes = matrices_of(shapes).back().at * (bf16 ? 2 : 4);
   Tensor packed = torch::stable::new_empty(matrices[0], std::vector<int64_t>{bytes}, ScalarType::Byte);
   std::memset(packed.data_ptr(), 0, bytes);
   std::vector<const float*> weights;
   for (const Tensor& m : matrices) weights.push_back(static_cast<const float*>(m.data_ptr()));
-  const auto put_all = [&](auto* to) {
-    pack(weights, shapes, kThreads, [&](int64_t at, float v) { wavenet::convert(v, to + at); });
-  };
-  bf16 ? put_all(static_cast<uint16_t*>(packed.data_ptr())) : put_all(static_cast<float*>(packed.data_ptr()));
+  if (bf16)
+    pack(weights, shapes, static_cast<uint16_t*>(packed.data_ptr()));
+  else
+    pack(weights, shapes, static_cast<float*>(packed.data_ptr()));
   return packed;
 }
 
@@ -40,7 +39,7 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   Device device{};
   check(device_of(packed.get_device_index(), &device), op, "the device");
   void* stream = current_stream(packed.get_device_index());
-  const std::vector<Matrix> matrices = matrices_of(shapes, kThreads);
+  const std::vector<Matrix> matrices = matrices_of(shapes);
   FASTGEN_CHECK(packed.numel() == matrices.back().at * (bf16 ? 2 : 4), op, ": packed weights of another size");
   // the program goes to the GPU in one piece: planes, instructions, matrices
   std::vector<int64_t> program = planes;
@@ -54,7 +53,7 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.instructions = reinterpret_cast<const Instruction*>(numbers + planes.size());
   job.matrices = reinterpret_cast<const Matrix*>(numbers + planes.size() + instructions.size());
   job.instruction_count = static_cast<int64_t>(instructions.size()) / kInstructionInts;
-  for (const Matrix& m : matrices) job.most_inputs = std::max(job.most_inputs, m.inputs);
+  job.most_inputs = most_inputs_of(matrices);
   for (size_t i = 0; i < instructions.size(); i += kInstructionInts)
     if (instructions[i] == static_cast<int64_t>(Kind::kAttention)) job.scores = job.height * job.width;
   job.first_row = first_row;
@@ -81,15 +80,16 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.memory = static_cast<float*>(memory.data_ptr());
   job.values = static_cast<int64_t*>(values.data_ptr());
   job.parameters = parameters ? static_cast<float*>(parameters->data_ptr()) : nullptr;
-  FASTGEN_CHECK(job.shared_bytes(kThreads) <= device.shared_bytes, op, ": images of ", job.height, " x ", job.width,
-                " pixels need ", job.shared_bytes(kThreads), " bytes of a block's shared memory, this GPU has ",
+  FASTGEN_CHECK(job.shared_bytes(4, kThreads) <= device.shared_bytes, op, ": images of ", job.height, " x ", job.width,
+                " pixels need ", job.shared_bytes(4, kThreads), " bytes of a block's shared memory, this GPU has ",
                 device.shared_bytes, "; use backend='reference'");
+  const int columns = job.shared_bytes(kMostColumns, kThreads) <= device.shared_bytes ? kMostColumns : 4;
   // as few images in a group as leave no group waiting for another
   job.images_each = 1;
-  for (job.cluster = device.largest_cluster; job.cluster > 1 && active(job, bf16) == 0;) job.cluster /= 2;
-  const int64_t groups = std::max(1, active(job, bf16));
+  for (job.cluster = device.largest_cluster; job.cluster > 1 && active(job, columns, bf16) == 0;) job.cluster /= 2;
+  const int64_t groups = std::max(1, active(job, columns, bf16));
   job.images_each = static_cast<int>((job.images + groups - 1) / groups);
-  check(launch(job, bf16, stream), op, "the launch");
+  check(launch(job, columns, bf16, stream), op, "the launch");
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 
 namespace fastgen::pixelcnn {
 
-template <class W>
+template <int M, class W>
 class Images {
  public:
   FASTGEN_DEVICE explicit Images(const Job& job)
@@ -20,9 +20,9 @@ class Images {
         first_(int64_t{block() / job.cluster} * job.images_each),
         count_(static_cast<int>(first_ + job.images_each < job.images ? job.images_each : job.images - first_)) {
     Shared shared;
-    windows_ = shared.take<float>(kColumns * job.most_inputs);
+    windows_ = shared.take<W>(kColumns * job.most_inputs * Vectors<W>::kParts);
     scores_ = shared.take<float>((threads() / 32) * job.scores);
-    for (int64_t i = thread(); i < kColumns * job.most_inputs; i += threads()) windows_[i] = 0;
+    for (int64_t i = thread(); i < kColumns * job.most_inputs * Vectors<W>::kParts; i += threads()) windows_[i] = 0;
     sync_block();
   }
 
@@ -36,6 +36,8 @@ class Images {
   }
 
  private:
+  static constexpr int kColumns = 4 * M;
+
   FASTGEN_DEVICE void meet() {
     if (job_.cluster > 1)
       sync_cluster();
@@ -98,39 +100,28 @@ class Images {
     });
   }
 
-  // dst = bias + other + matrix * window of src: for kColumns pixels or images at a time, this block's slices of rows.
+  // dst = bias + other + matrix * window of src: for kColumns pixels or images at a time, this block's share of rows.
   FASTGEN_DEVICE void convolve(const Instruction& i, int64_t y, int64_t x0, int64_t x1) {
     const Matrix& m = job_.matrices[i.matrix];
+    const Tiles tiles = m.tiles();
     const int64_t inputs = i.extra * job_.planes[i.src].channels, columns = (x1 - x0) * count_;
-    const int slice = threads() / kSplit, sub = thread() % kSplit, place = thread() / kSplit;
+    const Vectors<W> windows{windows_, static_cast<int>(tiles.padded())};
     for (int64_t begin = 0; begin < columns; begin += kColumns) {
-      const int64_t n = columns - begin < kColumns ? columns - begin : kColumns;
-      for (int64_t j = thread(); j < n * m.inputs; j += threads()) {
-        const int64_t column = begin + j / m.inputs, k = j % m.inputs;
-        windows_[j] = k < inputs ? at(i.src, column / (x1 - x0), y + i.dy, x0 + column % (x1 - x0) + i.dx)[k] : 0.0f;
+      const int live = static_cast<int>(columns - begin < kColumns ? columns - begin : kColumns);
+      for (int64_t j = thread(); j < live * tiles.padded(); j += threads()) {
+        const int64_t column = begin + j / tiles.padded(), k = j % tiles.padded();
+        const int64_t image = column / (x1 - x0), x = x0 + column % (x1 - x0);
+        windows.put(static_cast<int>(column - begin), static_cast<int>(k),
+                    k < inputs ? at(i.src, image, y + i.dy, x + i.dx)[k] : 0.0f);
       }
       sync_block();
-      for (int64_t s = rank_; s * slice < m.rows; s += job_.cluster) {
-        float sums[kColumns] = {};
-        const W* w = static_cast<const W*>(job_.weights) + m.at + (s * slice * m.inputs) +
-                     (int64_t{place} * kSplit + sub) * kGroup;
-        for (int64_t k = sub * kGroup; k < m.inputs; k += kStep, w += slice * kSplit * kGroup) {
-          const Group<W> g = *reinterpret_cast<const Group<W>*>(w);
-          for (int c = 0; c < kColumns; ++c)
-            for (int e = 0; e < kGroup; ++e) sums[c] += to_float(g.v[e]) * windows_[c * m.inputs + k + e];
-        }
-        for (int lanes = 1; lanes < kSplit; lanes *= 2)
-          for (int c = 0; c < kColumns; ++c) sums[c] += shuffle_xor(sums[c], lanes);
-        const int64_t row = s * slice + place;
-        if (sub >= n || row >= m.rows) continue;
-        float v = 0;
-        for (int c = 0; c < kColumns; ++c)
-          if (c == sub) v = sums[c];
-        const int64_t column = begin + sub, image = column / (x1 - x0), x = x0 + column % (x1 - x0);
+      const auto finish = [&](int row, int n, float v) {
+        const int64_t image = (begin + n) / (x1 - x0), x = x0 + (begin + n) % (x1 - x0);
         if (i.bias >= 0) v += job_.biases[(job_.own_biases ? first_ + image : 0) * job_.bias_size + i.bias + row];
         if (i.other >= 0) v += at(i.other, image, y, x)[row];
         at(i.dst, image, y, x)[row] = v;
-      }
+      };
+      product<M>(tiles, static_cast<const W*>(job_.weights) + m.at, windows, live, finish, rank_, job_.cluster);
       sync_block();
     }
   }
@@ -255,7 +246,8 @@ class Images {
   const int rank_;
   const int64_t first_;
   const int count_;
-  float *windows_, *scores_;
+  W* windows_;
+  float* scores_;
 };
 
 }  // namespace fastgen::pixelcnn

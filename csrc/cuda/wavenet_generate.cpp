@@ -17,23 +17,25 @@ struct Parts {
 };
 
 Shape shape_from(const std::vector<int64_t>& n) {
-  FASTGEN_CHECK(n.size() == 7, "wavenet_generate: shape needs 7 numbers");
+  FASTGEN_CHECK(n.size() == 8, "wavenet_generate: shape needs 8 numbers");
   const auto at = [&](int i) { return static_cast<int>(n[i]); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
 }
 
 // -> one uint8 buffer, on the CPU as the weights are.
 Tensor wavenet_pack_cuda(std::vector<Tensor> weights, std::vector<int64_t> shape, std::vector<int64_t> dilations,
                          bool bf16) {
   const Shape s = shape_from(shape);
-  FASTGEN_CHECK(weights.size() == 11, "wavenet_generate: 11 weight tensors are expected, got ", weights.size());
-  const Layout layout(s, kThreads);
+  FASTGEN_CHECK(weights.size() == (s.local ? 12 : 11),
+                "wavenet_generate: 11 weight tensors are expected, 12 with conditioning, got ", weights.size());
+  const Layout layout(s);
   const Parts parts(layout, s, bf16);
   Tensor packed = torch::stable::new_empty(weights[0], std::vector<int64_t>{parts.bytes}, ScalarType::Byte);
   auto* data = static_cast<uint8_t*>(packed.data_ptr());
   std::memset(data, 0, parts.bytes);
   const auto at = [&](int i) { return static_cast<const float*>(weights[i].data_ptr()); };
-  const Weights w{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10)};
+  const Weights w{at(0), at(1), at(2), at(3), at(4),  at(5),
+                  at(6), at(7), at(8), at(9), at(10), s.local ? at(11) : nullptr};
   auto* floats = reinterpret_cast<float*>(data + parts.floats);
   if (bf16)
     pack(w, s, layout, reinterpret_cast<uint16_t*>(data), floats);
@@ -72,7 +74,7 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
       choose(s, streams, bf16 ? 2 : 4, device, [&](const Plan& candidate) { return active(candidate, s, bf16); });
   FASTGEN_CHECK(plan.cluster > 0, "wavenet_generate: a block of this GPU has ", device.shared_bytes,
                 " bytes of shared memory, too few for one stream of this network; use backend='reference'");
-  Job job(s, kThreads, plan.cluster, plan.tiles);
+  Job job(s, plan);
   const Parts parts(job.layout, s, bf16);
   FASTGEN_CHECK(packed.numel() == parts.bytes, "wavenet_generate: packed weights of ", parts.bytes,
                 " bytes are expected, got ", packed.numel());

@@ -3,8 +3,8 @@
 // The blocks are a pipeline: each has some layers, the last one the output layers, and their weights stay in its shared
 // memory for the whole loop. A vector x passes from block to block as soon as it is known; behind it, off the chain on
 // which the next sample waits, each block adds its skips to the sum that follows x, and multiplies the past inputs of
-// its layers for the next step, whose products then need only a vector's addition. Streams come in tiles of N, which
-// share each weight that is read; several tiles keep all blocks of the pipeline busy.
+// its layers for the next step, whose products then need only a vector's addition. Streams come in tiles, which share
+// each weight that is read; several tiles keep all blocks of the pipeline busy.
 //
 // A mailbox is written again only after the sample that its last content led to, so no answer need be awaited.
 #pragma once
@@ -13,35 +13,6 @@
 #include "wavenet_job.h"
 
 namespace fastgen::wavenet {
-
-using namespace device;
-
-// finish(unit, sums [rows][N]) for each unit of w x, x [N][stride], by one thread each. All threads of a block take
-// part.
-template <int kRows, int N, class W, class F>
-FASTGEN_DEVICE void product(const Matrix& m, const W* w, const float* x, int stride, F&& finish) {
-  const int sub = thread() % m.split, steps = m.padded() / (kGroup * m.split);
-  for (int first = 0; first < m.units; first += m.stride) {
-    const int place = thread() / m.split, unit = first + place;
-    const bool live = place < m.stride && unit < m.units;
-    float sums[kRows][N] = {};
-    if (live) {
-      const W* row = w + m.at(unit, 0, sub * kGroup);
-      for (int i = 0; i < steps; ++i, row += int64_t{m.stride} * m.split * kRows * kGroup) {
-        const float* in = x + (i * m.split + sub) * kGroup;
-        for (int r = 0; r < kRows; ++r) {
-          const Group<W> g = *reinterpret_cast<const Group<W>*>(row + r * kGroup);
-          for (int n = 0; n < N; ++n)
-            for (int k = 0; k < kGroup; ++k) sums[r][n] += to_float(g.v[k]) * in[n * stride + k];
-        }
-      }
-    }
-    for (int lanes = 1; lanes < m.split; lanes *= 2)
-      for (int r = 0; r < kRows; ++r)
-        for (int n = 0; n < N; ++n) sums[r][n] += shuffle_xor(sums[r][n], lanes);
-    if (live && sub == 0) finish(unit, sums);
-  }
-}
 
 // One value from a mixture, as sampling.h in the CPU's kernels. By one warp.
 FASTGEN_DEVICE float sample_mixture(const Job& job, const float* parameters, float u, float v) {
@@ -55,8 +26,9 @@ FASTGEN_DEVICE float sample_mixture(const Job& job, const float* parameters, flo
   return static_cast<float>(fmin(fmax(x, -1.0), 1.0));
 }
 
-// One block's part, for streams in tiles of N.
-template <int N, bool kResident, class W>
+// One block's part, for streams in tiles of at most N = 4 M. A group of one stream has room in its products for some
+// steps at once: the past that a long enough dilation reaches is multiplied for four of them together.
+template <int M, bool kResident, class W>
 class Block {
  public:
   FASTGEN_DEVICE explicit Block(const Job& job)
@@ -64,58 +36,71 @@ class Block {
         rank_(block() % job.cluster),
         next_(rank_ + 1 < job.cluster ? rank_ + 1 : rank_),
         share_(job.layout, job.shape, rank_, job.cluster),
-        first_(int64_t{block() / job.cluster} * job.tiles * N) {
+        first_(int64_t{block() / job.cluster} * job.tiles * job.tile),
+        alone_(job.tiles == 1 && streams_of(0) == 1) {
     Shared shared;
-    const W* all = static_cast<const W*>(job.weights);
-    weights_ = all + share_.begin;
+    x_in_ = shared.take<float>(int64_t{job.tiles} * N * job.shape.residual);
+    s_in_ = shared.take<float>(int64_t{job.tiles} * N * job.shape.skip);
+    came_ = shared.take<int64_t>(job.tiles * N);
+    came_value_ = shared.take<float>(job.tiles * N);
+    arrived_ = shared.take<int64_t>(3 * job.tiles);  // steps that have come: of x, of the sum of skips, of samples
+    // the arrays above are where other blocks write: the same in each
+    weights_ = static_cast<const W*>(job.weights) + share_.begin;
+    W* own = shared.take<W>(kResident ? share_.size : 0);
     if constexpr (kResident) {
-      W* own = shared.take<W>(job.largest_share);
       for (int64_t i = int64_t{thread()} * kGroup; i < share_.size; i += int64_t{threads()} * kGroup)
         *reinterpret_cast<Group<W>*>(own + i) = *reinterpret_cast<const Group<W>*>(weights_ + i);
       weights_ = own;
     }
-    x_in_ = shared.take<float>(int64_t{job.tiles} * N * job_.lengths.x);
-    s_in_ = shared.take<float>(int64_t{job.tiles} * N * job_.lengths.s);
-    pending_ = shared.take<float>(int64_t{job.tiles} * job_.lengths.layers * N * 2 * job_.shape.gate);
-    x_ = shared.take<float>(3 * N * job_.lengths.x);
-    past_ = x_ + 2 * N * job_.lengths.x;
-    z_ = shared.take<float>(int64_t{job_.lengths.layers} * N * job_.lengths.z);
-    sum_ = shared.take<float>(2 * N * job_.lengths.s);
-    hidden_ = sum_ + N * job_.lengths.s;
-    out_ = shared.take<float>(N * job_.lengths.out);
-    came_ = shared.take<int64_t>(job.tiles * N);
-    came_value_ = shared.take<float>(job.tiles * N);
-    arrived_ = shared.take<int64_t>(3 * job.tiles);  // steps that have come: of x, of the sum of skips, of samples
-    clear(x_, 3 * N * job_.lengths.x);
-    clear(x_in_, int64_t{job.tiles} * N * job_.lengths.x);
-    clear(z_, int64_t{job_.lengths.layers} * N * job_.lengths.z);
-    clear(sum_, 2 * N * job_.lengths.s);
+    pending_ = shared.take<float>(int64_t{share_.layers()} * N * 2 * job.shape.gate);
+    x_ = shared.take<float>(2 * N * job.lengths.x);
+    input_ = vectors(shared, 2, job.lengths.x);
+    past_ = vectors(shared, 1, job.lengths.past);
+    z_ = vectors(shared, share_.layers(), job.lengths.z);
+    sum_ = shared.take<float>(N * job.shape.skip);
+    skips_ = vectors(shared, share_.head, job.lengths.s);
+    hidden_ = vectors(shared, share_.head, job.lengths.s);
+    out_ = shared.take<float>(share_.head * N * job.shape.outputs);
     for (int i = thread(); i < 3 * job.tiles; i += threads()) arrived_[i] = 0;
     sync_cluster();
   }
 
   FASTGEN_DEVICE void run() {
-    for (int tile = 0; tile < job_.tiles && begins(tile); ++tile) prepare(tile, 0);
     for (int64_t t = 0; t < job_.steps; ++t)
-      for (int tile = 0; tile < job_.tiles && begins(tile); ++tile) {
+      for (int tile = 0; tile < job_.tiles && streams_of(tile) > 0; ++tile) {
+        prepare(tile, t);
         if (share_.layers() > 0 || rank_ == 0) walk(tile, t);
         if (share_.head) emit(tile, t);
-        if (t + 1 < job_.steps) prepare(tile, t + 1);
       }
     sync_cluster();  // so that no block's memory goes while another writes there
   }
 
  private:
-  FASTGEN_DEVICE void clear(float* p, int64_t n) {
-    for (int64_t i = thread(); i < n; i += threads()) p[i] = 0;
+  static constexpr int N = 4 * M, kAhead = 4;
+
+  // Zeros, so that a product may read what no stream has.
+  FASTGEN_DEVICE Vectors<W> vectors(Shared& shared, int count, int length) const {
+    const int64_t size = int64_t{count} * N * length * Vectors<W>::kParts;
+    W* data = shared.take<W>(size);
+    for (int64_t i = thread(); i < size; i += threads()) data[i] = 0;
+    return {data, length};
   }
 
-  FASTGEN_DEVICE bool begins(int tile) const { return stream(tile, 0) < job_.streams; }
-  FASTGEN_DEVICE int64_t stream(int tile, int n) const { return first_ + tile * N + n; }
+  FASTGEN_DEVICE int64_t stream(int tile, int n) const { return first_ + tile * job_.tile + n; }
+  FASTGEN_DEVICE int streams_of(int tile) const {
+    const int64_t left = job_.streams - stream(tile, 0);
+    return left < 0 ? 0 : left < job_.tile ? static_cast<int>(left) : job_.tile;
+  }
   FASTGEN_DEVICE float* mail(float* box, int tile, int length) const { return box + int64_t{tile} * N * length; }
-  FASTGEN_DEVICE float* z(int own) const { return z_ + int64_t{own} * N * job_.lengths.z; }
-  FASTGEN_DEVICE float* pending(int tile, int own, int n) const {
-    return pending_ + ((int64_t{tile} * job_.lengths.layers + own) * N + n) * 2 * job_.shape.gate;
+  FASTGEN_DEVICE Vectors<W> nth(const Vectors<W>& v, int i) const { return {v.group(i * N, 0, 0), v.length}; }
+  FASTGEN_DEVICE float* pending(int own, int column) const {
+    return pending_ + (int64_t{own} * N + column) * 2 * job_.shape.gate;
+  }
+
+  // f(n, i) for n in [from, to) and i < length, by all threads.
+  template <class F>
+  FASTGEN_DEVICE void each(int from, int to, int length, F&& f) const {
+    for (int i = from * length + thread(); i < to * length; i += threads()) f(i / length, i % length);
   }
 
   enum Kind { kX = 0, kSum = 1, kSample = 2 };
@@ -134,36 +119,36 @@ class Block {
 
   // The layers of this block, from x to x, and their skips.
   FASTGEN_DEVICE void walk(int tile, int64_t t) {
+    const int live = streams_of(tile), residual = job_.shape.residual, length = job_.lengths.x;
     if (rank_ == 0) {
       embed(tile, t);
     } else {
       receive(kX, tile, t + 1);
-      const float* in = mail(x_in_, tile, job_.lengths.x);
-      for (int i = thread(); i < N * job_.lengths.x; i += threads()) x_[i] = in[i];
+      const float* in = mail(x_in_, tile, residual);
+      each(0, live, residual, [&](int n, int r) { set_x(0, n, r, in[n * residual + r]); });
     }
     sync_block();
     const bool more = share_.last < job_.shape.layers;  // layers in the next block
     for (int own = 0; own < share_.layers(); ++own) {
       const W* w = weights_ + job_.layout.layer * own;
-      const float* x = x_ + (own & 1) * N * job_.lengths.x;
-      product<2, N>(job_.layout.tap, w, x, job_.lengths.x, [&](int unit, const float(&sums)[2][N]) {
-        for (int n = 0; n < N; ++n) {
-          const float* before = pending(tile, own, n);
-          z(own)[n * job_.lengths.z + unit] =
-              gate(before[unit] + sums[0][n], before[job_.shape.gate + unit] + sums[1][n]);
-        }
+      const float* x = x_ + (own & 1) * N * length;
+      const Vectors<W> z = nth(z_, own);
+      product<M, true>(job_.layout.tap, w, nth(input_, own & 1), live, [&](int unit, int n, float a, float b) {
+        const float* before = pending(own, alone_ ? static_cast<int>(t % kAhead) : n);
+        z.put(n, unit, gate(before[unit] + a, before[job_.shape.gate + unit] + b));
       });
       sync_block();
       const bool passes = own + 1 == share_.layers();
       if (!passes || more) {
-        const float* bias = job_.floats + job_.layout.residual_bias + int64_t{share_.first + own} * job_.shape.residual;
-        float* to = x_ + ((own + 1) & 1) * N * job_.lengths.x;
-        if (passes) to = in_block(mail(x_in_, tile, job_.lengths.x), next_);
-        product<1, N>(job_.layout.residual, w + job_.layout.residual_at(), z(own), job_.lengths.z,
-                      [&](int unit, const float(&sums)[1][N]) {
-                        for (int n = 0; n < N; ++n)
-                          to[n * job_.lengths.x + unit] = x[n * job_.lengths.x + unit] + sums[0][n] + bias[unit];
-                      });
+        const float* bias = job_.floats + job_.layout.residual_bias + int64_t{share_.first + own} * residual;
+        float* to = in_block(mail(x_in_, tile, residual), next_);
+        product<M>(job_.layout.residual, w + job_.layout.residual_at(), z, live, [&](int unit, int n, float v) {
+          v += x[n * length + unit] + bias[unit];
+          if (passes)
+            to[n * residual + unit] = v;
+          else
+            set_x((own + 1) & 1, n, unit, v);
+        });
       }
       if (passes && more)
         send(kX, tile, next_, t + 1);
@@ -174,21 +159,24 @@ class Block {
     add_skips(tile, t);
   }
 
+  FASTGEN_DEVICE void set_x(int turn, int n, int r, float v) {
+    x_[(turn * N + n) * job_.lengths.x + r] = v;
+    input_.put(turn * N + n, r, v);
+  }
+
   FASTGEN_DEVICE void embed(int tile, int64_t t) {
     const bool categorical = job_.distribution == Distribution::kCategorical;
     if (t > 0) receive(kSample, tile, t);
-    for (int i = thread(); i < N * job_.shape.residual; i += threads()) {
-      const int n = i / job_.shape.residual, r = i % job_.shape.residual;
+    each(0, streams_of(tile), job_.shape.residual, [&](int n, int r) {
       const int64_t b = stream(tile, n);
-      if (b >= job_.streams) continue;
       const float* row = job_.floats + job_.layout.input;
       float value = 1;
       if (categorical)
         row += (t > 0 ? came_[tile * N + n] : job_.last_class[b]) * job_.shape.residual;
       else
         value = t > 0 ? came_value_[tile * N + n] : job_.last_value[b];
-      x_[n * job_.lengths.x + r] = row[r] * value + job_.floats[job_.layout.input_bias + r];
-    }
+      set_x(0, n, r, row[r] * value + job_.floats[job_.layout.input_bias + r]);
+    });
   }
 
   // x becomes part of the layer's past.
@@ -196,68 +184,78 @@ class Block {
     const int64_t length = (job_.shape.kernel_size - 1) * job_.dilations[l];
     if (length == 0) return;
     const int64_t row = job_.history_at[l] + (job_.position + t) % length;
-    for (int i = thread(); i < N * job_.shape.residual; i += threads()) {
-      const int n = i / job_.shape.residual, r = i % job_.shape.residual;
-      if (stream(tile, n) < job_.streams) past_row(tile, n, row)[r] = x[n * job_.lengths.x + r];
-    }
+    each(0, streams_of(tile), job_.shape.residual,
+         [&](int n, int r) { past_row(stream(tile, n), row)[r] = x[n * job_.lengths.x + r]; });
   }
 
-  FASTGEN_DEVICE float* past_row(int tile, int n, int64_t row) const {
-    return job_.history + (stream(tile, n) * job_.history_rows + row) * job_.history_stride;
+  FASTGEN_DEVICE float* past_row(int64_t b, int64_t row) const {
+    return job_.history + (b * job_.history_rows + row) * job_.history_stride;
   }
 
   FASTGEN_DEVICE void add_skips(int tile, int64_t t) {
+    const int live = streams_of(tile), skip = job_.shape.skip;
     if (rank_ > 0) receive(kSum, tile, t + 1);
-    const float* in = mail(s_in_, tile, job_.lengths.s);
-    for (int i = thread(); i < N * job_.shape.skip; i += threads()) {
-      const int n = i / job_.shape.skip, k = i % job_.shape.skip;
-      sum_[n * job_.lengths.s + k] = rank_ > 0 ? in[n * job_.lengths.s + k] : job_.floats[job_.layout.skip_bias + k];
-    }
+    const float* in = mail(s_in_, tile, skip);
+    each(0, live, skip, [&](int n, int k) {
+      sum_[n * skip + k] = rank_ > 0 ? in[n * skip + k] : job_.floats[job_.layout.skip_bias + k];
+    });
     sync_block();
     for (int own = 0; own < share_.layers(); ++own)  // a unit is always the same thread's
-      product<1, N>(job_.layout.skip, weights_ + job_.layout.layer * own + job_.layout.skip_at(), z(own),
-                    job_.lengths.z, [&](int unit, const float(&sums)[1][N]) {
-                      for (int n = 0; n < N; ++n) sum_[n * job_.lengths.s + unit] += sums[0][n];
-                    });
+      product<M>(job_.layout.skip, weights_ + job_.layout.layer * own + job_.layout.skip_at(), nth(z_, own), live,
+                 [&](int unit, int n, float v) { sum_[n * skip + unit] += v; });
     sync_block();
     if (share_.head) return;
-    float* to = in_block(mail(s_in_, tile, job_.lengths.s), next_);
-    for (int i = thread(); i < N * job_.shape.skip; i += threads()) {
-      const int at = i / job_.shape.skip * job_.lengths.s + i % job_.shape.skip;
-      to[at] = sum_[at];
-    }
+    float* to = in_block(mail(s_in_, tile, skip), next_);
+    each(0, live, skip, [&](int n, int k) { to[n * skip + k] = sum_[n * skip + k]; });
     send(kSum, tile, next_, t + 1);
   }
 
-  // What the past and the conditioning give the gates of step t.
+  // What the past and the conditioning give the gates of step t. Columns of the products are streams, or the steps from
+  // t on that a stream alone prepares together.
   FASTGEN_DEVICE void prepare(int tile, int64_t t) {
-    const int gates = 2 * job_.shape.gate;
+    const int gates = 2 * job_.shape.gate, now = alone_ ? static_cast<int>(t % kAhead) : 0;
+    const int64_t left = job_.steps - t;
+    const int columns = alone_ ? static_cast<int>(left < kAhead ? left : kAhead) : streams_of(tile);
+    const auto stream_of = [&](int n) { return alone_ ? first_ : stream(tile, n); };
+    const auto step_of = [&](int n) { return alone_ ? t + n : t; };
     for (int own = 0; own < share_.layers(); ++own) {
       const int l = share_.first + own;
-      for (int i = thread(); i < N * gates; i += threads()) {
-        const int n = i / gates, g = i % gates;
-        const int64_t b = stream(tile, n);
-        if (b >= job_.streams) continue;
-        float v = job_.gate_bias[(b * job_.gate_bias_stride * job_.shape.layers + l) * gates + g];
-        if (job_.cond) v += job_.cond[((b * job_.steps + t) * job_.shape.layers + l) * gates + g];
-        pending(tile, own, n)[g] = v;
-      }
-      const int64_t dilation = job_.dilations[l], length = (job_.shape.kernel_size - 1) * dilation;
-      for (int j = 1; j < job_.shape.kernel_size; ++j) {
-        const int64_t row = job_.history_at[l] + (job_.position + t + length - j * dilation) % length;
-        for (int i = thread(); i < N * job_.shape.residual; i += threads()) {
-          const int n = i / job_.shape.residual, r = i % job_.shape.residual;
-          if (stream(tile, n) < job_.streams) past_[n * job_.lengths.x + r] = past_row(tile, n, row)[r];
+      const W* w = weights_ + job_.layout.layer * own;
+      const auto add = [&](const Tiles& tiles, int64_t at, int from, int to) {
+        sync_block();
+        product<M, true>(tiles, w + at, past_, to, [&](int unit, int n, float a, float b) {
+          if (n < from) return;
+          pending(own, n)[unit] += a;
+          pending(own, n)[job_.shape.gate + unit] += b;
+        });
+        sync_block();
+      };
+      if (now == 0) {
+        each(0, columns, gates, [&](int n, int g) {
+          float v = job_.gate_bias[(stream_of(n) * job_.gate_bias_stride * job_.shape.layers + l) * gates + g];
+          if (job_.cond && job_.shape.local == 0)
+            v += job_.cond[((stream_of(n) * job_.steps + step_of(n)) * job_.shape.layers + l) * gates + g];
+          pending(own, n)[g] = v;
+        });
+        if (job_.cond && job_.shape.local > 0) {
+          each(0, columns, job_.shape.local, [&](int n, int k) {
+            past_.put(n, k, job_.cond[(stream_of(n) * job_.steps + step_of(n)) * job_.shape.local + k]);
+          });
+          add(job_.layout.local, job_.layout.local_at(), 0, columns);
         }
-        sync_block();
-        product<2, N>(job_.layout.tap, weights_ + job_.layout.layer * own + job_.layout.old_at(j), past_,
-                      job_.lengths.x, [&](int unit, const float(&sums)[2][N]) {
-                        for (int n = 0; n < N; ++n) {
-                          pending(tile, own, n)[unit] += sums[0][n];
-                          pending(tile, own, n)[job_.shape.gate + unit] += sums[1][n];
-                        }
-                      });
-        sync_block();
+      }
+      const int64_t length = (job_.shape.kernel_size - 1) * job_.dilations[l];
+      for (int j = 1; j < job_.shape.kernel_size; ++j) {
+        const int64_t distance = j * job_.dilations[l];
+        const bool one = alone_ && distance < kAhead;  // the later steps' past is yet to come
+        if (alone_ && !one && now > 0) continue;
+        const int from = one ? now : 0, to = one ? now + 1 : columns;
+        each(from, to, job_.shape.residual, [&](int n, int r) {
+          const int64_t step = one ? t : step_of(n);
+          const int64_t row = job_.history_at[l] + (job_.position + step + length - distance) % length;
+          past_.put(n, r, past_row(stream_of(n), row)[r]);
+        });
+        add(job_.layout.tap, job_.layout.old_at(j), from, to);
       }
     }
     sync_block();
@@ -265,40 +263,32 @@ class Block {
 
   // The output layers, and the sample.
   FASTGEN_DEVICE void emit(int tile, int64_t t) {
+    const int live = streams_of(tile), skip = job_.shape.skip, outputs = job_.shape.outputs;
     const float* in = sum_;
     if (job_.cluster > 1) {
       receive(kSum, tile, t + 1);
-      in = mail(s_in_, tile, job_.lengths.s);
+      in = mail(s_in_, tile, skip);
     }
-    for (int i = thread(); i < N * job_.shape.skip; i += threads()) {
-      const int at = i / job_.shape.skip * job_.lengths.s + i % job_.shape.skip;
-      sum_[at] = fmaxf(in[at], 0.0f);
-    }
+    each(0, live, skip, [&](int n, int k) { skips_.put(n, k, fmaxf(in[n * skip + k], 0.0f)); });
     sync_block();
     const W* w = weights_ + (job_.layout.head - share_.begin);
-    product<1, N>(job_.layout.hidden, w, sum_, job_.lengths.s, [&](int unit, const float(&sums)[1][N]) {
-      for (int n = 0; n < N; ++n)
-        hidden_[n * job_.lengths.s + unit] = fmaxf(sums[0][n] + job_.floats[job_.layout.hidden_bias + unit], 0.0f);
+    product<M>(job_.layout.hidden, w, skips_, live, [&](int unit, int n, float v) {
+      hidden_.put(n, unit, fmaxf(v + job_.floats[job_.layout.hidden_bias + unit], 0.0f));
     });
     sync_block();
-    product<1, N>(job_.layout.output, w + job_.layout.hidden.size(), hidden_, job_.lengths.s,
-                  [&](int unit, const float(&sums)[1][N]) {
-                    for (int n = 0; n < N; ++n) {
-                      const float v = sums[0][n] + job_.floats[job_.layout.output_bias + unit];
-                      out_[n * job_.lengths.out + unit] = v;
-                      if (job_.parameters && stream(tile, n) < job_.streams)
-                        job_.parameters[(stream(tile, n) * job_.steps + t) * job_.shape.outputs + unit] = v;
-                    }
-                  });
+    product<M>(job_.layout.output, w + job_.layout.hidden.size(), hidden_, live, [&](int unit, int n, float v) {
+      v += job_.floats[job_.layout.output_bias + unit];
+      out_[n * outputs + unit] = v;
+      if (job_.parameters) job_.parameters[(stream(tile, n) * job_.steps + t) * outputs + unit] = v;
+    });
     sync_block();
-    for (int n = thread() / 32; n < N; n += threads() / 32)
-      if (stream(tile, n) < job_.streams) choose(tile, n, t);
+    for (int n = thread() / 32; n < live; n += threads() / 32) choose(tile, n, t);
     send(kSample, tile, 0, t + 1);
   }
 
   FASTGEN_DEVICE void choose(int tile, int n, int64_t t) {
     const int64_t b = stream(tile, n), at = b * job_.steps + t;
-    const float* out = out_ + n * job_.lengths.out;
+    const float* out = out_ + n * job_.shape.outputs;
     const bool is_given = t < job_.given_steps;
     if (job_.distribution == Distribution::kCategorical) {
       int64_t sample = sample_categorical(out, job_.shape.outputs, job_.temperature, job_.uniforms[at]);
@@ -319,8 +309,10 @@ class Block {
   const int rank_, next_;
   const Share share_;
   const int64_t first_;
+  const bool alone_;
   const W* weights_;
-  float *x_in_, *s_in_, *pending_, *x_, *past_, *z_, *sum_, *hidden_, *out_, *came_value_;
+  float *x_in_, *s_in_, *came_value_, *pending_, *x_, *sum_, *out_;
+  Vectors<W> input_, past_, z_, skips_, hidden_;
   int64_t *came_, *arrived_;
 };
 

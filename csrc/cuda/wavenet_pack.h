@@ -7,41 +7,36 @@
 
 namespace fastgen::wavenet {
 
-// As in fastgen/ops/wavenet_generate.py, contiguous.
+// As in fastgen/ops/wavenet_generate.py, contiguous; local: (layers, 2 gate, channels), or null.
 struct Weights {
   const float *input, *input_bias, *conv, *residual, *residual_bias, *skip, *skip_bias, *hidden, *hidden_bias, *output,
-      *output_bias;
+      *output_bias, *local;
 };
-
-inline void convert(float v, float* to) { *to = v; }
-inline void convert(float v, uint16_t* to) {  // to bfloat16, the nearest, of two the even one; v is finite
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  *to = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
 
 // out: layout.weights of W, zeros; floats: layout.floats.
 template <class W>
 void pack(const Weights& w, const Shape& s, const Layout& layout, W* out, float* floats) {
-  const auto matrix = [&](int64_t at, const Matrix& m, auto&& weight) {
-    for (int unit = 0; unit < m.units; ++unit)
-      for (int row = 0; row < m.rows; ++row)
-        for (int k = 0; k < m.inputs; ++k) convert(weight(row * m.units + unit, k), out + at + m.at(unit, row, k));
+  const auto matrix = [&](int64_t at, const Tiles& m, auto&& weight) {
+    for (int64_t unit = 0; unit < m.units; ++unit)
+      for (int row = 0; row < (m.pairs ? 2 : 1); ++row)
+        for (int64_t k = 0; k < m.inputs; ++k) convert(weight(row * m.units + unit, k), out + at + m.at(unit, row, k));
   };
   const auto plain = [](const float* from, int inputs) {
-    return [=](int row, int k) { return from[int64_t{row} * inputs + k]; };
+    return [=](int64_t row, int64_t k) { return from[row * inputs + k]; };
   };
   for (int l = 0; l < s.layers; ++l) {
     const int64_t at = layout.layer * l;
     const float* conv = w.conv + int64_t{l} * 2 * s.gate * s.residual * s.kernel_size;
     const auto tap = [&](int j) {
       return
-          [=](int row, int k) { return conv[(int64_t{row} * s.residual + k) * s.kernel_size + s.kernel_size - 1 - j]; };
+          [=](int64_t row, int64_t k) { return conv[(row * s.residual + k) * s.kernel_size + s.kernel_size - 1 - j]; };
     };
     matrix(at, layout.tap, tap(0));
     for (int j = 1; j < s.kernel_size; ++j) matrix(at + layout.old_at(j), layout.tap, tap(j));
     matrix(at + layout.residual_at(), layout.residual, plain(w.residual + int64_t{l} * s.residual * s.gate, s.gate));
     matrix(at + layout.skip_at(), layout.skip, plain(w.skip + int64_t{l} * s.skip * s.gate, s.gate));
+    if (s.local > 0)
+      matrix(at + layout.local_at(), layout.local, plain(w.local + int64_t{l} * 2 * s.gate * s.local, s.local));
   }
   matrix(layout.head, layout.hidden, plain(w.hidden, s.skip));
   matrix(layout.head + layout.hidden.size(), layout.output, plain(w.output, s.skip));

@@ -305,11 +305,11 @@ class WaveNet(nn.Module):
         return bias.detach().float()
 
     def _local_weight(self) -> Tensor | None:
-        """(L * 2H, local_channels): the 1x1 convolutions of local conditioning, all layers."""
+        """(L, 2H, local_channels): the 1x1 convolutions of local conditioning."""
         if not self.local_channels:
             return None
         weights = [folded_weight(layer.local)[:, :, 0] for layer in self._layers() if layer.local is not None]
-        return torch.cat(weights).float()
+        return torch.stack(weights).detach().float()
 
     def _speaker(self, speaker: Tensor | None, batch: int) -> Tensor | None:
         if self.embedding is None:

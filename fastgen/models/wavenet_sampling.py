@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import resolve
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 
 CHUNK_WORK = 4_000_000_000  # multiply-adds in one call of the generation op: some tenths of a second on a slow core
 LAYER_WORK = 4000  # what a layer costs besides, and a narrow one's padding, in multiply-adds
-CHUNK_CONDITIONING = 16_000_000  # floats of per-layer conditioning in one call
+CHUNK_CONDITIONING = 16_000_000  # floats of per-layer conditioning in one call, where the loop does not compute it
 
 
-_loops: WeakKeyDictionary[WaveNet, dict[object, Generator]] = WeakKeyDictionary()
+_loops: WeakKeyDictionary[WaveNet, dict[object, tuple[Generator, list[Tensor]]]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -74,15 +73,15 @@ def stream(
     else:
         _check_state(loop, state, batch_size)
     blocks = _blocks(model, local, batch_size, steps)
-    gate_bias, local_weight = model._gate_bias(speaker, batch_size), model._local_weight()
+    gate_bias = model._gate_bias(speaker, batch_size)
     pair = () if model.distribution == "categorical" else (2,)
     # fixed by the shapes alone, so that two runs make the same calls and give the same bits
     work = sum(t.numel() for t in loop.weights) + LAYER_WORK * len(model.layers)
     call = max(1, min(16384, CHUNK_WORK // (work * batch_size)))
-    if local_weight is not None:
-        call = max(1, min(call, CHUNK_CONDITIONING // (local_weight.shape[0] * batch_size)))
+    if loop.local_weight is not None and loop.backend != "cuda":
+        call = max(1, min(call, CHUNK_CONDITIONING // (loop.local_weight[..., 0].numel() * batch_size)))
 
-    def run(done: int, n: int, cond: Tensor | None) -> Tensor:
+    def run(done: int, n: int, local: Tensor | None) -> Tensor:
         if uniforms is None:
             # drawn step by step, so that the samples do not depend on the size of the chunks
             where = None if generator is None else generator.device
@@ -91,11 +90,11 @@ def stream(
         else:
             u = uniforms[:, done : done + n].float().clamp(max=1 - 2**-24)
         known = None if given is None or done >= given.shape[1] else given[:, done : done + n]
-        return loop.run(state, u, gate_bias, cond, temperature=temperature, given=known)[0]
+        return loop.run(state, u, gate_bias, local=local, temperature=temperature, given=known)[0]
 
     def chunks() -> Iterator[Tensor]:
         features = gate_bias.new_empty(batch_size, model.local_channels, 0)
-        cond = None
+        now = None
         with reporter("generate", progress, steps, "samples") as report:
             done = 0
             while done < steps:
@@ -104,7 +103,7 @@ def stream(
                 with torch.no_grad():  # not around the yield: it would hold for the caller too
                     while done < end:
                         n = min(call, end - done)
-                        if local_weight is not None:
+                        if loop.local_weight is not None:
                             while features.shape[2] < n:
                                 block = next(blocks, None)
                                 if block is None:
@@ -113,10 +112,8 @@ def stream(
                                         f"{steps} are wanted"
                                     )
                                 features = torch.cat([features, block.float()], 2)
-                            cond = F.linear(features[:, :, :n].mT, local_weight)  # (B, n, L * 2H)
-                            cond = cond.float().view(batch_size, n, len(model.layers), -1)
-                            features = features[:, :, n:]
-                        parts.append(run(done, n, cond))
+                            now, features = features[:, :, :n].mT.contiguous(), features[:, :, n:]
+                        parts.append(run(done, n, now))
                         done += n
                         report(done)
                 yield torch.cat(parts, 1)
@@ -126,17 +123,21 @@ def stream(
 
 def _loop(model: WaveNet, dtype: torch.dtype, backend: str | None) -> Generator:
     """The generation op with the model's weights as they are now, packed anew only where they have changed."""
-    weights = model.packed_weights()
+    weights, local_weight = model.packed_weights(), model._local_weight()
     chosen = resolve("wavenet_generate", backend, weights.conv.device)
     key = (chosen, dtype, weights.conv.device, tuple(model.dilations), model.distribution, model.log_scale_min)
     loops = _loops.setdefault(model, {})
     # the values themselves are compared: version counters do not see what is written through `.data`
-    if key not in loops or not all(map(torch.equal, loops[key].weights, weights)):
-        loops[key] = Generator(
-            WaveNetWeights(*(w.clone() for w in weights)), model.dilations, distribution=model.distribution,
-            log_scale_min=model.log_scale_min, dtype=dtype, backend=chosen,
+    now = [*weights] if local_weight is None else [*weights, local_weight]
+    if key not in loops or not all(map(torch.equal, loops[key][1], now)):
+        copies = [w.clone() for w in now]
+        loop = Generator(
+            WaveNetWeights(*copies[:11]), model.dilations, distribution=model.distribution, dtype=dtype,
+            log_scale_min=model.log_scale_min, local_weight=None if local_weight is None else copies[11],
+            backend=chosen,
         )  # fmt: skip
-    return loops[key]
+        loops[key] = loop, copies
+    return loops[key][0]
 
 
 def _check_parameters(model: WaveNet) -> None:

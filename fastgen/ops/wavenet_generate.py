@@ -110,6 +110,8 @@ class Generator:
         "categorical", "logistic" or "gaussian": what the outputs parametrise.
     log_scale_min
         Lower limit of a mixture's log scales.
+    local_weight
+        (L, 2H, C) float32: the 1x1 convolutions of conditioning features, for `run`'s `local`; or None.
     dtype
         Of the weights inside the loop: float32, or bfloat16 (sums stay float32).
     backend
@@ -130,6 +132,7 @@ class Generator:
         *,
         distribution: str = "categorical",
         log_scale_min: float = -7.0,
+        local_weight: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         backend: str | None = None,
     ) -> None:
@@ -137,16 +140,25 @@ class Generator:
             raise ValueError(f"wavenet_generate: dtype must be float32 or bfloat16, got {dtype}")
         if not is_finite(log_scale_min):
             raise ValueError(f"wavenet_generate: log_scale_min must be finite, got {log_scale_min!r}")
-        for name, tensor in weights._asdict().items():
-            check_tensor("wavenet_generate", f"weights.{name}", tensor)
+        named = {f"weights.{name}": tensor for name, tensor in weights._asdict().items()}
+        if local_weight is not None:
+            named["local_weight"] = local_weight
+        for name, tensor in named.items():
+            check_tensor("wavenet_generate", name, tensor)
             if tensor.dtype != torch.float32:
-                raise ValueError(f"wavenet_generate: weights.{name} must be float32, got {tensor.dtype}")
+                raise ValueError(f"wavenet_generate: {name} must be float32, got {tensor.dtype}")
             if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"wavenet_generate: weights.{name} holds NaN or infinity")
+                raise ValueError(f"wavenet_generate: {name} holds NaN or infinity")
         self.backend = resolve("wavenet_generate", backend, weights.conv.device)
         self.weights = WaveNetWeights(*(t.contiguous() for t in weights))
         self.dilations = list(dilations)
         _check_network(self.weights, self.dilations, distribution)
+        layers, gates, _, _ = weights.conv.shape
+        if local_weight is not None and (local_weight.dim() != 3 or tuple(local_weight.shape[:2]) != (layers, gates)):
+            raise ValueError(
+                f"wavenet_generate: local_weight must be ({layers}, {gates}, C), got {tuple(local_weight.shape)}"
+            )
+        self.local_weight = None if local_weight is None else local_weight.to(dtype).float().contiguous()
         self._layout = _layout(self.weights, self.dilations)
         self._largest_output = _check_magnitude(self.weights)
         self.distribution = distribution
@@ -156,8 +168,9 @@ class Generator:
         if self.backend == "reference":
             self._rounded = self.weights.rounded(dtype)
         elif self.backend == "cuda":
+            network = [*self.weights] if self.local_weight is None else [*self.weights, self.local_weight]
             packed = torch.ops.fastgen.wavenet_pack_cuda(
-                [w.detach().cpu() for w in self.weights], self._shape(), self.dilations, dtype == torch.bfloat16
+                [w.detach().cpu() for w in network], self._shape(), self.dilations, dtype == torch.bfloat16
             )
             self._packed = packed.to(weights.conv.device)
         else:
@@ -166,7 +179,10 @@ class Generator:
     def _shape(self) -> list[int]:
         w = self.weights
         layers, gates, residual, kernel_size = w.conv.shape
-        return [w.input.shape[0], residual, gates // 2, w.hidden.shape[0], w.output.shape[0], layers, kernel_size]
+        shape = [w.input.shape[0], residual, gates // 2, w.hidden.shape[0], w.output.shape[0], layers, kernel_size]
+        if self.backend == "cuda":
+            shape.append(0 if self.local_weight is None else self.local_weight.shape[2])
+        return shape
 
     def run(
         self,
@@ -175,6 +191,7 @@ class Generator:
         gate_bias: Tensor,
         cond: Tensor | None = None,
         *,
+        local: Tensor | None = None,
         temperature: float = 1.0,
         given: Tensor | None = None,
         parameters: bool = False,
@@ -191,6 +208,10 @@ class Generator:
             (B or 1, L, 2H) float32: the convolutions' biases plus whatever conditioning is constant in time.
         cond
             (B, T, L, 2H) float32: conditioning of every layer at every step.
+        local
+            (B, T, C) float32, in place of `cond`: features, from which a layer's conditioning is `local_weight[l]`
+            times the vector of the step. On CUDA it is computed in the loop; elsewhere before it, and takes
+            B T L 2H floats of memory.
         given
             (B, n <= T): samples that are known; the network reads them in place of its own.
         parameters
@@ -207,7 +228,12 @@ class Generator:
         FloatingPointError
             If the outputs, divided by `temperature`, could overflow float32.
         """
-        self._check_call(state, uniforms, gate_bias, cond, given)
+        self._check_call(state, uniforms, gate_bias, cond, local, given)
+        if local is not None and self.backend != "cuda":
+            weight = self.local_weight.flatten(0, 1)  # type: ignore[union-attr]
+            cond = F.linear(local, weight).view(*local.shape[:2], *gate_bias.shape[1:])
+        elif local is not None:
+            cond = local
         check_positive("wavenet_generate", "temperature", temperature)
         if not self._largest_output / temperature <= LARGEST:
             raise FloatingPointError(
@@ -256,8 +282,9 @@ class Generator:
             raise ValueError(f"wavenet_generate: state belongs to another network: {'; '.join(different)}")
 
     def _check_call(
-        self, state: GenerationState, uniforms: Tensor, gate_bias: Tensor, cond: Tensor | None, given: Tensor | None
-    ) -> None:
+        self, state: GenerationState, uniforms: Tensor, gate_bias: Tensor, cond: Tensor | None, local: Tensor | None,
+        given: Tensor | None,
+    ) -> None:  # fmt: skip
         """The kernels read these tensors as they lie in memory: nothing that does not fit may reach them."""
         layers, gates, _, _ = self.weights.conv.shape
         pair = () if self.distribution == "categorical" else (2,)
@@ -272,13 +299,19 @@ class Generator:
         self._check_tensor("gate_bias", gate_bias, torch.float32, (streams, layers, gates))
         if cond is not None:
             self._check_tensor("cond", cond, torch.float32, (batch, steps, layers, gates))
+        if cond is not None and self.local_weight is not None:
+            raise ValueError("wavenet_generate: cond was given to a network with local_weight, which takes local")
+        if local is not None:
+            if self.local_weight is None:
+                raise ValueError("wavenet_generate: local was given to a network without local_weight")
+            self._check_tensor("local", local, torch.float32, (batch, steps, self.local_weight.shape[2]))
         if given is not None:
             check_tensor("wavenet_generate", "given", given)
             known = given.shape[1] if given.dim() == 2 else 0
             self._check_tensor("given", given, self._sample_dtype, (batch, min(known, steps)))
             self._check_samples("given", given)
         self.check_state(state, batch)
-        for name, tensor in (("gate_bias", gate_bias), ("cond", cond)):
+        for name, tensor in (("gate_bias", gate_bias), ("cond", cond), ("local", local)):
             # cond is large: the sum reads it once, and is not finite if an element is not
             if tensor is not None and not bool(torch.isfinite(tensor.sum())):
                 raise ValueError(f"wavenet_generate: {name} holds NaN, infinity or values near float32's largest")

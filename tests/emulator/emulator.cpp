@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -55,6 +56,7 @@ struct Block {
   std::vector<Barrier> warps;
   std::vector<std::pair<char*, int64_t>> chunks;
   std::vector<float> exchanged;
+  std::vector<std::array<uint32_t, 6>> factors;  // of each thread's share of a matrix product
 };
 
 struct Fiber {
@@ -188,6 +190,7 @@ void run_cluster() {
     block.barrier.members = how.threads;
     block.warps.resize((how.threads + kWarp - 1) / kWarp);
     block.exchanged.resize(how.threads);
+    block.factors.resize(how.threads);
     for (size_t w = 0; w < block.warps.size(); ++w)
       block.warps[w].members = std::min(kWarp, how.threads - static_cast<int>(w) * kWarp);
     for (int t = 0; t < how.threads; ++t) {
@@ -278,6 +281,29 @@ float shuffle_up(float v, int lanes, Where where) {
   return exchange(v, t % kWarp >= lanes ? t - lanes : t, where);
 }
 
+// Rows of a: lane / 4, and 8 more in its odd registers; columns of b: lane / 4; the inner index: 2 (lane % 4), and 8
+// more in the later half of the registers; the result: row lane / 4, and 8 more in its later half, column 2 (lane % 4).
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where) {
+  Fiber* fiber = machine->now;
+  auto* factors = fiber->block->factors.data() + fiber->thread / kWarp * kWarp;
+  const int lane = fiber->thread % kWarp;
+  factors[lane] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  wait(warp_of(*fiber), where, false);
+  const auto half = [](uint32_t pair, int i) {
+    const uint32_t bits = i ? pair & 0xFFFF0000u : pair << 16;
+    float v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  };
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) {
+      const int within = k % 8 / 2, column = lane % 4 * 2 + i % 2;
+      d[i] += half(factors[lane / 4 * 4 + within][i / 2 + k / 8 * 2], k % 2) *
+              half(factors[column * 4 + within][4 + k / 8], k % 2);
+    }
+  wait(warp_of(*fiber), where, false);
+}
+
 void pause(Where where) {
   machine->now->where = where;
   to_scheduler(false);
@@ -302,6 +328,9 @@ void store_release(int64_t* p, int64_t v) {
 void* shared_chunk(int index, int64_t bytes) {
   auto& chunks = machine->now->block->chunks;
   if (index == static_cast<int>(chunks.size())) {
+    int64_t taken = (bytes + 15) / 16 * 16;
+    for (const auto& chunk : chunks) taken += (chunk.second + 15) / 16 * 16;
+    if (taken > machine->how.shared_bytes) throw std::runtime_error("a block takes more shared memory than it has");
     char* p = static_cast<char*>(std::malloc(bytes));
     std::memset(p, machine->how.fill, bytes);
     chunks.emplace_back(p, bytes);

@@ -16,7 +16,8 @@ struct Launch {
   int blocks, cluster, threads;
   Order order = Order::kForward;
   uint32_t seed = 0;
-  int fill = 0xFF;  // of shared memory: NaN as float; another value for kernels that swallow NaN
+  int fill = 0xFF;                 // of shared memory: NaN as float; another value for kernels that swallow NaN
+  int64_t shared_bytes = 1 << 30;  // that a block may take
 };
 
 // Runs `kernel` once for each thread. Throws std::runtime_error for a deadlock, for threads that spin without end, for
@@ -32,6 +33,7 @@ void sync_warp(Where where = Where::current());
 void sync_cluster(Where where = Where::current());
 float shuffle_xor(float v, int lanes, Where where = Where::current());
 float shuffle_up(float v, int lanes, Where where = Where::current());
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current());
 void pause(Where where = Where::current());
 int64_t load_acquire(const int64_t* p);
 void store_release(int64_t* p, int64_t v);

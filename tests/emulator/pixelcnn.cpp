@@ -1,24 +1,22 @@
 // pixelcnn_generate.cuh in the emulator; see files.h.
 #include "../../csrc/cuda/pixelcnn_generate.cuh"
-#include "../../csrc/cuda/wavenet_pack.h"
 #include "files.h"
 
 using namespace fastgen::pixelcnn;
 
 namespace {
 
-template <class W>
+template <int M, class W>
 void run() {
   const int threads = option<int>("threads");
   const auto shapes = read<int64_t>("shapes");
-  const std::vector<Matrix> matrices = matrices_of(shapes, threads);
+  const std::vector<Matrix> matrices = matrices_of(shapes);
   std::vector<std::vector<float>> weights;
   std::vector<const float*> starts;
   for (size_t i = 0; i + 1 < matrices.size(); ++i) weights.push_back(read<float>("matrix." + std::to_string(i)));
   for (const auto& w : weights) starts.push_back(w.data());
   std::vector<fastgen::Group<W>> packed(matrices.back().at / fastgen::kGroup);
-  auto* to = reinterpret_cast<W*>(packed.data());
-  pack(starts, shapes, threads, [&](int64_t at, float v) { fastgen::wavenet::convert(v, to + at); });
+  pack(starts, shapes, reinterpret_cast<W*>(packed.data()));
   const auto planes = read<int64_t>("planes"), instructions = read<int64_t>("instructions");
   const auto biases = read<float>("biases"), table = read<float>("table"), uniforms = read<float>("uniforms"),
              context = read<float>("context");
@@ -37,7 +35,7 @@ void run() {
   job.memory_size = option("memory_size");
   job.bias_size = option("bias_size");
   job.instruction_count = instructions.size() / fastgen::kInstructionInts;
-  for (const Matrix& m : matrices) job.most_inputs = std::max(job.most_inputs, m.inputs);
+  job.most_inputs = most_inputs_of(matrices);
   job.scores = job.height * job.width;
   job.logistic = option("logistic");
   job.own_biases = option("own_biases");
@@ -69,8 +67,9 @@ void run() {
   how.blocks = static_cast<int>((job.images + job.images_each - 1) / job.images_each) * job.cluster;
   how.cluster = job.cluster;
   how.threads = threads;
+  how.shared_bytes = job.shared_bytes(4 * M, threads);
   set_order(how);
-  fastgen::emulator::launch(how, [&] { Images<W>(job).draw(); });
+  fastgen::emulator::launch(how, [&] { Images<M, W>(job).draw(); });
   write("out.values", values);
   write("out.parameters", parameters);
 }
@@ -78,5 +77,10 @@ void run() {
 }  // namespace
 
 int main(int count, char** words) {
-  return guarded(count, words, [] { option("bf16") ? run<uint16_t>() : run<float>(); });
+  return guarded(count, words, [] {
+    if (option("columns") == 4)
+      option("bf16") ? run<1, uint16_t>() : run<1, float>();
+    else
+      option("bf16") ? run<4, uint16_t>() : run<4, float>();
+  });
 }

@@ -10,20 +10,20 @@ using namespace fastgen::wavenet;
 
 namespace {
 
-template <int N, bool kResident, class W>
+template <int M, bool kResident, class W>
 void run() {
-  const Shape s{option<int>("inputs"),  option<int>("residual"), option<int>("gate"),       option<int>("skip"),
-                option<int>("outputs"), option<int>("layers"),   option<int>("kernel_size")};
+  const Shape s{option<int>("inputs"),  option<int>("residual"), option<int>("gate"),        option<int>("skip"),
+                option<int>("outputs"), option<int>("layers"),   option<int>("kernel_size"), option<int>("local")};
   const int threads = option<int>("threads");
-  const Layout layout(s, threads);
+  const Layout layout(s);
   std::vector<std::vector<float>> w;
   for (const char* name : {"input", "input_bias", "conv", "residual", "residual_bias", "skip", "skip_bias", "hidden",
-                           "hidden_bias", "output", "output_bias"})
+                           "hidden_bias", "output", "output_bias", "local"})
     w.push_back(read<float>(std::string("weights.") + name));
   std::vector<Group<W>> packed(layout.weights / kGroup);
   std::vector<float> floats(layout.floats);
   pack<W>({w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data(), w[5].data(), w[6].data(), w[7].data(),
-           w[8].data(), w[9].data(), w[10].data()},
+           w[8].data(), w[9].data(), w[10].data(), w[11].data()},
           s, layout, reinterpret_cast<W*>(packed.data()), floats.data());
   const auto dilations = read<int64_t>("dilations");
   std::vector<int64_t> history_at;
@@ -36,7 +36,8 @@ void run() {
   auto history = read<float>("history"), last_value = read<float>("last_value"),
        given_value = read<float>("given_value");
   auto last_class = read<int64_t>("last_class"), given_class = read<int64_t>("given_class");
-  Job job(s, threads, option<int>("cluster"), option<int>("tiles"));
+  const Plan plan{option<int>("cluster"), option<int>("tile"), option<int>("tiles"), kResident};
+  Job job(s, plan);
   job.distribution = static_cast<Distribution>(option<int>("distribution"));
   job.temperature = option<float>("temperature");
   job.log_scale_min = option<float>("log_scale_min");
@@ -45,7 +46,7 @@ void run() {
   job.given_steps = option("given_steps");
   job.position = option("position");
   job.history_rows = rows;
-  job.history_stride = round_up(s.residual, 32);
+  job.history_stride = fastgen::round_up(s.residual, 32);
   job.weights = packed.data();
   job.floats = floats.data();
   job.dilations = dilations.data();
@@ -65,12 +66,12 @@ void run() {
   job.last_class = last_class.data();
   job.last_value = last_value.data();
   fastgen::emulator::Launch how{};
-  const int64_t groups = (job.streams + job.tiles * N - 1) / (job.tiles * N);
-  how.blocks = static_cast<int>(groups) * job.cluster;
+  how.blocks = static_cast<int>(job.groups()) * job.cluster;
+  how.shared_bytes = job.shared_bytes(plan, kResident ? sizeof(W) : 0);
   how.cluster = job.cluster;
   how.threads = threads;
   set_order(how);
-  fastgen::emulator::launch(how, [&] { Block<N, kResident, W>(job).run(); });
+  fastgen::emulator::launch(how, [&] { Block<M, kResident, W>(job).run(); });
   write("out.parameters", parameters);
   write("out.values", values);
   write("out.classes", classes);
@@ -79,17 +80,17 @@ void run() {
   write("out.last_class", last_class);
 }
 
-template <int N>
-void with_tile() {
+template <int M>
+void with() {
   const bool resident = option("resident"), bf16 = option("bf16");
   if (bf16)
-    resident ? run<N, true, uint16_t>() : run<N, false, uint16_t>();
+    resident ? run<M, true, uint16_t>() : run<M, false, uint16_t>();
   else
-    resident ? run<N, true, float>() : run<N, false, float>();
+    resident ? run<M, true, float>() : run<M, false, float>();
 }
 
 }  // namespace
 
 int main(int count, char** words) {
-  return guarded(count, words, [] { option("tile") == 1 ? with_tile<1>() : with_tile<4>(); });
+  return guarded(count, words, [] { option("tile") <= 4 ? with<1>() : with<2>(); });
 }
