@@ -7,6 +7,7 @@ from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
 from fastgen.ops.invertible_conv1x1 import invertible_conv1x1, mix_channels
 from fastgen.ops.masked_conv2d import masked_conv2d
+from fastgen.ops.nade import nade, nade_sample
 from fastgen.ops.nearest_code import nearest_code
 from fastgen.ops.pixel_program import PixelProgram
 from fastgen.ops.pixelcnn_generate import PixelDistribution, PixelGenerator
@@ -18,7 +19,7 @@ OPS = (
     "gated_causal_conv1d", "wavenet_layer", "wavenet_generate",
     "masked_conv2d", "gated_masked_conv2d", "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
-    "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels",
+    "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels", "nade",
 )  # fmt: skip
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "invertible_conv1x1",
     "masked_conv2d",
     "mix_channels",
+    "nade",
+    "nade_sample",
     "nearest_code",
     "update_codebook_",
     "vector_quantize",
