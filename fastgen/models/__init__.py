@@ -1,16 +1,21 @@
 """The systems, assembled from `fastgen.nn`."""
 
 from fastgen.models.flows import FlowModel
+from fastgen.models.fvsbn import FVSBN
 from fastgen.models.gated_pixelcnn import GatedPixelCNN
 from fastgen.models.glow import Glow
+from fastgen.models.nade import NADE
 from fastgen.models.pixelcnn import PixelCNN
 from fastgen.models.pixels import PixelModel, sample_naive
 from fastgen.models.pixelsnail import PixelSNAIL
 from fastgen.models.realnvp import RealNVP
+from fastgen.models.vectors import VectorModel
 from fastgen.models.vqvae import VQVAE, VQVAE2
 from fastgen.models.wavenet import WaveNet
 
 __all__ = [
+    "FVSBN",
+    "NADE",
     "VQVAE",
     "VQVAE2",
     "FlowModel",
@@ -20,6 +25,7 @@ __all__ = [
     "PixelModel",
     "PixelSNAIL",
     "RealNVP",
+    "VectorModel",
     "WaveNet",
     "sample_naive",
 ]
