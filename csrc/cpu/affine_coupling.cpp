@@ -11,8 +11,6 @@ enum class Order : int64_t { kScaleShift, kShiftScale, kInterleaved };
 
 // Values in a piece of work; the log-determinant is summed piece by piece, so that no thread or batch changes its bits.
 constexpr int64_t kPiece = 4096;
-// Results larger than this are not read again from the caches: they are written past them.
-constexpr int64_t kPastCaches = int64_t{32} << 20;
 
 // Where the values of a sample lie: `rows` stretches of `length` that are transformed, the others pass through.
 struct Layout {
@@ -78,25 +76,6 @@ inline Vec<T> first_lanes(Vec<T> v, int count) {
   for (int i = count; i < kLanes<T>; ++i) v[i] = T(0);
   return v;
 }
-
-// A result that is written past the caches, if it is large and its place allows.
-template <class E>
-struct Out {
-  using T = ComputeType<E>;
-  E* p;
-  bool past;
-  Out(const Tensor& tensor, int64_t offset)
-      : p(static_cast<E*>(tensor.data_ptr()) + offset),
-        past(std::is_same_v<E, T> && tensor.numel() * static_cast<int64_t>(sizeof(E)) >= kPastCaches &&
-             reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) {}
-  template <int N>
-  void put(int64_t i, Vec<T> v, std::integral_constant<int, N>) const {
-    if constexpr (std::is_same_v<E, T>)
-      if (past) return store_past_caches(p + i, v);
-    store_as(p + i, v);
-  }
-  void put(int64_t i, Vec<T> v, int count) const { store_some(p + i, v, count); }
-};
 
 template <class E>
 void copy(const Out<E>& to, const E* from, int64_t count) {

@@ -161,6 +161,28 @@ inline void put(E* p, Vec<ComputeType<E>> v, int count) {
   store_some(p, v, count);
 }
 
+// Results larger than this are not read again from the caches: they are written past them.
+constexpr int64_t kPastCaches = int64_t{32} << 20;
+
+// A result that is written past the caches, if it is large and its place allows.
+template <class E>
+struct Out {
+  using T = ComputeType<E>;
+  E* p;
+  bool past;
+  Out(const Tensor& tensor, int64_t offset)
+      : p(static_cast<E*>(tensor.data_ptr()) + offset),
+        past(std::is_same_v<E, T> && tensor.numel() * static_cast<int64_t>(sizeof(E)) >= kPastCaches &&
+             reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) {}
+  template <int N>
+  void put(int64_t i, Vec<T> v, std::integral_constant<int, N>) const {
+    if constexpr (std::is_same_v<E, T>)
+      if (past) return store_past_caches(p + i, v);
+    store_as(p + i, v);
+  }
+  void put(int64_t i, Vec<T> v, int count) const { store_some(p + i, v, count); }
+};
+
 // `count` values to or from the tensor's element type E; the rest of a tile is zero.
 template <class T, class E>
 inline void load_row(T* to, const E* from, int64_t count, int64_t tile) {

@@ -5,6 +5,7 @@ from fastgen.ops.affine_coupling import affine_coupling
 from fastgen.ops.code_statistics import code_statistics, update_codebook_
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
+from fastgen.ops.gaussian_rsample_kl import gaussian_rsample_kl
 from fastgen.ops.invertible_conv1x1 import invertible_conv1x1, mix_channels
 from fastgen.ops.masked_conv2d import masked_conv2d
 from fastgen.ops.nade import nade, nade_sample
@@ -20,6 +21,7 @@ OPS = (
     "masked_conv2d", "gated_masked_conv2d", "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
     "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels", "nade",
+    "gaussian_rsample_kl",
 )  # fmt: skip
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "code_statistics",
     "gated_causal_conv1d",
     "gated_masked_conv2d",
+    "gaussian_rsample_kl",
     "initial_state",
     "invertible_conv1x1",
     "masked_conv2d",
