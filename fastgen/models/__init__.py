@@ -9,6 +9,7 @@ from fastgen.models.pixelcnn import PixelCNN
 from fastgen.models.pixels import PixelModel, sample_naive
 from fastgen.models.pixelsnail import PixelSNAIL
 from fastgen.models.realnvp import RealNVP
+from fastgen.models.vae import VAE
 from fastgen.models.vectors import VectorModel
 from fastgen.models.vqvae import VQVAE, VQVAE2
 from fastgen.models.wavenet import WaveNet
@@ -16,6 +17,7 @@ from fastgen.models.wavenet import WaveNet
 __all__ = [
     "FVSBN",
     "NADE",
+    "VAE",
     "VQVAE",
     "VQVAE2",
     "FlowModel",
