@@ -58,7 +58,7 @@ def test_training_step(contest, limits, benchmark):
     for way in ways.values():
         for got, wanted in zip(way(), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-    contest(ways)
+    contest(ways, likelihood=True, case=f"NADE {STEPS} inputs, {HIDDEN} hidden, batch {BATCH}, training step")
 
 
 @pytest.mark.parametrize("batch", [1, 100])
@@ -70,4 +70,4 @@ def test_sampling(batch, contest, limits, benchmark):
         "loop over inputs": lambda: nade_sample(*weights, uniforms, backend="reference"),
     }
     assert float((ways["fastgen"]() == ways["loop over inputs"]()).all(1).float().mean()) > 0.9
-    contest(ways)
+    contest(ways, likelihood=True, case=f"NADE {STEPS} inputs, {HIDDEN} hidden, {batch} samples")

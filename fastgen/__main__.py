@@ -103,7 +103,7 @@ def _sample(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> int | None:
     from fastgen.bench import main as bench
 
-    return bench(options.table)
+    return bench(options.table, options.only)
 
 
 def _seconds(text: str) -> float:
@@ -230,6 +230,9 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--backend", choices=(*BACKENDS, "auto"), help="default: the fastest that is live")
 
     bench = command("bench", _bench, "run the benchmarks of a source checkout and write the README's tables")
+    bench.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="files of bench/ to run, without bench_ and .py"
+    )
     bench.add_argument(
         "--table", action="store_true", help="write the tables from the results that are there, run nothing"
     )

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,44 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
-def main(table_only: bool = False) -> int:
+def main(table_only: bool = False, only: Sequence[str] = ()) -> int:
     """Run bench/ and write bench/results/<machine>.json, then the table in README.md; or the table alone.
+
+    `only`: names of files, without bench_ and .py: what else was measured stays as it was.
 
     Raises
     ------
     FileNotFoundError
         Outside a source checkout, where there are no benchmarks.
+    ValueError
+        For a name in `only` that no file has.
     """
     if not (ROOT / "bench").is_dir():
         raise FileNotFoundError(f"bench: the benchmarks are in a source checkout's bench/; there is none in {ROOT}")
+    files = [f"bench/bench_{name}.py" for name in only]
+    for file in files:
+        if not (ROOT / file).is_file():
+            there = ", ".join(sorted(p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")))
+            raise ValueError(f"bench --only: there is no {file}; the names are {there}")
     results = ROOT / "bench" / "results" / f"{_machine()}.json"
     if not table_only:
         results.parent.mkdir(exist_ok=True)
         runs: list[tuple[dict[str, str], Path]] = [({}, results)]
         from fastgen import backend
 
-        if backend.cpu_isa in ("avx512", "avx512_vnni"):
+        if backend.cpu_isa in ("avx512", "avx512_vnni") and (not only or "wavenet_generate" in only):
             runs.append(({"FASTGEN_CPU_ISA": "avx2"}, results.with_suffix(".avx2.json")))
         for env, path in runs:
             part = path.with_suffix(".part")
             command = [
-                sys.executable, "-P", "-m", "pytest", "bench", "-q", "--override-ini=python_files=bench_*.py",
-                f"--benchmark-json={part}", *(["-k", "test_batch_1"] if env else []),
+                sys.executable, "-P", "-m", "pytest", *(files or ["bench"]), "-q",
+                "--override-ini=python_files=bench_*.py", f"--benchmark-json={part}",
+                *(["-k", "test_batch_1"] if env else []),
             ]  # fmt: skip
             done = subprocess.run(command, cwd=ROOT, env=os.environ | env | {"PYTHONPATH": str(ROOT / "bench")})
             if done.returncode:
                 return done.returncode
-            _slim(part, path)
+            _slim(part, path, files)
     table = render([json.loads(p.read_text()) for p in sorted(results.parent.glob("*.json"))])
     readme = ROOT / "README.md"
     text = readme.read_text()
@@ -64,19 +75,22 @@ def _machine() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _slim(part: Path, path: Path) -> None:
+def _slim(part: Path, path: Path, files: list[str]) -> None:
     """Keep what the table needs and what tells where it comes from; the raw rounds stay out of the repository."""
     raw = json.loads(part.read_text())
     machine = raw["machine_info"]
-    slim = {
-        "datetime": raw["datetime"],
-        "commit": raw["commit_info"].get("id"),
-        "cpu": machine["cpu"].get("brand_raw"),
-        "fastgen": machine["fastgen"],
-        "benchmarks": [b["extra_info"] for b in raw["benchmarks"]],
-    }
+    commit, date = raw["commit_info"].get("id"), raw["datetime"]
+    slim = {"datetime": date, "commit": commit, "cpu": machine["cpu"].get("brand_raw"), "fastgen": machine["fastgen"]}
+    measured = [
+        {"file": b["fullname"].split("::")[0], "commit": commit, "datetime": date, **b["extra_info"]}
+        for b in raw["benchmarks"]
+    ]
+    if files and path.exists():
+        before = json.loads(path.read_text())
+        measured = [b for b in before["benchmarks"] if b.get("file") not in files] + measured
+        slim = {k: before[k] for k in slim}
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(slim, indent=1) + "\n")
+        temporary.write_text(json.dumps(slim | {"benchmarks": measured}, indent=1) + "\n")
     part.unlink()
 
 
@@ -121,6 +135,7 @@ def render(results: list[dict[str, Any]]) -> str:
         lines += _quantization(result["benchmarks"])
         lines += _pixels(result["benchmarks"])
         lines += _flows(result["benchmarks"])
+        lines += _likelihoods(result["benchmarks"])
         lines.append("")
     return "\n".join(lines).strip()
 
@@ -219,6 +234,19 @@ def _flows(benchmarks: list[dict[str, Any]]) -> list[str]:
         ms = [f"{1e3 * b['seconds'][k]:.0f}" for k in ways]
         megabytes = _megabytes(b["activation_bytes"], ways)
         lines.append(f"| {b['case']} | {' | '.join(ms)} | {megabytes} | {b['parameter_bytes'] / 1e6:.0f} |")
+    return lines
+
+
+def _likelihoods(benchmarks: list[dict[str, Any]]) -> list[str]:
+    """The table of the ops of NADE and the VAE."""
+    ways = ("fastgen", "eager", "chunked PyTorch", "torch.compile", "loop over inputs")
+    measured = [b for b in benchmarks if b.get("likelihood")]
+    if not measured:
+        return []
+    lines = ["", f"| NADE and VAE, ms | {' | '.join(ways)} |", "|---|" + "---:|" * len(ways)]
+    for b in measured:
+        ms = [f"{1e3 * b['seconds'][k]:.2f}" if k in b["seconds"] else "" for k in ways]
+        lines.append(f"| {b['case']} | {' | '.join(ms)} |")
     return lines
 
 
