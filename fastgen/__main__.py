@@ -21,6 +21,7 @@ from fastgen.commands_images import (
     train_pixels_command,
     train_vqvae_command,
 )
+from fastgen.commands_vectors import VECTOR_COMMANDS, VECTOR_SIZES, sample_vectors, train_vectors_command
 from fastgen.densities import DENSITIES
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError, BackendError, FloatingPointError)
@@ -182,6 +183,12 @@ def _parser() -> argparse.ArgumentParser:
             pixels.add_argument(f"--{size}", type=int, help=f"default: {value}")
         training(pixels, {"batch-size": 32})
 
+    for name, kind in VECTOR_COMMANDS.items():
+        vectors = on_images(name, train_vectors_command, f"train a {kind} on binarised images", "samples")
+        for size, value in VECTOR_SIZES[kind].items():
+            vectors.add_argument(f"--{size}", type=int, help=f"default: {value}")
+        training(vectors, {"batch-size": 100})
+
     for name, text in (("vqvae", "one map of codes"), ("vqvae2", "a top and a bottom map of codes")):
         vqvae = on_images(name, train_vqvae_command, f"train a VQ-VAE with {text} on images", "reconstructions")
         for size, default in VQVAE_SIZES.items():
@@ -222,7 +229,11 @@ def _parser() -> argparse.ArgumentParser:
     flow.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
     flow.add_argument("--label", type=int, help="class of all images")
     flow.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    for added in (wavenet, pixels, flow):
+    vectors = command("vectors", sample_vectors, "draw images with a trained FVSBN, NADE or VAE", sample)
+    vectors.add_argument("checkpoint", type=Path)
+    vectors.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
+    vectors.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    for added in (wavenet, pixels, flow, vectors):
         added.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         added.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     for added in (wavenet, pixels):

@@ -1,0 +1,54 @@
+"""The commands that train FVSBN, NADE and the VAE on binarised images, and draw from them."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from fastgen.commands_images import GRID_IMAGES, check_new, check_resumed, grid_beside, save_square
+
+VECTOR_COMMANDS = {"fvsbn": "FVSBN", "nade": "NADE", "vae": "VAE"}
+VECTOR_SIZES = {"FVSBN": {}, "NADE": {"hidden": 500}, "VAE": {"hidden": 500, "latent": 40, "layers": 2}}
+
+
+def train_vectors_command(options: argparse.Namespace) -> None:
+    """`train fvsbn`, `train nade` and `train vae`."""
+    from fastgen.images import load_images
+    from fastgen.training_vectors import MODELS, load_vectors, save_samples, train_vectors
+
+    name = VECTOR_COMMANDS[options.model]
+    grid = grid_beside(options)
+    asked = {size: getattr(options, size) for size in VECTOR_SIZES[name] if getattr(options, size) is not None}
+    if options.resume:
+        model, _ = load_vectors(options.out)
+        check_resumed(options, model, MODELS[name], asked)
+    else:
+        check_new(options)
+    images = load_images(options.data, size=options.size)
+    if not len(images):
+        raise ValueError(f"{options.data}: expected at least one image, got none")
+    if not options.resume:
+        torch.manual_seed(options.seed)
+        model = MODELS[name](images[0].numel(), **VECTOR_SIZES[name] | asked)  # type: ignore[assignment]
+    log = train_vectors(
+        model, images, steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate,
+        seed=options.seed, checkpoint=options.out, save_every=options.save_every, resume=options.resume,
+    )  # fmt: skip
+    held_out = f", held out {log.validation[-1][1]:.2f}" if log.validation else ""
+    print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.2f} nats per image{held_out}")
+    save_samples(grid, model, images[-GRID_IMAGES:], seed=options.seed)
+    last = "reconstructions" if name == "VAE" else "their upper halves completed"
+    print(f"{grid}: samples; images, and {last}")
+
+
+def sample_vectors(options: argparse.Namespace) -> None:
+    """`sample vectors`."""
+    from fastgen.training_vectors import load_vectors
+
+    model, size = load_vectors(options.checkpoint)
+    drawn = model.sample(
+        options.number, temperature=options.temperature, generator=torch.Generator().manual_seed(options.seed)
+    )
+    save_square(options.out, drawn.view(-1, *size).float())
+    print(f"{options.out}: {options.number} images of {size[1]} x {size[2]} pixels")

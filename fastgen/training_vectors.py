@@ -1,0 +1,146 @@
+"""Training FVSBN, NADE and the VAE on binarised images, and the checkpoints it leaves."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.checkpoints import load_checkpoint
+from fastgen.checks import check_progress, check_tensor
+from fastgen.images import save_grid
+from fastgen.loop import Progress, TrainingLog, check_loop, fit
+from fastgen.models import FVSBN, NADE, VAE
+
+MODELS: dict[str, type[nn.Module]] = {"FVSBN": FVSBN, "NADE": NADE, "VAE": VAE}
+VALIDATION_BATCH = 256  # images in one forward
+VALIDATION_IMAGES = 1024  # at most
+VALIDATION_SEED = 0
+
+
+def binarised(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 (N, C, H, W) -> int64 (N, C H W), each pixel 1 with probability pixel / 255."""
+    return (torch.rand(images.shape, generator=generator) * 255 < images).flatten(1).long()
+
+
+def train_vectors(
+    model: FVSBN | NADE | VAE,
+    images: Tensor,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    batch_size: int = 100,
+    learning_rate: float = 1e-3,
+    clip_norm: float = 1000.0,
+    holdout: float = 0.05,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int = 500,
+    resume: bool = False,
+    progress: Progress = True,
+) -> TrainingLog:
+    """Maximise the likelihood, or its bound, of random batches, binarised anew each time, with Adam.
+
+    The last images are held out. Ctrl-C lets the step in hand finish and writes the checkpoint before KeyboardInterrupt
+    is raised. The global random state is left as it was.
+
+    Parameters
+    ----------
+    model
+        Changed in place; of binary values, as many as an image has.
+    images
+        uint8 (N, C, H, W).
+    steps, seconds, batch_size, learning_rate, clip_norm, holdout, seed, checkpoint, save_every, resume, progress
+        See `train_pixels`.
+
+    Returns
+    -------
+    The losses of this call and the held-out figures, in nats per image; for the VAE of the negative bound.
+
+    Raises
+    ------
+    ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError
+        As `train_pixels`.
+    """
+    op = "train_vectors"
+    check_progress(op, progress)
+    check_loop(
+        op, steps, seconds, learning_rate, clip_norm, holdout, {"batch_size": batch_size, "save_every": save_every}
+    )
+    if type(model).__name__ not in MODELS:
+        raise TypeError(f"{op}: model must be one of {', '.join(MODELS)}, got {type(model).__name__}")
+    if getattr(model, "values", 2) != 2 or getattr(model, "distribution", "bernoulli") != "bernoulli":
+        raise ValueError(f"{op}: model must be one of binary values")
+    check_tensor(op, "images", images)
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise ValueError(f"{op}: images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    if images[0:1].numel() != (model.inputs if len(images) else 0):
+        raise ValueError(
+            f"{op}: images must have {model.inputs} values each, as the model has inputs, got {tuple(images.shape)}"
+        )
+    number = len(images) - int(len(images) * holdout)
+    if number < 1:
+        raise ValueError(f"{op}: images must hold at least one to train on, got {len(images)}")
+
+    def loss() -> Tensor:
+        x = binarised(images[torch.randint(number, (batch_size,))])
+        return model.loss(x) if isinstance(model, VAE) else -model.log_prob(x).mean()
+
+    return fit(
+        op, model, MODELS, loss, (lambda: validate(model, images[number:])) if number < len(images) else None,
+        steps=steps, seconds=seconds, learning_rate=learning_rate, clip_norm=clip_norm, seed=seed,
+        checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress, unit="nats per image",
+        image_size=list(images.shape[1:]),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def validate(model: FVSBN | NADE | VAE, images: Tensor, *, most: int = VALIDATION_IMAGES) -> float:
+    """Nats per image of at most `most` of the images, spread evenly; the same binarisation, and noise, each time."""
+    every = max(1, len(images) // most)
+    generator = torch.Generator().manual_seed(VALIDATION_SEED)
+    x = binarised(images[::every][:most], generator)
+    model.eval()
+    total = 0.0
+    for part in x.split(VALIDATION_BATCH):
+        if isinstance(model, VAE):
+            log_p = model.elbo(part, noise=torch.randn(len(part), model.latent, generator=generator))
+        else:
+            log_p = model.log_prob(part)
+        total -= float(log_p.double().sum())
+    return total / len(x)
+
+
+def load_vectors(path: str | os.PathLike[str]) -> tuple[FVSBN | NADE | VAE, tuple[int, int, int]]:
+    """The model of a checkpoint, on the CPU, and the (channels, height, width) of the images that it was trained on.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the file does not exist, is not such a checkpoint, or its parameters do not fit the model it describes.
+    """
+    model, content = load_checkpoint(path, MODELS, "train_vectors")
+    size = content.get("image_size")
+    if not isinstance(size, list) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f"{os.fspath(path)}: image_size must be [channels, height, width], got {size!r}")
+    assert isinstance(model, FVSBN | NADE | VAE)
+    return model, (size[0], size[1], size[2])
+
+
+@torch.no_grad()
+def save_samples(path: str | os.PathLike[str], model: FVSBN | NADE | VAE, images: Tensor, *, seed: int = 0) -> None:
+    """Write a grid: samples of the model (two rows), the binarised images, and their completions from the upper half,
+    or of the VAE their reconstructions' probabilities."""
+    number, shape = len(images), images.shape
+    generator = torch.Generator().manual_seed(seed)
+    given = binarised(images, torch.Generator().manual_seed(VALIDATION_SEED))
+    model.eval()
+    drawn = model.sample(2 * number, generator=generator).view(2, *shape)
+    if isinstance(model, VAE):
+        last = torch.sigmoid(model.decode(model.encode(given)[0]))
+    else:
+        known = torch.zeros(shape[1:], dtype=torch.bool)
+        known[:, : shape[2] // 2] = True
+        last = model.sample(number, given=given, known=known.flatten(), generator=generator)
+    save_grid(path, [drawn[0].float(), drawn[1].float(), given.view(shape).float(), last.view(shape).float()])
