@@ -81,7 +81,9 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
         extra_compile_args={"cxx": [*FLAGS, f'-DFASTGEN_ISAS="{" ".join(ISAS)}"']},
     )
     with_cuda = WANT == "cuda" or (WANT == "auto" and torch.version.cuda and shutil.which("nvcc"))
-    cuda = [Extension(CUDA, sorted(glob("csrc/cuda/*.c*")))] if with_cuda else []
+    # no .cu among the sources: torch would ask for the toolkit of its own CUDA, which this library does not need
+    device = sorted(glob("csrc/*.h") + glob("csrc/cuda/*.cu*") + glob("csrc/cuda/*.h"))
+    cuda = [Extension(CUDA, sorted(glob("csrc/cuda/*.cpp")), depends=device)] if with_cuda else []
     return [host, *kernels, *cuda], {"build_ext": Build.with_options(no_python_abi_suffix=True)}
 
 
