@@ -1,12 +1,14 @@
-"""python -m fastgen info | demo | train | sample | bench"""
+"""python -m fastgen info | demo | train | sample | evaluate | bench"""
 
 from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,12 +19,14 @@ from fastgen.commands_images import (
     PIXEL_COMMANDS,
     PIXEL_SIZES,
     VQVAE_SIZES,
+    loop_options,
     sample_pixels,
     train_pixels_command,
     train_vqvae_command,
 )
 from fastgen.commands_vectors import VECTOR_COMMANDS, VECTOR_SIZES, sample_vectors, train_vectors_command
 from fastgen.densities import DENSITIES
+from fastgen.loop import SCHEDULES
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError, BackendError, FloatingPointError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,12 +80,8 @@ def _train(options: argparse.Namespace) -> None:
         rate = 16000 if options.rate is None else options.rate
         torch.manual_seed(options.seed)
         model = fastgen.models.WaveNet(**{n.replace("-", "_"): v for n, v in SIZES.items()} | given)  # type: ignore[arg-type]
-    clips = load_folder(options.data, rate)
-    log = train_wavenet(
-        model, clips, rate, steps=options.steps, batch_size=options.batch_size, segment=options.segment,
-        learning_rate=options.learning_rate, seed=options.seed, checkpoint=options.out,
-        save_every=options.save_every, resume=options.resume,
-    )  # fmt: skip
+    clips = load_folder(options.data, rate, exclude=options.exclude)
+    log = train_wavenet(model, clips, rate, **loop_options(options), segment=options.segment)
     held_out = f", held out {log.validation[-1][1]:.3f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.3f} bits per sample{held_out}")
 
@@ -99,6 +99,20 @@ def _sample(options: argparse.Namespace) -> None:
     x = mu_law_decode(samples[0], model.classes) if model.distribution == "categorical" else samples[0]
     save_audio(options.out, x, rate)
     print(f"{options.out}: {options.seconds:g} s at {rate} Hz")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from fastgen.evaluate import evaluate, record
+
+    figures = evaluate(
+        options.checkpoint, options.data, size=options.size, number=options.number, samples=options.samples,
+        include=options.include,
+    )  # fmt: skip
+    for figure in figures:
+        print(f"{figure.name}: {figure.value:.4f} {figure.unit}, {figure.examples} examples")
+    if options.record:
+        record(options.record, options.name or options.checkpoint.stem, options.checkpoint, figures)
+        print(f"{options.record}: recorded")
 
 
 def _bench(options: argparse.Namespace) -> int | None:
@@ -123,8 +137,25 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _holdout(text: str) -> float:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of examples, or a share, got {text!r}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes options from files as well, `@FILE`: a line holds some, what follows a # is a comment."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(fromfile_prefix_chars="@", **options)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastgen", description=fastgen.__doc__)
+    parser = _Parser(prog="fastgen", description=fastgen.__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str, parent: object = commands) -> argparse.ArgumentParser:
@@ -132,7 +163,11 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added  # type: ignore[no-any-return]
 
-    def training(parser: argparse.ArgumentParser, options: dict[str, int]) -> None:
+    def training(parser: argparse.ArgumentParser, options: dict[str, int], holdout: float = 0.05) -> None:
+        parser.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate")
+        parser.add_argument(
+            "--holdout", type=_holdout, default=holdout, help="share, or number, to validate on; default: %(default)s"
+        )
         for option, value in {**options, "save-every": 500, "seed": 0, "learning-rate": 1e-3}.items():
             parser.add_argument(f"--{option}", type=type(value), default=value, help="default: %(default)s")
 
@@ -153,10 +188,11 @@ def _parser() -> argparse.ArgumentParser:
     wavenet.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
     wavenet.add_argument("--steps", type=int, required=True, help="step to train up to")
     wavenet.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
+    wavenet.add_argument("--exclude", metavar="PATTERN", help="of names of files to leave out, such as '*_[0-4].wav'")
     wavenet.add_argument("--rate", type=int, help="of the model's audio in Hz, default: 16000")
     for size, default in SIZES.items():
         wavenet.add_argument(f"--{size}", type=type(default), help=f"default: {default}")
-    training(wavenet, {"batch-size": 8, "segment": 4096})
+    training(wavenet, {"batch-size": 8, "segment": 4096}, 0.1)
 
     def on_images(
         name: str, run: object, text: str, grid: str, default: str = "scikit-learn's digits"
@@ -239,6 +275,18 @@ def _parser() -> argparse.ArgumentParser:
     for added in (wavenet, pixels):
         added.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights, default: %(default)s")
         added.add_argument("--backend", choices=(*BACKENDS, "auto"), help="default: the fastest that is live")
+
+    evaluate = command("evaluate", _evaluate, "the figure of a trained model on data that it has not seen")
+    evaluate.add_argument("checkpoint", type=Path)
+    evaluate.add_argument(
+        "--data", type=Path, metavar="PATH", help="as for training; of MNIST and archives, the part to test on is read"
+    )
+    evaluate.add_argument("--size", type=int, help="side to crop and resize a folder's pictures to")
+    evaluate.add_argument("--include", metavar="PATTERN", help="of names of audio files, such as '*_[0-4].wav'")
+    evaluate.add_argument("--number", type=_count, help="of the first examples, default: all")
+    evaluate.add_argument("--samples", type=int, default=0, help="of a VAE's importance-weighted likelihood")
+    evaluate.add_argument("--record", type=Path, metavar="FILE.json", help="to put the figures in, too")
+    evaluate.add_argument("--name", help="of the entry in it, default: the checkpoint's")
 
     bench = command("bench", _bench, "run the benchmarks of a source checkout and write the README's tables")
     bench.add_argument(

@@ -153,8 +153,12 @@ def _missing_bytes(path: Path) -> int:
     return 0
 
 
-def load_folder(path: str | os.PathLike[str], rate: int) -> list[Tensor]:
+def load_folder(
+    path: str | os.PathLike[str], rate: int, *, include: str | None = None, exclude: str | None = None
+) -> list[Tensor]:
     """`load_audio` for one file, or for every WAV and FLAC file in a folder and below it, sorted by name.
+
+    `include` and `exclude` are patterns of the names of files in a folder, such as "*_[0-4].wav".
 
     Raises
     ------
@@ -167,6 +171,9 @@ def load_folder(path: str | os.PathLike[str], rate: int) -> list[Tensor]:
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
     if not files:
         raise FileNotFoundError(f"{path}: expected WAV or FLAC files in this folder, got none")
+    files = [f for f in files if f.match(include or "*") and not (exclude and f.match(exclude))]
+    if not files:
+        raise ValueError(f"{path}: no file is left by include={include!r} and exclude={exclude!r}")
     return [load_audio(f, rate) for f in files]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.files import whole_file
+from fastgen.info import processor
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -67,12 +67,7 @@ def main(table_only: bool = False, only: Sequence[str] = ()) -> int:
 
 def _machine() -> str:
     """A file name for this machine's processor."""
-    try:
-        line = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
-        name = line.split(":", 1)[1]
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
 
 
 def _slim(part: Path, path: Path, files: list[str]) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from fastgen.commands_images import GRID_IMAGES, asked_labels, check_new, check_resumed, grid_beside, save_square
+from fastgen.commands_images import (
+    GRID_IMAGES,
+    asked_labels,
+    check_new,
+    check_resumed,
+    grid_beside,
+    loop_options,
+    save_square,
+)
 
 FLOW_COMMANDS = {"realnvp": "RealNVP", "glow": "Glow"}
 FLOW_SIZES = {
@@ -68,10 +76,8 @@ def train_flow_command(options: argparse.Namespace) -> None:
             asked["classes"] = int(labels.max()) + 1
         model = kind(tuple(data.shape[1:]), **asked)  # type: ignore[call-arg]
     log = train_flow(
-        model, data, labels=labels, steps=options.steps, batch_size=options.batch_size,
-        learning_rate=options.learning_rate, seed=options.seed, checkpoint=options.out, save_every=options.save_every,
-        resume=options.resume, source=density if options.data is None else None,
-    )  # fmt: skip
+        model, data, labels=labels, **loop_options(options), source=density if options.data is None else None
+    )
     unit = "bits per dimension" if model.levels else "nats"
     held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f} {unit}{held_out}")

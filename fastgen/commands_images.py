@@ -47,10 +47,7 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
             variance=max(float(as_floats(images[:4096]).var()), 1e-6), **sizes,
         )  # type: ignore[arg-type]  # fmt: skip
     images = pad_to_multiple(images, model.factor)
-    log = train_vqvae(
-        model, images, steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate,
-        seed=options.seed, checkpoint=options.out, save_every=options.save_every, resume=options.resume,
-    )  # fmt: skip
+    log = train_vqvae(model, images, **loop_options(options))
     shown = as_floats(images[-GRID_IMAGES:])
     model.eval()
     with torch.no_grad():
@@ -89,11 +86,7 @@ def train_pixels_command(options: argparse.Namespace) -> None:
         if labels is not None:
             asked["classes"] = int(labels.max()) + 1
         model = kind(**PIXEL_SIZES[kind.__name__] | asked)
-    log = train_pixels(
-        model, images, labels=labels, steps=options.steps, batch_size=options.batch_size,
-        learning_rate=options.learning_rate, seed=options.seed, checkpoint=options.out, save_every=options.save_every,
-        resume=options.resume,
-    )  # fmt: skip
+    log = train_pixels(model, images, labels=labels, **loop_options(options))
     held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f} bits per value{held_out}")
     save_samples(
@@ -118,6 +111,12 @@ def sample_pixels(options: argparse.Namespace) -> None:
     pictures = to_pixels(values, model)
     save_square(options.out, pictures)
     print(f"{options.out}: {options.number} images of {values.shape[-2]} x {values.shape[-1]} pixels")
+
+
+def loop_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What every training takes from the command line."""
+    names = ("steps", "batch_size", "learning_rate", "schedule", "holdout", "seed", "save_every", "resume")
+    return {name: getattr(options, name) for name in names} | {"checkpoint": options.out}
 
 
 def check_new(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from fastgen.commands_images import GRID_IMAGES, check_new, check_resumed, grid_beside, save_square
+from fastgen.commands_images import GRID_IMAGES, check_new, check_resumed, grid_beside, loop_options, save_square
 
 VECTOR_COMMANDS = {"fvsbn": "FVSBN", "nade": "NADE", "vae": "VAE"}
 VECTOR_SIZES = {"FVSBN": {}, "NADE": {"hidden": 500}, "VAE": {"hidden": 500, "latent": 40, "layers": 2}}
@@ -31,10 +31,7 @@ def train_vectors_command(options: argparse.Namespace) -> None:
     if not options.resume:
         torch.manual_seed(options.seed)
         model = MODELS[name](images[0].numel(), **VECTOR_SIZES[name] | asked)  # type: ignore[assignment]
-    log = train_vectors(
-        model, images, steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate,
-        seed=options.seed, checkpoint=options.out, save_every=options.save_every, resume=options.resume,
-    )  # fmt: skip
+    log = train_vectors(model, images, **loop_options(options))
     held_out = f", held out {log.validation[-1][1]:.2f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.2f} nats per image{held_out}")
     save_samples(grid, model, images[-GRID_IMAGES:], seed=options.seed)

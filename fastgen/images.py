@@ -19,10 +19,14 @@ from fastgen.checks import check_integer
 from fastgen.files import whole_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-NAMES = ("train", "images", "x_train", "x")  # of an array of images in an npz, the first that is there
+NAMES = {  # of an array of images in an npz, the first that is there
+    "train": ("train", "images", "x_train", "x"),
+    "test": ("test", "test_images", "x_test"),
+}
+MNIST = {"train": "train", "test": "t10k"}
 
 
-def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None = None) -> Tensor:
+def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None = None, part: str = "train") -> Tensor:
     """Images as uint8 (N, C, H, W).
 
     Parameters
@@ -33,6 +37,9 @@ def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None 
         read in the order of their names. None: the 1797 digits of 8 x 8 pixels that come with scikit-learn.
     size
         Side to which pictures of a folder are cropped and resized; without it they must all have one size.
+    part
+        "train", or "test": MNIST's `t10k` files of a folder, the array `test` of an archive. Files and folders that
+        have no parts are read as a whole.
 
     Raises
     ------
@@ -49,12 +56,17 @@ def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected IDX, npz, or a folder of pictures")
     if path.is_dir():
-        idx = [path / f"train-images-idx3-ubyte{suffix}" for suffix in ("", ".gz")]
-        found = next((p for p in idx if p.is_file()), None)
+        found = _idx_of(path, "images-idx3", part)
         return _folder(path, size) if found is None else _idx(found)
     if path.suffix == ".npz":
-        return _npz(path)
+        return _npz(path, part)
     return _idx(path)
+
+
+def _idx_of(folder: Path, kind: str, part: str) -> Path | None:
+    """The file of MNIST's that is there."""
+    names = [folder / f"{MNIST[part]}-{kind}-ubyte{suffix}" for suffix in ("", ".gz")]
+    return next((p for p in names if p.is_file()), None)
 
 
 def _digits() -> Tensor:
@@ -106,13 +118,16 @@ def _idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=16).copy()).reshape(number, 1, height, width)
 
 
-def _npz(path: Path) -> Tensor:
+def _npz(path: Path, part: str) -> Tensor:
     shapes = _arrays(path)
     images = {name: a for name, a in shapes.items() if a.dtype == np.uint8 and a.ndim in (3, 4)}
     if not images:
         came = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in shapes.items()) or "nothing"
         raise ValueError(f"{path}: expected a uint8 array (N, H, W), (N, H, W, C) or (N, C, H, W), got {came}")
-    name = next((n for n in NAMES if n in images), next(iter(images)))
+    name = next((n for n in NAMES[part] if n in images), None)
+    if name is None and part == "test" and len(images) > 1:
+        raise ValueError(f"{path}: expected an array of {' or '.join(NAMES[part])}, got {', '.join(images)}")
+    name = next(iter(images)) if name is None else name
     x = torch.from_numpy(images[name])
     if x.dim() == 3:
         return x[:, None]
@@ -169,7 +184,7 @@ def load_codes(path: str | os.PathLike[str]) -> Tensor:
     return torch.from_numpy(maps.get("codes", next(iter(maps.values()))).astype(np.int64))
 
 
-def load_labels(path: str | os.PathLike[str] | None = None) -> Tensor:
+def load_labels(path: str | os.PathLike[str] | None = None, *, part: str = "train") -> Tensor:
     """The labels, int64 (N,), that belong to what `load_images` finds there.
 
     Parameters
@@ -177,6 +192,8 @@ def load_labels(path: str | os.PathLike[str] | None = None) -> Tensor:
     path
         A folder that holds MNIST's `train-labels-idx1-ubyte` (.gz or not), such a file, or an npz archive with an array
         of integers (N,). None: those of scikit-learn's digits.
+    part
+        As in `load_images`; of an archive the array `train_labels` or `test_labels`.
 
     Raises
     ------
@@ -187,17 +204,18 @@ def load_labels(path: str | os.PathLike[str] | None = None) -> Tensor:
         return torch.from_numpy(_sklearn_digits().target.astype(np.int64))
     path = Path(path)
     if path.is_dir():
-        files = [path / f"train-labels-idx1-ubyte{suffix}" for suffix in ("", ".gz")]
-        found = next((p for p in files if p.is_file()), None)
+        found = _idx_of(path, "labels-idx1", part)
         if found is None:
-            raise FileNotFoundError(f"{path}: expected {files[0].name} (.gz or not) in the folder, found none")
+            name = f"{MNIST[part]}-labels-idx1-ubyte"
+            raise FileNotFoundError(f"{path}: expected {name} (.gz or not) in the folder, found none")
         path = found
     if path.suffix == ".npz":
         arrays = _arrays(path)
         rows = {name: a for name, a in arrays.items() if np.issubdtype(a.dtype, np.integer) and a.ndim == 1}
         if not rows:
             raise ValueError(f"{path}: expected an array of integers (N,) as labels, got {', '.join(arrays)}")
-        return torch.from_numpy(rows.get("labels", next(iter(rows.values()))).astype(np.int64))
+        name = next((n for n in (f"{part}_labels", "labels") if n in rows), next(iter(rows)))
+        return torch.from_numpy(rows[name].astype(np.int64))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; expected IDX or npz with labels")
     data = _bytes(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,15 @@ import fastgen
 from fastgen import backend
 
 VARIABLES = ("FASTGEN_BACKEND", "FASTGEN_CPU_ISA", "FASTGEN_KEEP_MB")
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        line = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+    return line.split(":", 1)[1].strip()
 
 
 def report() -> str:

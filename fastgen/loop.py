@@ -20,6 +20,7 @@ from fastgen.checkpoints import restore_checkpoint, save_checkpoint
 from fastgen.checks import check_integer, check_positive
 
 Progress = bool | Callable[[int, float], object]
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass
@@ -29,6 +30,7 @@ class TrainingLog:
     losses: list[float] = field(default_factory=list)  # of each step
     validation: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out figure)
     step: int = 0  # steps since the model was made, those of earlier runs included
+    seconds: float = 0.0  # of training since the model was made, validation included
 
 
 def check_loop(
@@ -38,9 +40,12 @@ def check_loop(
     learning_rate: float,
     clip_norm: float,
     holdout: float,
+    schedule: str,
     counts: dict[str, int],
 ) -> None:
     """Raise on options outside their range; `counts` are integers of at least 1."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"{op}: schedule must be one of {SCHEDULES}, got {schedule!r}")
     if (steps is None) == (seconds is None):
         raise ValueError(f"{op}: give steps or seconds, one of the two; got {steps} and {seconds}")
     for name, count in {"steps": 1 if steps is None else steps, **counts}.items():
@@ -48,8 +53,18 @@ def check_loop(
     for name, value in (("seconds", seconds), ("learning_rate", learning_rate), ("clip_norm", clip_norm)):
         if value is not None:
             check_positive(op, name, value)
-    if not 0 <= holdout < 1:
-        raise ValueError(f"{op}: holdout must lie in [0, 1), got {holdout}")
+    if isinstance(holdout, int) and not isinstance(holdout, bool):
+        check_integer(op, "holdout", holdout, 0)
+    elif not 0 <= holdout < 1:
+        raise ValueError(f"{op}: holdout must be a number of examples, or a share in [0, 1), got {holdout}")
+
+
+def training_part(op: str, name: str, number: int, holdout: float) -> int:
+    """How many of `number` examples, the first ones, are not held out: at least one. `name` is the argument's."""
+    training = number - (holdout if isinstance(holdout, int) else int(number * holdout))
+    if training < 1:
+        raise ValueError(f"{op}: {name} must hold at least one to train on, got {number} less {holdout:g} held out")
+    return training
 
 
 def begin(
@@ -58,13 +73,13 @@ def begin(
     checkpoint: str | os.PathLike[str] | None,
     resume: bool,
     steps: int | None,
-    restore: Callable[[str | os.PathLike[str]], int],
+    restore: Callable[[str | os.PathLike[str]], tuple[int, float]],
 ) -> None:
-    """Go on from the checkpoint, or see to it that there is none; `restore` loads it and gives its step."""
+    """Go on from the checkpoint, or see to it that there is none; `restore` loads it and gives its step and seconds."""
     if resume:
         if checkpoint is None:
             raise ValueError(f"{op}: resume=True needs checkpoint=")
-        log.step = restore(checkpoint)
+        log.step, log.seconds = restore(checkpoint)
         if steps is not None and log.step >= steps:
             raise ValueError(f"{os.fspath(checkpoint)}: is at step {log.step}; steps must be larger, got {steps}")
     elif checkpoint is not None and Path(checkpoint).exists():
@@ -82,6 +97,7 @@ def fit(
     seconds: float | None,
     learning_rate: float,
     clip_norm: float,
+    schedule: str,
     seed: int,
     checkpoint: str | os.PathLike[str] | None,
     save_every: int,
@@ -103,14 +119,22 @@ def fit(
             log.validation.append((log.step, held_out()))
             model.train()
         if checkpoint is not None:
-            save_checkpoint(checkpoint, model, optimizer=optimizer, step=log.step, **more)
+            save_checkpoint(
+                checkpoint,
+                model,
+                optimizer=optimizer,
+                step=log.step,
+                seconds=log.seconds,
+                threads=torch.get_num_threads(),
+                **more,
+            )
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         begin(op, log, checkpoint, resume, steps, lambda path: restore_checkpoint(path, models, op, model, optimizer))
         optimise(
             op, model, optimizer, batch_loss, keep, log, steps=steps, seconds=seconds, learning_rate=learning_rate,
-            clip_norm=clip_norm, save_every=save_every, progress=progress, unit=unit,
+            clip_norm=clip_norm, schedule=schedule, save_every=save_every, progress=progress, unit=unit,
         )  # fmt: skip
     return log
 
@@ -127,24 +151,27 @@ def optimise(
     seconds: float | None,
     learning_rate: float,
     clip_norm: float,
+    schedule: str,
     save_every: int,
     progress: Progress,
     unit: str,
 ) -> None:
-    """Take steps on `batch_loss()` up to step `steps`, at a constant rate, or for `seconds`, along a cosine.
+    """Take steps on `batch_loss()` up to step `steps`, at the rates of `schedule`, or for `seconds`, along a cosine.
 
     `keep()` is called every `save_every` steps and at the end. The first Ctrl-C lets the step in hand finish and `keep`
     run before KeyboardInterrupt is raised. A loss that is not finite raises FloatingPointError before the step.
     """
     model.train()
-    began, first = time.monotonic(), log.step
+    began, first, earlier = time.monotonic(), log.step, log.seconds
     with _deferred_interrupt() as interrupted, _reporter(op, progress, steps, seconds, unit) as report:
         while True:
             done = (time.monotonic() - began) / seconds if seconds is not None else 0.0
             if done >= 1 or (steps is not None and log.step >= steps) or interrupted():
                 break
+            if steps is not None and schedule == "cosine":
+                done = log.step / steps
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate if seconds is None else learning_rate * _schedule(done)
+                group["lr"] = learning_rate * (1.0 if steps is not None and schedule == "constant" else _cosine(done))
             loss = batch_loss()
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(
@@ -157,6 +184,7 @@ def optimise(
             log.step += 1
             log.losses.append(float(loss.detach()))
             report(log.step, log.losses[-1])
+            log.seconds = earlier + time.monotonic() - began
             if log.step % save_every == 0 and log.step != steps:
                 keep()
         if log.step > first:
@@ -165,8 +193,8 @@ def optimise(
             raise KeyboardInterrupt
 
 
-def _schedule(done: float) -> float:
-    """Share of the learning rate when a share `done` of the time is over."""
+def _cosine(done: float) -> float:
+    """Share of the learning rate when a share `done` of the training is over."""
     return min(1.0, 20 * done + 0.05) * 0.5 * (1 + math.cos(math.pi * done))
 
 

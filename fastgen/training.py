@@ -31,6 +31,7 @@ def train_wavenet(
     batch_size: int = 8,
     segment: int = 4096,
     learning_rate: float = 1e-3,
+    schedule: str = "constant",
     clip_norm: float = 1.0,
     holdout: float = 0.1,
     seed: int = 0,
@@ -51,14 +52,16 @@ def train_wavenet(
     clips
         Floating point in [-1, 1], each (T,), mono at `rate` Hz.
     steps, seconds
-        One of the two. steps: train up to this step, counted from the model's beginning, at a constant learning rate.
-        seconds: train for so long; the learning rate rises over the first twentieth, then falls to zero along a cosine.
+        One of the two: train up to this step, counted from the model's beginning, or for so long.
     batch_size, segment
         Segments in a step, and samples in each.
     learning_rate, clip_norm
         Of Adam; the norm to which the gradient of all parameters is clipped.
+    schedule
+        Of the learning rate with `steps`: "constant"; or "cosine", which rises over the first twentieth, then falls to
+        zero along a cosine, as it always does with `seconds`.
     holdout
-        Share of the audio, in [0, 1), kept for validation; 0 for none.
+        Share of the audio, in [0, 1), or number of samples, kept for validation; 0 for none.
     seed
         Of the choice of segments.
     checkpoint, save_every
@@ -85,7 +88,7 @@ def train_wavenet(
     if model.local_channels or model.speakers:
         raise ValueError("train_wavenet: trains models without conditioning; got local_channels or speakers > 0")
     counts = {"batch_size": batch_size, "segment": segment, "save_every": save_every}
-    check_loop("train_wavenet", steps, seconds, learning_rate, clip_norm, holdout, counts)
+    check_loop("train_wavenet", steps, seconds, learning_rate, clip_norm, holdout, schedule, counts)
     train, held_out = _split(model, clips, segment, holdout)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
@@ -99,7 +102,9 @@ def train_wavenet(
         if held_out.numel():
             log.validation.append((log.step, validate(model, held_out)))
         if checkpoint is not None:
-            save_checkpoint(checkpoint, model, rate, optimizer=optimizer, step=log.step, generator=generator)
+            save_checkpoint(
+                checkpoint, model, rate, optimizer=optimizer, step=log.step, generator=generator, seconds=log.seconds
+            )
 
     def batch_loss() -> Tensor:
         starts = torch.randint(train.numel() - segment + 1, (batch_size,), generator=generator)
@@ -108,7 +113,8 @@ def train_wavenet(
 
     optimise(
         "train_wavenet", model, optimizer, batch_loss, keep, log, steps=steps, seconds=seconds,
-        learning_rate=learning_rate, clip_norm=clip_norm, save_every=save_every, progress=progress, unit="bits/sample",
+        learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, save_every=save_every, progress=progress,
+        unit="bits/sample",
     )  # fmt: skip
     return log
 
@@ -134,6 +140,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     step: int = 0,
     generator: torch.Generator | None = None,
+    seconds: float = 0.0,
 ) -> None:
     """Write the model, and what training needs to go on exactly, whole or not at all; makes the folder.
 
@@ -141,7 +148,7 @@ def save_checkpoint(
     ----------
     rate
         Of the audio, in Hz.
-    optimizer, step, generator
+    optimizer, step, generator, seconds
         State of the training; without the optimizer the checkpoint can be sampled from, but not trained on.
     """
     content = {
@@ -149,6 +156,8 @@ def save_checkpoint(
         "state_dict": model.state_dict(),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "step": step,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
         "rate": rate,
         "rng": None if generator is None else generator.get_state(),
     }
@@ -180,7 +189,7 @@ def _restore(
     rate: int,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-) -> int:
+) -> tuple[int, float]:
     content = read_checkpoint(path, ENTRIES, "train_wavenet")
     name = os.fspath(path)
     if content["optimizer"] is None or content["rng"] is None:
@@ -191,7 +200,7 @@ def _restore(
     load_parameters(path, model, content["state_dict"])
     optimizer.load_state_dict(content["optimizer"])
     generator.set_state(content["rng"])
-    return int(content["step"])
+    return int(content["step"]), float(content.get("seconds", 0))
 
 
 def _split(model: WaveNet, clips: Sequence[Tensor], segment: int, holdout: float) -> tuple[Tensor, Tensor]:
@@ -202,11 +211,11 @@ def _split(model: WaveNet, clips: Sequence[Tensor], segment: int, holdout: float
                 f"train_wavenet: clips[{i}] must be (T,) floating point, got {tuple(clip.shape)} {clip.dtype}"
             )
     x = torch.cat([clip.float() for clip in clips]) if clips else torch.empty(0)
-    training = x.numel() - int(x.numel() * holdout)
+    training = x.numel() - (holdout if isinstance(holdout, int) else int(x.numel() * holdout))
     if training < segment:
         raise ValueError(
             f"train_wavenet: clips must hold at least one segment of {segment} samples to train on, got {training} "
-            f"({x.numel()} less the held-out share of {holdout:g})"
+            f"({x.numel()} less {holdout:g} held out)"
         )
     if model.distribution == "categorical":
         x = mu_law_encode(x, model.classes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_progress, check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import Progress, TrainingLog, check_loop, fit
+from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
 from fastgen.models import FlowModel, Glow, RealNVP
 
 MODELS: dict[str, type[FlowModel]] = {"RealNVP": RealNVP, "Glow": Glow}
@@ -36,6 +36,7 @@ def train_flow(
     seconds: float | None = None,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
+    schedule: str = "constant",
     clip_norm: float = 50.0,
     holdout: float = 0.05,
     seed: int = 0,
@@ -59,12 +60,14 @@ def train_flow(
     labels
         (N,) int64, for a model with classes.
     steps, seconds
-        One of the two. steps: train up to this step, counted from the model's beginning, at a constant learning rate.
-        seconds: train for so long; the learning rate rises over the first twentieth, then falls to zero along a cosine.
+        One of the two: train up to this step, counted from the model's beginning, or for so long.
     batch_size, learning_rate, clip_norm
         Examples in a step; of Adam; the norm to which the gradient of all parameters is clipped.
+    schedule
+        Of the learning rate with `steps`: "constant"; or "cosine", which rises over the first twentieth, then falls to
+        zero along a cosine, as it always does with `seconds`.
     holdout
-        Share of the examples, in [0, 1), kept for validation; 0 for none.
+        Share of the examples, in [0, 1), or number of them, kept for validation; 0 for none.
     seed
         Of the batches and of the noise that dequantises.
     checkpoint, save_every
@@ -92,12 +95,17 @@ def train_flow(
     op = "train_flow"
     check_progress(op, progress)
     check_loop(
-        op, steps, seconds, learning_rate, clip_norm, holdout, {"batch_size": batch_size, "save_every": save_every}
+        op,
+        steps,
+        seconds,
+        learning_rate,
+        clip_norm,
+        holdout,
+        schedule,
+        {"batch_size": batch_size, "save_every": save_every},
     )
     check_data(op, model, data, labels)
-    number = len(data) - int(len(data) * holdout)
-    if number < 1:
-        raise ValueError(f"{op}: data must hold at least one example to train on, got {len(data)}")
+    number = training_part(op, "data", len(data), holdout)
     unit = _unit(model)
 
     def loss() -> Tensor:
@@ -110,8 +118,9 @@ def train_flow(
 
     return fit(
         op, model, MODELS, loss, held_out if number < len(data) else None, steps=steps, seconds=seconds,
-        learning_rate=learning_rate, clip_norm=clip_norm, seed=seed, checkpoint=checkpoint, save_every=save_every,
-        resume=resume, progress=progress, unit="bits per dimension" if model.levels else "nats", source=source,
+        learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
+        checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress,
+        unit="bits per dimension" if model.levels else "nats", source=source,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_progress, check_tensor
-from fastgen.loop import Progress, TrainingLog, check_loop, fit
+from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
 from fastgen.models import VQVAE, VQVAE2
 from fastgen.models.vqvae import perplexity
 
@@ -32,6 +32,7 @@ def train_vqvae(
     seconds: float | None = None,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
+    schedule: str = "constant",
     clip_norm: float = 1.0,
     holdout: float = 0.05,
     seed: int = 0,
@@ -52,12 +53,14 @@ def train_vqvae(
     images
         uint8 (N, C, H, W), sides multiples of `model.factor`.
     steps, seconds
-        One of the two. steps: train up to this step, counted from the model's beginning, at a constant learning rate.
-        seconds: train for so long; the learning rate rises over the first twentieth, then falls to zero along a cosine.
+        One of the two: train up to this step, counted from the model's beginning, or for so long.
     batch_size, learning_rate, clip_norm
         Images in a step; of Adam; the norm to which the gradient of all parameters is clipped.
+    schedule
+        Of the learning rate with `steps`: "constant"; or "cosine", which rises over the first twentieth, then falls to
+        zero along a cosine, as it always does with `seconds`.
     holdout
-        Share of the images, in [0, 1), kept for validation; 0 for none.
+        Share of the images, in [0, 1), or number of them, kept for validation; 0 for none.
     seed
         Of the batches, and of the codes that replace dead ones.
     checkpoint, save_every
@@ -83,18 +86,23 @@ def train_vqvae(
     op = "train_vqvae"
     check_progress(op, progress)
     check_loop(
-        op, steps, seconds, learning_rate, clip_norm, holdout, {"batch_size": batch_size, "save_every": save_every}
+        op,
+        steps,
+        seconds,
+        learning_rate,
+        clip_norm,
+        holdout,
+        schedule,
+        {"batch_size": batch_size, "save_every": save_every},
     )
     check_images(op, model, images)
-    number = len(images) - int(len(images) * holdout)
-    if number < 1:
-        raise ValueError(f"{op}: images must hold at least one to train on, got {len(images)}")
+    number = training_part(op, "images", len(images), holdout)
     train, held_out = images[:number], images[number:]
     return fit(
         op, model, MODELS, lambda: model.loss(as_floats(train[torch.randint(number, (batch_size,))])),
         (lambda: validate(model, held_out)) if len(held_out) else None, steps=steps, seconds=seconds,
-        learning_rate=learning_rate, clip_norm=clip_norm, seed=seed, checkpoint=checkpoint, save_every=save_every,
-        resume=resume, progress=progress, unit="loss",
+        learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
+        checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress, unit="loss",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_classes, check_progress, check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import Progress, TrainingLog, check_loop, fit
+from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelModel, PixelSNAIL
 
 MODELS: dict[str, type[PixelModel]] = {
@@ -49,6 +49,7 @@ def train_pixels(
     seconds: float | None = None,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
+    schedule: str = "constant",
     clip_norm: float = 1.0,
     holdout: float = 0.05,
     seed: int = 0,
@@ -72,12 +73,14 @@ def train_pixels(
     labels, cond
         What a conditional model wants, one for each image: see `PixelModel`.
     steps, seconds
-        One of the two. steps: train up to this step, counted from the model's beginning, at a constant learning rate.
-        seconds: train for so long; the learning rate rises over the first twentieth, then falls to zero along a cosine.
+        One of the two: train up to this step, counted from the model's beginning, or for so long.
     batch_size, learning_rate, clip_norm
         Images in a step; of Adam; the norm to which the gradient of all parameters is clipped.
+    schedule
+        Of the learning rate with `steps`: "constant"; or "cosine", which rises over the first twentieth, then falls to
+        zero along a cosine, as it always does with `seconds`.
     holdout
-        Share of the images, in [0, 1), kept for validation; 0 for none.
+        Share of the images, in [0, 1), or number of them, kept for validation; 0 for none.
     seed
         Of the batches and the binarisation.
     checkpoint, save_every
@@ -103,7 +106,14 @@ def train_pixels(
     op = "train_pixels"
     check_progress(op, progress)
     check_loop(
-        op, steps, seconds, learning_rate, clip_norm, holdout, {"batch_size": batch_size, "save_every": save_every}
+        op,
+        steps,
+        seconds,
+        learning_rate,
+        clip_norm,
+        holdout,
+        schedule,
+        {"batch_size": batch_size, "save_every": save_every},
     )
     check_data(op, model, images)
     given = {name: rows for name, rows in (("labels", labels), ("cond", cond)) if rows is not None}
@@ -113,9 +123,7 @@ def train_pixels(
             raise ValueError(f"{op}: {name} must be one for each of the {len(images)} images, got {tuple(rows.shape)}")
     # all of them before the training, not each when its turn comes
     model.conditioning.check(op, len(images), (images.shape[-2], images.shape[-1]), labels, cond)
-    number = len(images) - int(len(images) * holdout)
-    if number < 1:
-        raise ValueError(f"{op}: images must hold at least one to train on, got {len(images)}")
+    number = training_part(op, "images", len(images), holdout)
     dims = images[0].numel()
 
     def loss() -> Tensor:
@@ -129,8 +137,9 @@ def train_pixels(
 
     return fit(
         op, model, MODELS, loss, held_out if number < len(images) else None, steps=steps, seconds=seconds,
-        learning_rate=learning_rate, clip_norm=clip_norm, seed=seed, checkpoint=checkpoint, save_every=save_every,
-        resume=resume, progress=progress, unit="bits per value", image_size=list(images.shape[-2:]),
+        learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
+        checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress, unit="bits per value",
+        image_size=list(images.shape[-2:]),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_progress, check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import Progress, TrainingLog, check_loop, fit
+from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
 from fastgen.models import FVSBN, NADE, VAE
 
 MODELS: dict[str, type[nn.Module]] = {"FVSBN": FVSBN, "NADE": NADE, "VAE": VAE}
@@ -32,6 +32,7 @@ def train_vectors(
     seconds: float | None = None,
     batch_size: int = 100,
     learning_rate: float = 1e-3,
+    schedule: str = "constant",
     clip_norm: float = 1000.0,
     holdout: float = 0.05,
     seed: int = 0,
@@ -51,7 +52,8 @@ def train_vectors(
         Changed in place; of binary values, as many as an image has.
     images
         uint8 (N, C, H, W).
-    steps, seconds, batch_size, learning_rate, clip_norm, holdout, seed, checkpoint, save_every, resume, progress
+    steps, seconds, batch_size, learning_rate, schedule, clip_norm, holdout
+    seed, checkpoint, save_every, resume, progress
         See `train_pixels`.
 
     Returns
@@ -66,7 +68,14 @@ def train_vectors(
     op = "train_vectors"
     check_progress(op, progress)
     check_loop(
-        op, steps, seconds, learning_rate, clip_norm, holdout, {"batch_size": batch_size, "save_every": save_every}
+        op,
+        steps,
+        seconds,
+        learning_rate,
+        clip_norm,
+        holdout,
+        schedule,
+        {"batch_size": batch_size, "save_every": save_every},
     )
     if type(model).__name__ not in MODELS:
         raise TypeError(f"{op}: model must be one of {', '.join(MODELS)}, got {type(model).__name__}")
@@ -79,9 +88,7 @@ def train_vectors(
         raise ValueError(
             f"{op}: images must have {model.inputs} values each, as the model has inputs, got {tuple(images.shape)}"
         )
-    number = len(images) - int(len(images) * holdout)
-    if number < 1:
-        raise ValueError(f"{op}: images must hold at least one to train on, got {len(images)}")
+    number = training_part(op, "images", len(images), holdout)
 
     def loss() -> Tensor:
         x = binarised(images[torch.randint(number, (batch_size,))])
@@ -89,7 +96,7 @@ def train_vectors(
 
     return fit(
         op, model, MODELS, loss, (lambda: validate(model, images[number:])) if number < len(images) else None,
-        steps=steps, seconds=seconds, learning_rate=learning_rate, clip_norm=clip_norm, seed=seed,
+        steps=steps, seconds=seconds, learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
         checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress, unit="nats per image",
         image_size=list(images.shape[1:]),
     )  # fmt: skip

@@ -107,7 +107,7 @@ def test_levels():
     [
         ({"data": torch.zeros(3, 1, 8, 8)}, ValueError, r"data must be uint8 \('N', 1, 8, 8\), got torch.float32"),
         ({"data": pictures(size=(8, 4))}, ValueError, r"data must be uint8 .*got torch.uint8 \(40, 1, 8, 4\)"),
-        ({"data": pictures()[:0]}, ValueError, "at least one example to train on, got 0"),
+        ({"data": pictures()[:0]}, ValueError, "data must hold at least one to train on, got 0"),
         ({"data": [1]}, TypeError, "data must be a tensor, got list"),
         ({"labels": torch.zeros(40).long()}, ValueError, "labels must be None: the model has no classes"),
         ({"model": torch.nn.Linear(1, 1)}, TypeError, "model must be one of RealNVP, Glow, got Linear"),

@@ -1,0 +1,208 @@
+"""The figure of a trained model on data that it has not seen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen.audio import load_folder, mu_law_encode
+from fastgen.checks import check_integer
+from fastgen.files import whole_file
+from fastgen.images import load_codes, load_images, load_labels, pad_to_multiple
+from fastgen.info import processor
+from fastgen.models import FVSBN, NADE, VAE, VQVAE, VQVAE2, FlowModel, PixelModel, WaveNet
+
+BATCH = 100  # examples in one forward
+PIECE = 8192  # samples of audio in one forward
+SEED = 0  # of binarisation, dequantisation and latent values
+IMPORTANCE_BATCH, IMPORTANCE_CHUNK = 25, 50  # images at once, and samples of z for each
+
+
+class Figure(NamedTuple):
+    """One figure, a mean over examples."""
+
+    name: str
+    value: float
+    unit: str
+    examples: int
+
+
+def evaluate(
+    path: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None,
+    *,
+    size: int | None = None,
+    number: int | None = None,
+    samples: int = 0,
+    include: str | None = None,
+) -> list[Figure]:
+    """The test figures of a checkpoint.
+
+    Images are binarised, dequantised and coded the same way each time. Audio is read in pieces of 8192 samples at most,
+    each file from silence.
+
+    Parameters
+    ----------
+    path
+        Of any of the trainings of this package.
+    data, size
+        As in `fastgen.images.load_images`: the part "test" of data that have parts; for audio a file or folder.
+    number
+        Of the examples, the first ones; all by default.
+    samples
+        Of an importance-weighted likelihood beside a VAE's bound; 0 for none.
+    include
+        Pattern of the names of audio files in a folder, such as "*_[0-4].wav"; all by default.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, TypeError
+        If a file is missing or holds something else, or the data do not fit the model.
+    """
+    check_integer("evaluate", "samples", samples, 0)
+    if number is not None:
+        check_integer("evaluate", "number", number)
+    model, content = load_model(path)
+    if samples and not isinstance(model, VAE):
+        raise ValueError(f"evaluate: samples are of a VAE's likelihood, {os.fspath(path)} is a {type(model).__name__}")
+    model.eval()
+    if isinstance(model, WaveNet):
+        if data is None:
+            raise ValueError("evaluate: data is needed, a file or folder of audio")
+        return [_audio(model, load_folder(data, content["rate"], include=include)[:number])]
+    labels = None
+    if isinstance(model, PixelModel) and model.codes:
+        if data is None:
+            raise ValueError("evaluate: data is needed, an npz archive of codes")
+        images = load_codes(data)[:number]
+    else:
+        images = load_images(data, size=size, part="test")[:number]
+    if isinstance(model, PixelModel | FlowModel) and model.config["classes"]:
+        labels = load_labels(data, part="test")[:number]
+    if isinstance(model, PixelModel):
+        return _pixels(model, images, labels)
+    if isinstance(model, FlowModel):
+        return [_flow(model, images, labels)]
+    if isinstance(model, VQVAE | VQVAE2):
+        return _vqvae(model, pad_to_multiple(images, model.factor))
+    assert isinstance(model, FVSBN | NADE | VAE)
+    return _vectors(model, images, samples)
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model of a checkpoint of any training, on the CPU, and the checkpoint's content."""
+    from fastgen import training_flows, training_images, training_pixels, training_vectors
+    from fastgen.checkpoints import load_checkpoint, read_checkpoint
+    from fastgen.training import load_wavenet
+
+    content = read_checkpoint(path, ("config", "state_dict"), "fastgen")
+    if "model" not in content:
+        return load_wavenet(path)[0], content
+    models = training_flows.MODELS | training_images.MODELS | training_pixels.MODELS | training_vectors.MODELS
+    return load_checkpoint(path, models, "fastgen")
+
+
+def _mean(log_p: Callable[..., Tensor], *examples: Tensor | None) -> float:
+    """Of -log_p over examples, which are given batch by batch."""
+    first = examples[0]
+    assert first is not None
+    total = 0.0
+    with torch.no_grad():
+        for i in range(0, len(first), BATCH):
+            part = [None if rows is None else rows[i : i + BATCH] for rows in examples]
+            total -= float(log_p(*part).double().sum())
+    return total / len(first)
+
+
+def _vectors(model: FVSBN | NADE | VAE, images: Tensor, samples: int) -> list[Figure]:
+    from fastgen.training_vectors import binarised
+
+    generator = torch.Generator().manual_seed(SEED)
+    x = binarised(images, generator)
+    if not isinstance(model, VAE):
+        return [Figure("-log p(x)", _mean(model.log_prob, x), "nats", len(x))]
+    noise = torch.randn(len(x), model.latent, generator=generator)
+    figures = [Figure("-ELBO", _mean(lambda x, e: model.elbo(x, noise=e), x, noise), "nats", len(x))]
+    if samples:
+        total = -sum(
+            float(model.importance_log_prob(part, samples, chunk=IMPORTANCE_CHUNK, generator=generator).double().sum())
+            for part in x.split(IMPORTANCE_BATCH)
+        )
+        figures.append(Figure(f"-log p(x), {samples} importance samples", total / len(x), "nats", len(x)))
+    return figures
+
+
+def _pixels(model: PixelModel, images: Tensor, labels: Tensor | None) -> list[Figure]:
+    from fastgen.training_pixels import check_data, to_levels
+
+    check_data("evaluate", model, images)
+    x = to_levels(images, model, torch.Generator().manual_seed(SEED))
+    nats = _mean(lambda x, labels: model.log_prob(x, labels), x, labels)
+    if model.levels == 2:
+        return [Figure("-log p(x)", nats, "nats", len(x))]
+    return [Figure("-log p(x)", nats / (math.log(2) * x[0].numel()), "bits/dim", len(x))]
+
+
+def _flow(model: FlowModel, images: Tensor, labels: Tensor | None) -> Figure:
+    from fastgen.training_flows import check_data, to_levels
+
+    check_data("evaluate", model, images, labels)
+    generator = torch.Generator().manual_seed(SEED)
+    x = to_levels(images, model)
+    nats = _mean(lambda x, labels: model.log_prob(x, labels, generator=generator), x, labels)
+    return Figure("-log p(x)", nats / (math.log(2) * model.dims), "bits/dim", len(x))
+
+
+def _vqvae(model: VQVAE | VQVAE2, images: Tensor) -> list[Figure]:
+    from fastgen.training_images import as_floats, check_images, code_perplexities
+
+    check_images("evaluate", model, images)
+
+    def minus_error(part: Tensor) -> Tensor:
+        x = as_floats(part)
+        error: Tensor = (x - model(x).reconstruction).square().flatten(1).mean(1)
+        return -error
+
+    figures = [Figure("mean squared error", _mean(minus_error, images), "of pixels in [0, 1]", len(images))]
+    for i, perplexity in enumerate(code_perplexities(model, images)):
+        figures.append(Figure(f"perplexity of the codes, level {i}", perplexity, "codes", len(images)))
+    return figures
+
+
+def _audio(model: WaveNet, clips: Sequence[Tensor]) -> Figure:
+    if model.local_channels or model.speakers:
+        raise ValueError("evaluate: takes WaveNets without conditioning; got local_channels or speakers > 0")
+    nats, total = 0.0, 0
+    with torch.no_grad():
+        for clip in clips:
+            x = mu_law_encode(clip, model.classes) if model.distribution == "categorical" else clip
+            for piece in x.split(PIECE):
+                nats -= float(model.log_prob(piece[None]))
+            total += len(x)
+    return Figure("-log2 p(x)", nats / (math.log(2) * total), "bits/sample", len(clips))
+
+
+def record(
+    path: str | os.PathLike[str], name: str, checkpoint: str | os.PathLike[str], figures: Sequence[Figure]
+) -> None:
+    """Put the figures under `name` into a JSON file, with what made them, in place of what stood there."""
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    path = Path(path)
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    entries[name] = {
+        "model": content.get("model", "WaveNet"),
+        "steps": content["step"],
+        "seconds": round(content.get("seconds", 0)),
+        "threads": content.get("threads"),
+        "machine": processor(),
+        "figures": [figure._asdict() for figure in figures],
+    }
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
