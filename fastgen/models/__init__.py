@@ -4,8 +4,10 @@ from fastgen.models.flows import FlowModel
 from fastgen.models.fvsbn import FVSBN
 from fastgen.models.gated_pixelcnn import GatedPixelCNN
 from fastgen.models.glow import Glow
+from fastgen.models.gpt_prior import GPTPrior
 from fastgen.models.nade import NADE
 from fastgen.models.pixelcnn import PixelCNN
+from fastgen.models.pixelrnn import PixelRNN
 from fastgen.models.pixels import PixelModel, sample_naive
 from fastgen.models.pixelsnail import PixelSNAIL
 from fastgen.models.realnvp import RealNVP
@@ -21,10 +23,12 @@ __all__ = [
     "VQVAE",
     "VQVAE2",
     "FlowModel",
+    "GPTPrior",
     "GatedPixelCNN",
     "Glow",
     "PixelCNN",
     "PixelModel",
+    "PixelRNN",
     "PixelSNAIL",
     "RealNVP",
     "VectorModel",

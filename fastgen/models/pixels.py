@@ -222,13 +222,22 @@ class PixelModel(nn.Module):
         context = self._context(batch_size, size, labels, cond)
         if context is not None and not bool(torch.isfinite(context).all()):
             raise ValueError(f"{name}: cond holds NaN or infinity, or becomes so in the network that reads it")
-        loop, plane = self.generator(size, context, dtype, backend)
         with reporter(name, progress, size[0], "rows") as report:
-            values, _ = loop.run(
-                uniforms, temperature=temperature, given=given, known=known, context=plane,
-                report=report if progress else None,
-            )  # fmt: skip
+            values = self._draw(
+                size, uniforms, given, known, context, temperature, dtype, backend, report if progress else None
+            )
         return values[:, 0] if self.codes else values
+
+    def _draw(
+        self, size: tuple[int, int], uniforms: Tensor, given: Tensor | None, known: Tensor | None,
+        context: Tensor | None, temperature: float, dtype: torch.dtype, backend: str | None,
+        report: Callable[[int], object] | None,
+    ) -> Tensor:  # fmt: skip
+        """(B, C, H, W) values, for arguments that have been checked."""
+        loop, plane = self.generator(size, context, dtype, backend)
+        return loop.run(
+            uniforms, temperature=temperature, given=given, known=known, context=plane, report=report
+        )[0]  # fmt: skip
 
     def plane(self, size: tuple[int, int], context: Tensor | None) -> Tensor | None:
         """(B or 1, channels, H, W): what sampling knows of every pixel beforehand, where it is not the same for all."""

@@ -7,6 +7,7 @@ from fastgen.nn.coupling import AdditiveCoupling, AffineCoupling, checkerboard
 from fastgen.nn.flow import FlowSequence, MultiScale, Permutation, Split, Squeeze
 from fastgen.nn.invertible_conv1x1 import InvertibleConv1x1
 from fastgen.nn.masked_conv2d import GatedMaskedConv2d, GatedPixelCNNBlock, MaskedConv2d
+from fastgen.nn.pixel_lstm import DiagonalBiLSTM, RowLSTM
 from fastgen.nn.pixelsnail import CausalAttention2d, PixelSNAILBlock, PixelSNAILResidual
 from fastgen.nn.residual_vq import GroupedResidualVQ, ResidualVQ
 from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
@@ -20,6 +21,7 @@ __all__ = [
     "CausalAttention2d",
     "CausalConv1d",
     "ConvConditioner",
+    "DiagonalBiLSTM",
     "FlowSequence",
     "GatedMaskedConv2d",
     "GatedPixelCNNBlock",
@@ -33,6 +35,7 @@ __all__ = [
     "PixelSNAILResidual",
     "ResidualConditioner",
     "ResidualVQ",
+    "RowLSTM",
     "Split",
     "Squeeze",
     "StretchUpsample",

@@ -1,0 +1,219 @@
+"""The two-dimensional LSTMs of PixelRNN.
+
+Source: van den Oord et al., "Pixel Recurrent Neural Networks" (2016).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.checks import check_integer
+from fastgen.nn.masked_conv2d import MaskedConv2d
+
+
+def _cell(gates: Tensor, c: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """The gates o, f, i, g side by side in `dim`, and the state before -> h, c."""
+    o, f, i, g = gates.chunk(4, dim)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _remembering(bias: Tensor | None) -> None:
+    """A forget gate that begins open."""
+    assert bias is not None
+    with torch.no_grad():
+        bias.chunk(4)[1].add_(1.0)
+
+
+class RowLSTM(nn.Module):
+    """An LSTM that goes down the rows, all pixels of a row at once; (B, C, H, W) -> (B, hidden_channels, H, W).
+
+        gates of row i = masked convolution along row i of x  +  convolution along row i - 1 of h
+
+    A pixel sees itself in x (mask B), and of what lies before it a triangle that widens upwards.
+
+    Parameters
+    ----------
+    in_channels, hidden_channels
+        C, and channels of the state.
+    kernel_size
+        Odd; of both convolutions.
+    context_channels
+        Of a context (B, context_channels, H or 1, W or 1) that is added inside the gates; 0 for none.
+    """
+
+    def __init__(self, in_channels: int, hidden_channels: int, kernel_size: int = 3, context_channels: int = 0) -> None:
+        super().__init__()
+        for name, size in (("hidden_channels", hidden_channels), ("kernel_size", kernel_size)):
+            check_integer("RowLSTM", name, size)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"RowLSTM: kernel_size must be odd, got {kernel_size}")
+        self.hidden_channels, self.reach = hidden_channels, kernel_size // 2
+        self.input = MaskedConv2d(in_channels, 4 * hidden_channels, (1, kernel_size), "B")
+        self.state = nn.Conv1d(hidden_channels, 4 * hidden_channels, kernel_size, padding=self.reach, bias=False)
+        self.context = nn.Conv2d(context_channels, 4 * hidden_channels, 1, bias=False) if context_channels else None
+        _remembering(self.input.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        gates = self.input(x)
+        if self.context is not None and context is not None:
+            gates = gates + self.context(context)
+        h = c = x.new_zeros(len(x), self.hidden_channels, x.shape[3])
+        rows = []
+        for of_row in gates.unbind(2):
+            h, c = _cell(of_row + self.state(h), c)
+            rows.append(h)
+        return torch.stack(rows, 2)
+
+    def steps(self, batch: int, size: tuple[int, int], context: Tensor | None) -> RowSteps:
+        """The layer pixel by pixel."""
+        return RowSteps(self, batch, size, context)
+
+
+class RowSteps:
+    """`RowLSTM` pixel by pixel: x (B, C) at (i, j) -> h (B, hidden_channels)."""
+
+    def __init__(self, layer: RowLSTM, batch: int, size: tuple[int, int], context: Tensor | None) -> None:
+        self.layer, self.context = layer, None
+        weight = layer.input.weight
+        self.live = weight[:, :, 0, : layer.reach + 1].flatten(1)
+        self.h = self.c = weight.new_zeros(batch, layer.hidden_channels, size[1])
+        self.x = weight.new_zeros(batch, weight.shape[1], layer.reach + size[1])
+        if layer.context is not None and context is not None:
+            self.context = layer.context(context).expand(-1, -1, *size)
+
+    def __call__(self, i: int, j: int, x: Tensor) -> Tensor:
+        layer = self.layer
+        if j == 0:
+            self.above, self.c_above = layer.state(self.h), self.c
+            if self.context is not None:
+                self.above = self.above + self.context[:, :, i]
+            self.h, self.c = torch.zeros_like(self.h), torch.zeros_like(self.c)
+        self.x[:, :, layer.reach + j] = x
+        window = self.x[:, :, j : j + layer.reach + 1].flatten(1)
+        gates = F.linear(window, self.live, layer.input.bias) + self.above[:, :, j]
+        self.h[:, :, j], self.c[:, :, j] = h, _ = _cell(gates, self.c_above[:, :, j])
+        return h
+
+
+class DiagonalLSTM(nn.Module):
+    """An LSTM that goes along the diagonals from the upper left; (B, C, H, W) -> (B, hidden_channels, H, W).
+
+        gates of (i, j) = linear map of x(i, j)  +  of h(i, j - 1)  +  of h(i - 1, j)
+
+    Row i is skewed i places to the right, so that a diagonal stands as a column and all of its pixels are done at once.
+    """
+
+    def __init__(self, in_channels: int, hidden_channels: int, context_channels: int = 0) -> None:
+        super().__init__()
+        check_integer("DiagonalLSTM", "hidden_channels", hidden_channels)
+        self.hidden_channels = hidden_channels
+        self.input = nn.Conv2d(in_channels, 4 * hidden_channels, 1)
+        self.state = nn.Linear(2 * hidden_channels, 4 * hidden_channels, bias=False)
+        self.context = nn.Conv2d(context_channels, 4 * hidden_channels, 1, bias=False) if context_channels else None
+        _remembering(self.input.bias)
+
+    def gates(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """What does not depend on the state, (B, 4 hidden_channels, H, W)."""
+        gates: Tensor = self.input(x)
+        return gates if self.context is None or context is None else gates + self.context(context)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        batch, _, height, width = x.shape
+        columns = skewed(self.gates(x, context)).permute(3, 0, 2, 1)  # (diagonals, B, H, 4 hidden)
+        inside = skewed(x.new_ones(1, 1, height, width)).permute(3, 0, 2, 1)
+        h = c = x.new_zeros(batch, height, self.hidden_channels)
+        done = []
+        for gates, image in zip(columns, inside, strict=True):
+            above = F.pad(h[:, :-1], (0, 0, 1, 0))
+            h, c = _cell(gates + self.state(torch.cat((h, above), 2)), c, 2)
+            h, c = h * image, c * image  # beside the image there is no state
+            done.append(h)
+        return unskewed(torch.stack(done, 3).transpose(1, 2), width)
+
+    def step(self, gates: Tensor, left: Tensor, above: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """One pixel: gates (B, 4 hidden), the neighbours' h, the left one's c -> h, c."""
+        return _cell(gates + self.state(torch.cat((left, above), 1)), c)
+
+
+class DiagonalBiLSTM(nn.Module):
+    """Two `DiagonalLSTM`s, from the upper left and from the upper right, that see all pixels before.
+
+    x (B, C, H, W), e (B, pixel_channels, H, W) -> (B, hidden_channels, H, W). x, the features, know only pixels before;
+    e are the pixels themselves. The second LSTM is read one row further up, where all is known, e too: without e, the
+    last pixels of a row would be out of sight of the beginning of the next.
+
+    Parameters
+    ----------
+    in_channels, pixel_channels, hidden_channels
+        Of x, of e and of each state.
+    context_channels
+        Of a context (B, context_channels, H or 1, W or 1) that is added inside the gates; 0 for none.
+    """
+
+    def __init__(self, in_channels: int, pixel_channels: int, hidden_channels: int, context_channels: int = 0) -> None:
+        super().__init__()
+        self.left = DiagonalLSTM(in_channels, hidden_channels, context_channels)
+        self.right = DiagonalLSTM(in_channels + pixel_channels, hidden_channels, context_channels)
+
+    def forward(self, x: Tensor, e: Tensor, context: Tensor | None = None) -> Tensor:
+        mirrored = None if context is None else context.flip(3)
+        right = self.right(torch.cat((x, e), 1).flip(3), mirrored).flip(3)
+        return self.left(x, context) + F.pad(right[:, :, :-1], (0, 0, 1, 0))  # type: ignore[no-any-return]
+
+    def steps(self, batch: int, size: tuple[int, int], context: Tensor | None) -> DiagonalSteps:
+        """The layer pixel by pixel."""
+        return DiagonalSteps(self, batch, size, context)
+
+
+class DiagonalSteps:
+    """`DiagonalBiLSTM` pixel by pixel: x (B, C) at (i, j) -> h (B, hidden_channels); then `put` the pixel itself."""
+
+    def __init__(self, layer: DiagonalBiLSTM, batch: int, size: tuple[int, int], context: Tensor | None) -> None:
+        self.layer, self.width = layer, size[1]
+        weight = layer.right.input.weight
+        none = weight.new_zeros(batch, layer.left.hidden_channels)
+        self.none, self.left, self.right = none, [none] * size[1], [none] * size[1]  # h of the row above, or of this
+        self.row = weight.new_zeros(batch, weight.shape[1], 1, size[1])  # of x and e
+        self.context = None if context is None else context.expand(-1, -1, *size)
+
+    def __call__(self, i: int, j: int, x: Tensor) -> Tensor:
+        left = self.layer.left
+        if j == 0:
+            if i:
+                self._right_of_row(i - 1)
+            self.h = self.c = self.none
+        self.row[:, : x.shape[1], 0, j] = x
+        of_pixel = None if self.context is None else self.context[:, :, i : i + 1, j : j + 1]
+        gates = left.gates(x[:, :, None, None], of_pixel)[:, :, 0, 0]
+        self.h, self.c = left.step(gates, self.h, self.left[j], self.c)
+        self.left[j] = self.h
+        return self.h + self.right[j]
+
+    def put(self, j: int, e: Tensor) -> None:
+        """The pixel in column j has become known."""
+        self.row[:, -e.shape[1] :, 0, j] = e
+
+    def _right_of_row(self, i: int) -> None:
+        """The second LSTM along a row that has become known."""
+        gates = self.layer.right.gates(self.row, None if self.context is None else self.context[:, :, i : i + 1])
+        h = c = self.none
+        for j in reversed(range(self.width)):
+            h, c = self.layer.right.step(gates[:, :, 0, j], h, self.right[j], c)
+            self.right[j] = h
+
+
+def skewed(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, H, W + H - 1): row i moved i places to the right, zeros around."""
+    batch, channels, height, width = x.shape
+    flat = F.pad(x, (0, height)).flatten(2)[:, :, : height * (width + height - 1)]
+    return flat.view(batch, channels, height, width + height - 1)
+
+
+def unskewed(x: Tensor, width: int) -> Tensor:
+    """What `skewed` was given: (B, C, H, W + H - 1) -> (B, C, H, W)."""
+    batch, channels, height, _ = x.shape
+    flat = F.pad(x.flatten(2), (0, height))
+    return flat.view(batch, channels, height, width + height)[..., :width]
