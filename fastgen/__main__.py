@@ -21,7 +21,9 @@ from fastgen.commands_images import (
     VQVAE_SIZES,
     loop_options,
     sample_pixels,
+    sample_two_stage,
     train_pixels_command,
+    train_prior_command,
     train_vqvae_command,
 )
 from fastgen.commands_vectors import VECTOR_COMMANDS, VECTOR_SIZES, sample_vectors, train_vectors_command
@@ -212,9 +214,17 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in PIXEL_COMMANDS.items():
         pixels = on_images(name, train_pixels_command, f"train a {kind} on images or maps of codes", "samples")
         pixels.add_argument("--labels", action="store_true", help="condition on the labels that come with the data")
-        pixels.add_argument("--levels", type=int, help="of a pixel, 2 (binarised anew each time) to 256; default: 2")
-        pixels.add_argument("--codes", type=int, metavar="K", help="the data are maps of K codes, an npz of integers")
-        pixels.add_argument("--distribution", choices=("bernoulli", "categorical", "logistic"))
+        pixels.add_argument(
+            "--codes", type=int, metavar="K", required=kind == "GPTPrior",
+            help="the data are maps of K codes, an npz of integers",
+        )  # fmt: skip
+        if kind != "GPTPrior":
+            pixels.add_argument(
+                "--levels", type=int, help="of a pixel, 2 (binarised anew each time) to 256; default: 2"
+            )
+            pixels.add_argument("--distribution", choices=("bernoulli", "categorical", "logistic"))
+        if kind == "PixelRNN":
+            pixels.add_argument("--kind", choices=("row", "diagonal"), help="of its LSTMs, default: diagonal")
         for size, value in PIXEL_SIZES[kind].items():
             pixels.add_argument(f"--{size}", type=int, help=f"default: {value}")
         training(pixels, {"batch-size": 32})
@@ -225,11 +235,33 @@ def _parser() -> argparse.ArgumentParser:
             vectors.add_argument(f"--{size}", type=int, help=f"default: {value}")
         training(vectors, {"batch-size": 100})
 
+    def of_priors(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--priors", nargs="+", choices=("gated_pixelcnn", "pixelsnail", "gpt"),
+            help="one for each map of codes, the top first; default: gated_pixelcnn, or pixelsnail twice",
+        )  # fmt: skip
+        parser.add_argument("--prior-steps", type=_count, help="of each prior, default: --steps")
+        parser.add_argument("--prior-channels", type=int, help="default: the model's")
+        parser.add_argument("--prior-layers", type=int, help="default: the model's")
+        parser.add_argument("--class-labels", action="store_true", help="condition the priors on the data's labels")
+
     for name, text in (("vqvae", "one map of codes"), ("vqvae2", "a top and a bottom map of codes")):
         vqvae = on_images(name, train_vqvae_command, f"train a VQ-VAE with {text} on images", "reconstructions")
+        vqvae.add_argument("--then", choices=("prior",), help="train priors over the codes too, and draw images")
+        of_priors(vqvae)
         for size, default in VQVAE_SIZES.items():
             vqvae.add_argument(f"--{size}", type=int, help=f"default: {default}")
         training(vqvae, {"batch-size": 64})
+
+    prior = command("prior", train_prior_command, "train the priors over a VQ-VAE's codes, and draw images", train)
+    prior.add_argument("--of", type=Path, required=True, metavar="CHECKPOINT", help="of the VQ-VAE")
+    prior.add_argument("--data", type=Path, metavar="PATH", help="what it was trained on")
+    prior.add_argument("--size", type=int, help="side to crop and resize a folder's pictures to")
+    prior.add_argument("--steps", type=int, required=True, help="step to train up to")
+    prior.add_argument("--resume", action="store_true", help="go on from priors that are there")
+    prior.set_defaults(out=None)
+    of_priors(prior)
+    training(prior, {"batch-size": 64})
 
     for name, model in FLOW_COMMANDS.items():
         flow = on_images(name, train_flow_command, f"train a {model} on images or points", "samples", "two moons")
@@ -250,9 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     wavenet.add_argument("checkpoint", type=Path)
     wavenet.add_argument("--seconds", type=_seconds, default=1.0, help="default: %(default)s")
     wavenet.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
-    pixels = command(
-        "pixels", sample_pixels, "draw images with a trained PixelCNN, GatedPixelCNN or PixelSNAIL", sample
-    )
+    pixels = command("pixels", sample_pixels, "draw images with a trained PixelCNN or one of its kin", sample)
     pixels.add_argument("checkpoint", type=Path)
     pixels.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
     pixels.add_argument(
@@ -269,7 +299,12 @@ def _parser() -> argparse.ArgumentParser:
     vectors.add_argument("checkpoint", type=Path)
     vectors.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
     vectors.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    for added in (wavenet, pixels, flow, vectors):
+    coded = command("vqvae", sample_two_stage, "draw images with a trained VQ-VAE and the priors beside it", sample)
+    coded.add_argument("checkpoint", type=Path)
+    coded.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
+    coded.add_argument("--label", type=int, help="class of all images")
+    coded.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    for added in (wavenet, pixels, flow, vectors, coded):
         added.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         added.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     for added in (wavenet, pixels):

@@ -108,9 +108,8 @@ def restore_checkpoint(
     made_by: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, float]:
-    """Put a checkpoint's parameters, optimizer and random state in place, if it is of the same model -> its step, and
-    the seconds of training that made it."""
+) -> dict[str, Any]:
+    """Put a checkpoint's parameters, optimizer and random state in place, if it is of the same model -> its content."""
     content = _read_model(path, models, made_by)
     if content["optimizer"] is None:
         raise ValueError(f"{os.fspath(path)}: holds no training state to resume from, only the model")
@@ -119,7 +118,7 @@ def restore_checkpoint(
     load_parameters(path, model, content["state_dict"])
     optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["rng"])
-    return int(content["step"]), float(content.get("seconds", 0))
+    return content
 
 
 def _read_model(path: str | os.PathLike[str], models: Mapping[str, type[nn.Module]], made_by: str) -> dict[str, Any]:

@@ -18,15 +18,22 @@ PIXEL_SIZES = {
     "PixelCNN": {"channels": 64, "layers": 8},
     "GatedPixelCNN": {"channels": 64, "layers": 8},
     "PixelSNAIL": {"channels": 32, "layers": 3},
+    "PixelRNN": {"channels": 32, "layers": 2},
+    "GPTPrior": {"channels": 128, "layers": 4},
 }
-PIXEL_COMMANDS = {"pixelcnn": "PixelCNN", "gated_pixelcnn": "GatedPixelCNN", "pixelsnail": "PixelSNAIL"}
+PIXEL_COMMANDS = {
+    "pixelcnn": "PixelCNN", "gated_pixelcnn": "GatedPixelCNN", "pixelsnail": "PixelSNAIL", "pixelrnn": "PixelRNN",
+    "gpt": "GPTPrior",
+}  # fmt: skip
 GRID_IMAGES = 16
 
 
 def train_vqvae_command(options: argparse.Namespace) -> None:
-    """`train vqvae` and `train vqvae2`."""
+    """`train vqvae` and `train vqvae2`, and their priors with --then prior."""
+    from fastgen.checkpoints import read_checkpoint
     from fastgen.images import load_images, pad_to_multiple, save_grid
     from fastgen.training_images import MODELS, as_floats, code_perplexities, load_vqvae, train_vqvae
+    from fastgen.training_stages import check_priors
 
     chosen = {name: getattr(options, name) for name in (size.replace("-", "_") for size in VQVAE_SIZES)}
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -34,6 +41,11 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
     if options.resume:
         model = load_vqvae(options.out)
         check_resumed(options, model, MODELS[options.model.upper()], given)
+        if options.then and read_checkpoint(options.out, ("step",), "train_vqvae")["step"] >= options.steps:
+            check_priors(options.out, model, resume=True)
+            print(f"{options.out}: has its {options.steps} steps")
+            train_prior_command(options, options.out)
+            return
     else:
         check_new(options)
     images = load_images(options.data, size=options.size)
@@ -46,6 +58,7 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
             image_channels=images.shape[1], kmeans_init=True, threshold_ema_dead_code=1.0,
             variance=max(float(as_floats(images[:4096]).var()), 1e-6), **sizes,
         )  # type: ignore[arg-type]  # fmt: skip
+    check_priors(options.out, model, resume=False)  # they would be of other codes than those to come
     images = pad_to_multiple(images, model.factor)
     log = train_vqvae(model, images, **loop_options(options))
     shown = as_floats(images[-GRID_IMAGES:])
@@ -56,17 +69,64 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
     held_out = f", held out {log.validation[-1][1]:.4f} of the variance" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f}{held_out}, perplexity of the codes {used}")
     print(f"{grid}: images above, reconstructions below")
+    if options.then:
+        train_prior_command(options, options.out)
+
+
+def train_prior_command(options: argparse.Namespace, path: Path | None = None) -> None:
+    """`train prior`, and the second stage of `train vqvae --then prior`."""
+    from fastgen.images import load_images, load_labels, pad_to_multiple
+    from fastgen.training_stages import load_quantizer, load_two_stage, train_priors
+
+    path = options.of if path is None else path
+    model = load_quantizer(path)
+    images = load_images(options.data, size=options.size)
+    labels = load_labels(options.data) if options.class_labels else None
+    kinds = options.priors or None
+    sizes = {"channels": options.prior_channels, "layers": options.prior_layers}
+    settings = loop_options(options) | {"steps": options.prior_steps or options.steps}
+    del settings["checkpoint"]
+    logs = train_priors(
+        path, pad_to_multiple(images, model.factor), labels, kinds=kinds,
+        sizes={name: size for name, size in sizes.items() if size is not None}, **settings,
+    )  # fmt: skip
+    for level, log in logs.items():
+        held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
+        print(f"prior of {level}: step {log.step}, loss {log.losses[-1]:.4f} bits per code{held_out}")
+    whole, size = load_two_stage(path)
+    drawn_labels = None if labels is None else torch.arange(GRID_IMAGES) % whole.classes
+    picture = path.with_suffix(".samples.png")
+    generator = torch.Generator().manual_seed(options.seed)
+    save_square(picture, whole.eval().sample(GRID_IMAGES, size, labels=drawn_labels, generator=generator))
+    print(f"{picture}: samples")
+
+
+def sample_two_stage(options: argparse.Namespace) -> None:
+    """`sample vqvae`."""
+    from fastgen.training_stages import load_two_stage
+
+    model, size = load_two_stage(options.checkpoint)
+    if (options.label is None) == bool(model.classes):
+        wanted = "need --label" if model.classes else "have no classes: leave out --label"
+        raise ValueError(f"{options.checkpoint}: its priors {wanted}")
+    labels = None if options.label is None else torch.full((options.number,), options.label)
+    drawn = model.eval().sample(
+        options.number, size, labels=labels, temperature=options.temperature,
+        generator=torch.Generator().manual_seed(options.seed),
+    )  # fmt: skip
+    save_square(options.out, drawn)
+    print(f"{options.out}: {options.number} images of {size[0]} x {size[1]} pixels")
 
 
 def train_pixels_command(options: argparse.Namespace) -> None:
-    """`train pixelcnn`, `train gated_pixelcnn` and `train pixelsnail`."""
+    """`train pixelcnn` and its kin."""
     from fastgen.images import load_codes, load_images, load_labels
     from fastgen.training_pixels import MODELS, load_pixels, save_samples, train_pixels
 
     kind = MODELS[PIXEL_COMMANDS[options.model]]
     grid = grid_beside(options)
-    asked = {name: getattr(options, name) for name in ("channels", "layers", "levels", "codes", "distribution")}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    names = ("channels", "layers", "levels", "codes", "distribution", "kind")
+    asked = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     if options.resume:
         model, _ = load_pixels(options.out)
         check_resumed(options, model, kind, asked)
@@ -81,7 +141,9 @@ def train_pixels_command(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.data}: expected at least one image, got none")
     if not options.resume:
         torch.manual_seed(options.seed)
-        if not of_codes:
+        if kind is MODELS["GPTPrior"]:
+            asked["image_size"] = tuple(images.shape[1:])
+        elif not of_codes:
             asked["image_channels"] = images.shape[1]
         if labels is not None:
             asked["classes"] = int(labels.max()) + 1

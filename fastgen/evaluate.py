@@ -202,6 +202,7 @@ def record(
         "seconds": round(content.get("seconds", 0)),
         "threads": content.get("threads"),
         "machine": processor(),
+        "validation": content.get("validation", []),
         "figures": [figure._asdict() for figure in figures],
     }
     with whole_file(path) as temporary:

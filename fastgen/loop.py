@@ -31,6 +31,19 @@ class TrainingLog:
     validation: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out figure)
     step: int = 0  # steps since the model was made, those of earlier runs included
     seconds: float = 0.0  # of training since the model was made, validation included
+    history: list[list[float]] = field(default_factory=list)  # [step, held-out figure] since the model was made
+
+    def held_out(self, figure: float) -> None:
+        """Note a held-out figure at the present step."""
+        self.validation.append((self.step, figure))
+        self.history.append([self.step, figure])
+
+    def entries(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "step": self.step, "seconds": self.seconds, "validation": self.history,
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
 
 
 def check_loop(
@@ -73,13 +86,15 @@ def begin(
     checkpoint: str | os.PathLike[str] | None,
     resume: bool,
     steps: int | None,
-    restore: Callable[[str | os.PathLike[str]], tuple[int, float]],
+    restore: Callable[[str | os.PathLike[str]], dict[str, Any]],
 ) -> None:
-    """Go on from the checkpoint, or see to it that there is none; `restore` loads it and gives its step and seconds."""
+    """Go on from the checkpoint, or see to it that there is none; `restore` loads it and gives its content."""
     if resume:
         if checkpoint is None:
             raise ValueError(f"{op}: resume=True needs checkpoint=")
-        log.step, log.seconds = restore(checkpoint)
+        content = restore(checkpoint)
+        log.step, log.seconds = content["step"], content.get("seconds", 0.0)
+        log.history = content.get("validation", [])
         if steps is not None and log.step >= steps:
             raise ValueError(f"{os.fspath(checkpoint)}: is at step {log.step}; steps must be larger, got {steps}")
     elif checkpoint is not None and Path(checkpoint).exists():
@@ -116,18 +131,10 @@ def fit(
 
     def keep() -> None:
         if held_out is not None:
-            log.validation.append((log.step, held_out()))
+            log.held_out(held_out())
             model.train()
         if checkpoint is not None:
-            save_checkpoint(
-                checkpoint,
-                model,
-                optimizer=optimizer,
-                step=log.step,
-                seconds=log.seconds,
-                threads=torch.get_num_threads(),
-                **more,
-            )
+            save_checkpoint(checkpoint, model, optimizer=optimizer, **log.entries(), **more)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

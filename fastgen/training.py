@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,11 +101,9 @@ def train_wavenet(
 
     def keep() -> None:
         if held_out.numel():
-            log.validation.append((log.step, validate(model, held_out)))
+            log.held_out(validate(model, held_out))
         if checkpoint is not None:
-            save_checkpoint(
-                checkpoint, model, rate, optimizer=optimizer, step=log.step, generator=generator, seconds=log.seconds
-            )
+            save_checkpoint(checkpoint, model, rate, optimizer=optimizer, generator=generator, **log.entries())
 
     def batch_loss() -> Tensor:
         starts = torch.randint(train.numel() - segment + 1, (batch_size,), generator=generator)
@@ -140,7 +139,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     step: int = 0,
     generator: torch.Generator | None = None,
-    seconds: float = 0.0,
+    **more: Any,
 ) -> None:
     """Write the model, and what training needs to go on exactly, whole or not at all; makes the folder.
 
@@ -148,7 +147,7 @@ def save_checkpoint(
     ----------
     rate
         Of the audio, in Hz.
-    optimizer, step, generator, seconds
+    optimizer, step, generator
         State of the training; without the optimizer the checkpoint can be sampled from, but not trained on.
     """
     content = {
@@ -156,10 +155,9 @@ def save_checkpoint(
         "state_dict": model.state_dict(),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "step": step,
-        "seconds": seconds,
-        "threads": torch.get_num_threads(),
         "rate": rate,
         "rng": None if generator is None else generator.get_state(),
+        **more,
     }
     with whole_file(path) as temporary:
         torch.save(content, temporary)
@@ -189,7 +187,7 @@ def _restore(
     rate: int,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-) -> tuple[int, float]:
+) -> dict[str, Any]:
     content = read_checkpoint(path, ENTRIES, "train_wavenet")
     name = os.fspath(path)
     if content["optimizer"] is None or content["rng"] is None:
@@ -200,7 +198,7 @@ def _restore(
     load_parameters(path, model, content["state_dict"])
     optimizer.load_state_dict(content["optimizer"])
     generator.set_state(content["rng"])
-    return int(content["step"]), float(content.get("seconds", 0))
+    return content
 
 
 def _split(model: WaveNet, clips: Sequence[Tensor], segment: int, holdout: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Training PixelCNN, Gated PixelCNN and PixelSNAIL on images or maps of codes, and the checkpoints it leaves."""
+"""Training PixelCNN and its kin on images or maps of codes, and the checkpoints it leaves."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_classes, check_progress, check_tensor
 from fastgen.images import save_grid
 from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
-from fastgen.models import GatedPixelCNN, PixelCNN, PixelModel, PixelSNAIL
+from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelModel, PixelRNN, PixelSNAIL
 
 MODELS: dict[str, type[PixelModel]] = {
-    "PixelCNN": PixelCNN, "GatedPixelCNN": GatedPixelCNN, "PixelSNAIL": PixelSNAIL,
+    "PixelCNN": PixelCNN, "GatedPixelCNN": GatedPixelCNN, "PixelSNAIL": PixelSNAIL, "PixelRNN": PixelRNN,
+    "GPTPrior": GPTPrior,
 }  # fmt: skip
 VALIDATION_BATCH = 128  # images in one forward
 VALIDATION_IMAGES = 1024  # at most
@@ -56,6 +57,7 @@ def train_pixels(
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: int = 500,
     resume: bool = False,
+    source: str | None = None,
     progress: Progress = True,
 ) -> TrainingLog:
     """Maximise the likelihood of random batches, with Adam.
@@ -87,6 +89,8 @@ def train_pixels(
         File to write every `save_every` steps and at the end, whole or not at all; validation runs at the same steps.
     resume
         Go on from `checkpoint`. With the same images and options the losses are those of an uninterrupted run.
+    source
+        Kept in the checkpoint: where the images come from.
     progress
         True for a progress bar, or a function of (step, loss).
 
@@ -139,7 +143,7 @@ def train_pixels(
         op, model, MODELS, loss, held_out if number < len(images) else None, steps=steps, seconds=seconds,
         learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
         checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress, unit="bits per value",
-        image_size=list(images.shape[-2:]),
+        image_size=list(images.shape[-2:]), source=source,
     )  # fmt: skip
 
 
@@ -157,6 +161,8 @@ def check_data(op: str, model: PixelModel, images: Tensor) -> None:
         raise ValueError(f"{op}: images must be uint8 (N, {model.image_channels}, H, W), got {came}")
     if 0 in images.shape[1:]:
         raise ValueError(f"{op}: images must have at least one pixel, got {came}")
+    if isinstance(model, GPTPrior):
+        model.check_size(images.shape[1:])
 
 
 @torch.no_grad()

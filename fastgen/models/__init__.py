@@ -11,6 +11,7 @@ from fastgen.models.pixelrnn import PixelRNN
 from fastgen.models.pixels import PixelModel, sample_naive
 from fastgen.models.pixelsnail import PixelSNAIL
 from fastgen.models.realnvp import RealNVP
+from fastgen.models.two_stage import TwoStage
 from fastgen.models.vae import VAE
 from fastgen.models.vectors import VectorModel
 from fastgen.models.vqvae import VQVAE, VQVAE2
@@ -31,6 +32,7 @@ __all__ = [
     "PixelRNN",
     "PixelSNAIL",
     "RealNVP",
+    "TwoStage",
     "VectorModel",
     "WaveNet",
     "sample_naive",

@@ -173,10 +173,13 @@ class CodedImages(nn.Module):
     def elbo(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B,) nats: log p(x | codes), a density, less the constant KL to the uniform prior."""
         out = self(x)
-        pixels = x.shape[1:].numel()
-        squared = (x - out.reconstruction).square().flatten(1).sum(1)
-        log_p = -squared / (2 * self.variance) - pixels / 2 * math.log(2 * math.pi * self.variance)
+        log_p = self.log_likelihood(x, out.reconstruction)
         return log_p - sum(c.shape[1:].numel() for c in out.codes) * math.log(self.codebook_size)  # type: ignore[no-any-return]
+
+    def log_likelihood(self, x: Tensor, reconstruction: Tensor) -> Tensor:
+        """log p(x | codes) (B,) in nats, a density, of what the codes decode to."""
+        squared = (x - reconstruction).square().flatten(1).sum(1)
+        return -squared / (2 * self.variance) - x.shape[1:].numel() / 2 * math.log(2 * math.pi * self.variance)
 
 
 class VQVAE(CodedImages):

@@ -1,0 +1,210 @@
+"""The second stage of VQ-VAE and VQ-VAE-2: the data set encoded once, a prior trained for each map of codes.
+
+Beside a quantizer's checkpoint NAME.pt lie NAME.codes.npz and, for each map, NAME.LEVEL.pt. Codes and priors remember
+which quantizer they are of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgen.checkpoints import read_checkpoint
+from fastgen.checks import check_integer
+from fastgen.files import whole_file
+from fastgen.loop import Progress, TrainingLog
+from fastgen.models import VQVAE, VQVAE2, GatedPixelCNN, GPTPrior, PixelModel, PixelSNAIL, TwoStage
+from fastgen.training_images import as_floats, check_images, load_vqvae
+from fastgen.training_pixels import load_pixels, train_pixels
+
+LEVELS = {"VQVAE": ("codes",), "VQVAE2": ("top", "bottom")}  # maps of codes, in the order of their priors
+PRIORS: dict[str, type[PixelModel]] = {
+    "gated_pixelcnn": GatedPixelCNN, "pixelsnail": PixelSNAIL, "gpt": GPTPrior,
+}  # fmt: skip
+ENCODING_BATCH = 256
+
+
+def beside(quantizer: str | os.PathLike[str], level: str) -> Path:
+    """The file of a map's prior."""
+    return Path(quantizer).with_suffix(f".{level}.pt")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells a model's parameters from any others."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def encode(model: VQVAE | VQVAE2, images: Tensor) -> list[Tensor]:
+    """uint8 images (N, C, H, W) -> int64 (N, h, w) for each map of codes, the top first."""
+    check_images("encode", model, images)
+    model.eval()
+    encoded = [model.encode(as_floats(part)) for part in images.split(ENCODING_BATCH)]
+    return [torch.cat(maps) for maps in zip(*(e if isinstance(e, tuple) else (e,) for e in encoded), strict=True)]
+
+
+def encode_once(path: str | os.PathLike[str], model: VQVAE | VQVAE2, images: Tensor) -> list[Tensor]:
+    """`encode`, or what it gave the last time for this quantizer and these images: kept beside the quantizer."""
+    levels, file = LEVELS[type(model).__name__], Path(path).with_suffix(".codes.npz")
+    made_of = f"{fingerprint(model)} {hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:16]}"
+    if file.exists():
+        with np.load(file, allow_pickle=False) as archive:
+            if "made_of" in archive.files and str(archive["made_of"]) == made_of:
+                return [torch.from_numpy(archive[level].astype(np.int64)) for level in levels]
+    codes = encode(model, images)
+    small = np.uint16 if model.codebook_size <= 1 << 16 else np.int64
+    arrays: dict[str, Any] = {level: c.numpy().astype(small) for level, c in zip(levels, codes, strict=True)}
+    with whole_file(file) as temporary:
+        np.savez_compressed(temporary, **arrays, made_of=np.array(made_of))
+    return codes
+
+
+def train_priors(
+    path: str | os.PathLike[str],
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    kinds: Sequence[str] | None = None,
+    sizes: dict[str, int] | None = None,
+    steps: int,
+    resume: bool = False,
+    progress: Progress = True,
+    **options: Any,
+) -> dict[str, TrainingLog]:
+    """Train a prior for each map of codes, where it has not been trained for so many steps already.
+
+    Parameters
+    ----------
+    path
+        Checkpoint of the quantizer, trained by `train_vqvae`. What this makes is put beside it.
+    images, labels
+        uint8 (N, C, H, W), sides multiples of the quantizer's `factor`; classes (N,) int64 for class conditioning.
+    kinds
+        "gated_pixelcnn", "pixelsnail" or "gpt" for each map, the top first; "gpt" takes no map above it. By default
+        "gated_pixelcnn" for VQ-VAE, "pixelsnail" twice for VQ-VAE-2.
+    sizes
+        Parameters of the priors' models.
+    steps
+        Of each prior.
+    resume
+        Go on from priors that are there, or that are cut short; a prior that has its steps is left as it is.
+    progress, options
+        As in `train_pixels`: batch_size, learning_rate, schedule, clip_norm, holdout, seed, save_every.
+
+    Returns
+    -------
+    The logs of what was trained now, by map.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no quantizer yet.
+    FileExistsError
+        If a prior is there, without resume.
+    ValueError
+        For an argument outside its range, and for priors of another codebook.
+    """
+    op = "train_priors"
+    check_integer(op, "steps", steps)
+    model = load_quantizer(path)
+    levels = LEVELS[type(model).__name__]
+    if kinds is None:
+        kinds = ("gated_pixelcnn",) if len(levels) == 1 else ("pixelsnail", "pixelsnail")
+    if len(kinds) != len(levels) or not all(kind in PRIORS for kind in kinds):
+        raise ValueError(f"{op}: kinds must be {len(levels)} of {', '.join(PRIORS)}, got {', '.join(kinds)}")
+    if "gpt" in kinds[1:]:
+        raise ValueError(f"{op}: kinds must have 'gpt' for the top map alone: pixelsnail sees the map above")
+    check_priors(path, model, resume=resume)
+    codes = encode_once(path, model, images)
+    logs = {}
+    for i, (level, kind, maps) in enumerate(zip(levels, kinds, codes, strict=True)):
+        file, source = beside(path, level), f"{fingerprint(model)} {level}"
+        if file.exists():
+            prior = load_pixels(file)[0]
+            if type(prior) is not PRIORS[kind] or any(prior.config[n] != v for n, v in (sizes or {}).items()):
+                raise ValueError(f"{file}: is another prior than asked for, a {type(prior).__name__}; remove it first")
+            if read_checkpoint(file, ("step",), op)["step"] >= steps:
+                continue
+        else:
+            torch.manual_seed(options.get("seed", 0))
+            more: dict[str, Any] = dict(sizes or {})
+            if kind == "gpt":
+                more["image_size"] = tuple(maps.shape[1:])
+            prior = PRIORS[kind](
+                codes=model.codebook_size, cond_codes=model.codebook_size if i else 0,
+                classes=0 if labels is None else int(labels.max()) + 1, **more,
+            )  # fmt: skip
+        logs[level] = train_pixels(
+            prior, maps, labels=labels, cond=codes[i - 1] if i else None, steps=steps, checkpoint=file,
+            resume=file.exists(), source=source, progress=progress, **options,
+        )  # fmt: skip
+    return logs
+
+
+def load_quantizer(path: str | os.PathLike[str]) -> VQVAE | VQVAE2:
+    """The first stage, which must have been trained."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{os.fspath(path)}: no such file; train the quantizer first: "
+            f"python -m fastgen train vqvae2 --out {os.fspath(path)}"
+        )
+    return load_vqvae(path)
+
+
+def check_priors(path: str | os.PathLike[str], model: VQVAE | VQVAE2, *, resume: bool) -> None:
+    """Raise where a prior is there that would be written over, or that is of other codes."""
+    for level in LEVELS[type(model).__name__]:
+        file = beside(path, level)
+        if not file.exists():
+            continue
+        if not resume:
+            raise FileExistsError(f"{file}: exists; resume from it, or remove it")
+        _check_source(file, model, level)
+
+
+def _check_source(file: Path, model: VQVAE | VQVAE2, level: str) -> None:
+    if read_checkpoint(file, ("step",), "train_priors").get("source") != f"{fingerprint(model)} {level}":
+        raise ValueError(
+            f"{file}: is a prior over other codes than those of this quantizer, which has changed since or is another; "
+            f"remove it and train it again: python -m fastgen train prior --of {file.with_name(_stem(file, level))}"
+        )
+
+
+def _stem(file: Path, level: str) -> str:
+    return file.name.removesuffix(f".{level}.pt") + ".pt"
+
+
+def load_two_stage(path: str | os.PathLike[str]) -> tuple[TwoStage, tuple[int, int]]:
+    """A quantizer and the priors beside it, on the CPU, and the (height, width) of the images.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a stage has not been trained; the message says by which command it is.
+    ValueError
+        If a file is damaged, or a prior is of other codes than the quantizer's.
+    """
+    model = load_quantizer(path)
+    priors, size = [], (0, 0)
+    for i, level in enumerate(LEVELS[type(model).__name__]):
+        file = beside(path, level)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: no such file; train the prior first: python -m fastgen train prior --of {os.fspath(path)}"
+            )
+        _check_source(file, model, level)
+        prior, codes = load_pixels(file)
+        priors.append(prior)
+        size = (codes[0] * (model.factor >> i), codes[1] * (model.factor >> i))
+    return TwoStage(model, priors), size
