@@ -26,6 +26,7 @@ from fastgen.commands_images import (
     train_prior_command,
     train_vqvae_command,
 )
+from fastgen.commands_speech import SPEECH_SIZES, sample_speech, train_speech_command
 from fastgen.commands_vectors import VECTOR_COMMANDS, VECTOR_SIZES, sample_vectors, train_vectors_command
 from fastgen.densities import DENSITIES
 from fastgen.loop import SCHEDULES
@@ -233,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
         vectors = on_images(name, train_vectors_command, f"train a {kind} on binarised images", "samples")
         for size, value in VECTOR_SIZES[kind].items():
             vectors.add_argument(f"--{size}", type=int, help=f"default: {value}")
+        if kind == "VAE":
+            vectors.add_argument("--convolutions", action="store_true", help="in place of perceptrons")
         training(vectors, {"batch-size": 100})
 
     def of_priors(parser: argparse.ArgumentParser) -> None:
@@ -253,9 +256,24 @@ def _parser() -> argparse.ArgumentParser:
             vqvae.add_argument(f"--{size}", type=int, help=f"default: {default}")
         training(vqvae, {"batch-size": 64})
 
-    prior = command("prior", train_prior_command, "train the priors over a VQ-VAE's codes, and draw images", train)
+    speech = command("speech_vqvae", train_speech_command, "train a VQ-VAE with a WaveNet as decoder on speech", train)
+    speech.add_argument("--data", type=Path, required=True, metavar="FOLDER_OR_FILE", help="WAV or FLAC files")
+    speech.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    speech.add_argument("--steps", type=int, required=True, help="step to train up to")
+    speech.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
+    speech.add_argument("--then", choices=("prior",), help="train a prior over the codes too, and generate audio")
+    speech.add_argument("--exclude", metavar="PATTERN", help="of names of files to leave out, such as '*_[0-4].wav'")
+    speech.add_argument("--rate", type=int, help="of the model's audio in Hz, default: 8000")
+    speech.add_argument("--length", type=int, help="samples to which clips are filled up or cut, default: 8192")
+    for size, value in SPEECH_SIZES.items():
+        speech.add_argument(f"--{size}", type=int, help=f"default: {value}")
+    of_priors(speech)
+    training(speech, {"batch-size": 8, "segment": 2048})
+
+    prior = command("prior", train_prior_command, "train the priors over a VQ-VAE's codes, and draw from them", train)
     prior.add_argument("--of", type=Path, required=True, metavar="CHECKPOINT", help="of the VQ-VAE")
     prior.add_argument("--data", type=Path, metavar="PATH", help="what it was trained on")
+    prior.add_argument("--exclude", metavar="PATTERN", help="of names of audio files to leave out")
     prior.add_argument("--size", type=int, help="side to crop and resize a folder's pictures to")
     prior.add_argument("--steps", type=int, required=True, help="step to train up to")
     prior.add_argument("--resume", action="store_true", help="go on from priors that are there")
@@ -304,7 +322,12 @@ def _parser() -> argparse.ArgumentParser:
     coded.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
     coded.add_argument("--label", type=int, help="class of all images")
     coded.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    for added in (wavenet, pixels, flow, vectors, coded):
+    spoken = command("speech_vqvae", sample_speech, "generate audio with a VQ-VAE of speech and its prior", sample)
+    spoken.add_argument("checkpoint", type=Path)
+    spoken.add_argument("--number", type=_count, default=3, help="of clips, one after another; default: %(default)s")
+    spoken.add_argument("--label", type=int, help="class of all clips, where the prior has classes; default: in turn")
+    spoken.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
+    for added in (wavenet, pixels, flow, vectors, coded, spoken):
         added.add_argument("--seed", type=int, default=0, help="default: %(default)s")
         added.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     for added in (wavenet, pixels):

@@ -165,16 +165,21 @@ def load_folder(
     FileNotFoundError, ValueError
         As `load_audio`; FileNotFoundError also for a folder without such files.
     """
+    return [load_audio(file, rate) for file in audio_files(path, include=include, exclude=exclude)]
+
+
+def audio_files(path: str | os.PathLike[str], *, include: str | None = None, exclude: str | None = None) -> list[Path]:
+    """The files that `load_folder` reads, in its order."""
     path = Path(path)
     if not path.is_dir():
-        return [load_audio(path, rate)]
+        return [path]
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
     if not files:
         raise FileNotFoundError(f"{path}: expected WAV or FLAC files in this folder, got none")
     files = [f for f in files if f.match(include or "*") and not (exclude and f.match(exclude))]
     if not files:
         raise ValueError(f"{path}: no file is left by include={include!r} and exclude={exclude!r}")
-    return [load_audio(f, rate) for f in files]
+    return files
 
 
 def save_audio(path: str | os.PathLike[str], x: Tensor, rate: int) -> None:

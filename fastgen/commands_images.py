@@ -75,11 +75,18 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
 
 def train_prior_command(options: argparse.Namespace, path: Path | None = None) -> None:
     """`train prior`, and the second stage of `train vqvae --then prior`."""
+    from fastgen.commands_speech import train_speech_prior
     from fastgen.images import load_images, load_labels, pad_to_multiple
+    from fastgen.models import SpeechVQVAE
     from fastgen.training_stages import load_quantizer, load_two_stage, train_priors
 
     path = options.of if path is None else path
     model = load_quantizer(path)
+    if isinstance(model, SpeechVQVAE):
+        if options.data is None:
+            raise ValueError(f"{path}: is of speech; --data is needed, a folder of audio")
+        train_speech_prior(options, path)
+        return
     images = load_images(options.data, size=options.size)
     labels = load_labels(options.data) if options.class_labels else None
     kinds = options.priors or None
@@ -198,9 +205,8 @@ def check_resumed(
     config: dict[str, Any] = model.config  # type: ignore[assignment]
     if type(model) is not kind:
         raise ValueError(f"{options.out}: is of a {type(model).__name__}, not of a {kind.__name__}")
-    labels = getattr(options, "labels", False)
-    if bool(config.get("classes")) != labels:
-        wanted = "leave out --labels" if labels else "add --labels"
+    if hasattr(options, "labels") and bool(config.get("classes")) != options.labels:
+        wanted = "leave out --labels" if options.labels else "add --labels"
         raise ValueError(f"{options.out}: the model has {config['classes']} classes: {wanted}")
     flag = {name: "--" + name.replace("_", "-") for name in asked} | (flags or {})
     different = [flag[n] if v is True else f"{flag[n]} {v}" for n, v in asked.items() if config[n] != v]

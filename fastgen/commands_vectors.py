@@ -9,7 +9,7 @@ import torch
 from fastgen.commands_images import GRID_IMAGES, check_new, check_resumed, grid_beside, loop_options, save_square
 
 VECTOR_COMMANDS = {"fvsbn": "FVSBN", "nade": "NADE", "vae": "VAE"}
-VECTOR_SIZES = {"FVSBN": {}, "NADE": {"hidden": 500}, "VAE": {"hidden": 500, "latent": 40, "layers": 2}}
+VECTOR_SIZES = {"FVSBN": {}, "NADE": {"hidden": 500}, "VAE": {"hidden": 500, "latent": 40, "layers": 2, "channels": 24}}
 
 
 def train_vectors_command(options: argparse.Namespace) -> None:
@@ -30,6 +30,8 @@ def train_vectors_command(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.data}: expected at least one image, got none")
     if not options.resume:
         torch.manual_seed(options.seed)
+        if name == "VAE" and options.convolutions:
+            asked["image_size"] = tuple(images.shape[2:])
         model = MODELS[name](images[0].numel(), **VECTOR_SIZES[name] | asked)  # type: ignore[assignment]
     log = train_vectors(model, images, **loop_options(options))
     held_out = f", held out {log.validation[-1][1]:.2f}" if log.validation else ""

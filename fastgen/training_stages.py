@@ -1,4 +1,4 @@
-"""The second stage of VQ-VAE and VQ-VAE-2: the data set encoded once, a prior trained for each map of codes.
+"""The second stage of the VQ-VAEs: the data set encoded once, a prior trained for each map of codes.
 
 Beside a quantizer's checkpoint NAME.pt lie NAME.codes.npz and, for each map, NAME.LEVEL.pt. Codes and priors remember
 which quantizer they are of.
@@ -16,19 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgen.checkpoints import read_checkpoint
+from fastgen.checkpoints import load_checkpoint, read_checkpoint
 from fastgen.checks import check_integer
 from fastgen.files import whole_file
 from fastgen.loop import Progress, TrainingLog
 from fastgen.models import VQVAE, VQVAE2, GatedPixelCNN, GPTPrior, PixelModel, PixelSNAIL, TwoStage
-from fastgen.training_images import as_floats, check_images, load_vqvae
+from fastgen.models.speech_vqvae import SpeechVQVAE
+from fastgen.training_images import MODELS, as_floats, check_images
 from fastgen.training_pixels import load_pixels, train_pixels
 
-LEVELS = {"VQVAE": ("codes",), "VQVAE2": ("top", "bottom")}  # maps of codes, in the order of their priors
+LEVELS = {
+    "VQVAE": ("codes",),
+    "VQVAE2": ("top", "bottom"),
+    "SpeechVQVAE": ("codes",),
+}  # maps of codes, in the order of their priors
 PRIORS: dict[str, type[PixelModel]] = {
     "gated_pixelcnn": GatedPixelCNN, "pixelsnail": PixelSNAIL, "gpt": GPTPrior,
 }  # fmt: skip
-ENCODING_BATCH = 256
+DEFAULT_PRIORS = {
+    "VQVAE": ("gated_pixelcnn",), "VQVAE2": ("pixelsnail", "pixelsnail"), "SpeechVQVAE": ("gpt",),
+}  # fmt: skip
+Quantizer = VQVAE | VQVAE2 | SpeechVQVAE
+QUANTIZERS: dict[str, type[nn.Module]] = {**MODELS, "SpeechVQVAE": SpeechVQVAE}
+ENCODING_BATCH = 64
 
 
 def beside(quantizer: str | os.PathLike[str], level: str) -> Path:
@@ -46,23 +56,25 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def encode(model: VQVAE | VQVAE2, images: Tensor) -> list[Tensor]:
-    """uint8 images (N, C, H, W) -> int64 (N, h, w) for each map of codes, the top first."""
-    check_images("encode", model, images)
+def encode(model: Quantizer, data: Tensor) -> list[Tensor]:
+    """uint8 images (N, C, H, W), or int64 clips (N, T) -> int64 (N, h, w) for each map of codes, the top first."""
     model.eval()
-    encoded = [model.encode(as_floats(part)) for part in images.split(ENCODING_BATCH)]
+    if isinstance(model, SpeechVQVAE):
+        return [torch.cat([model.encode(part) for part in data.split(ENCODING_BATCH)])[:, None]]
+    check_images("encode", model, data)
+    encoded = [model.encode(as_floats(part)) for part in data.split(ENCODING_BATCH)]
     return [torch.cat(maps) for maps in zip(*(e if isinstance(e, tuple) else (e,) for e in encoded), strict=True)]
 
 
-def encode_once(path: str | os.PathLike[str], model: VQVAE | VQVAE2, images: Tensor) -> list[Tensor]:
-    """`encode`, or what it gave the last time for this quantizer and these images: kept beside the quantizer."""
+def encode_once(path: str | os.PathLike[str], model: Quantizer, data: Tensor) -> list[Tensor]:
+    """`encode`, or what it gave the last time for this quantizer and these data: kept beside the quantizer."""
     levels, file = LEVELS[type(model).__name__], Path(path).with_suffix(".codes.npz")
-    made_of = f"{fingerprint(model)} {hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:16]}"
+    made_of = f"{fingerprint(model)} {hashlib.sha256(data.contiguous().numpy().tobytes()).hexdigest()[:16]}"
     if file.exists():
         with np.load(file, allow_pickle=False) as archive:
             if "made_of" in archive.files and str(archive["made_of"]) == made_of:
                 return [torch.from_numpy(archive[level].astype(np.int64)) for level in levels]
-    codes = encode(model, images)
+    codes = encode(model, data)
     small = np.uint16 if model.codebook_size <= 1 << 16 else np.int64
     arrays: dict[str, Any] = {level: c.numpy().astype(small) for level, c in zip(levels, codes, strict=True)}
     with whole_file(file) as temporary:
@@ -72,7 +84,7 @@ def encode_once(path: str | os.PathLike[str], model: VQVAE | VQVAE2, images: Ten
 
 def train_priors(
     path: str | os.PathLike[str],
-    images: Tensor,
+    data: Tensor,
     labels: Tensor | None = None,
     *,
     kinds: Sequence[str] | None = None,
@@ -87,12 +99,13 @@ def train_priors(
     Parameters
     ----------
     path
-        Checkpoint of the quantizer, trained by `train_vqvae`. What this makes is put beside it.
-    images, labels
-        uint8 (N, C, H, W), sides multiples of the quantizer's `factor`; classes (N,) int64 for class conditioning.
+        Checkpoint of the quantizer, trained by `train_vqvae` or `train_speech_vqvae`. What this makes is put beside it.
+    data, labels
+        uint8 images (N, C, H, W), sides multiples of the quantizer's `factor`, or clips (N, T) int64, T a multiple of
+        its `downsample`; classes (N,) int64 for class conditioning.
     kinds
         "gated_pixelcnn", "pixelsnail" or "gpt" for each map, the top first; "gpt" takes no map above it. By default
-        "gated_pixelcnn" for VQ-VAE, "pixelsnail" twice for VQ-VAE-2.
+        "gated_pixelcnn" for VQ-VAE, "pixelsnail" twice for VQ-VAE-2, "gpt" for speech.
     sizes
         Parameters of the priors' models.
     steps
@@ -119,14 +132,13 @@ def train_priors(
     check_integer(op, "steps", steps)
     model = load_quantizer(path)
     levels = LEVELS[type(model).__name__]
-    if kinds is None:
-        kinds = ("gated_pixelcnn",) if len(levels) == 1 else ("pixelsnail", "pixelsnail")
+    kinds = kinds or DEFAULT_PRIORS[type(model).__name__]
     if len(kinds) != len(levels) or not all(kind in PRIORS for kind in kinds):
         raise ValueError(f"{op}: kinds must be {len(levels)} of {', '.join(PRIORS)}, got {', '.join(kinds)}")
     if "gpt" in kinds[1:]:
         raise ValueError(f"{op}: kinds must have 'gpt' for the top map alone: pixelsnail sees the map above")
     check_priors(path, model, resume=resume)
-    codes = encode_once(path, model, images)
+    codes = encode_once(path, model, data)
     logs = {}
     for i, (level, kind, maps) in enumerate(zip(levels, kinds, codes, strict=True)):
         file, source = beside(path, level), f"{fingerprint(model)} {level}"
@@ -152,17 +164,17 @@ def train_priors(
     return logs
 
 
-def load_quantizer(path: str | os.PathLike[str]) -> VQVAE | VQVAE2:
+def load_quantizer(path: str | os.PathLike[str]) -> Quantizer:
     """The first stage, which must have been trained."""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{os.fspath(path)}: no such file; train the quantizer first: "
             f"python -m fastgen train vqvae2 --out {os.fspath(path)}"
         )
-    return load_vqvae(path)
+    return load_checkpoint(path, QUANTIZERS, "train_vqvae or train_speech_vqvae")[0]  # type: ignore[return-value]
 
 
-def check_priors(path: str | os.PathLike[str], model: VQVAE | VQVAE2, *, resume: bool) -> None:
+def check_priors(path: str | os.PathLike[str], model: Quantizer, *, resume: bool) -> None:
     """Raise where a prior is there that would be written over, or that is of other codes."""
     for level in LEVELS[type(model).__name__]:
         file = beside(path, level)
@@ -173,7 +185,7 @@ def check_priors(path: str | os.PathLike[str], model: VQVAE | VQVAE2, *, resume:
         _check_source(file, model, level)
 
 
-def _check_source(file: Path, model: VQVAE | VQVAE2, level: str) -> None:
+def _check_source(file: Path, model: Quantizer, level: str) -> None:
     if read_checkpoint(file, ("step",), "train_priors").get("source") != f"{fingerprint(model)} {level}":
         raise ValueError(
             f"{file}: is a prior over other codes than those of this quantizer, which has changed since or is another; "
@@ -185,8 +197,8 @@ def _stem(file: Path, level: str) -> str:
     return file.name.removesuffix(f".{level}.pt") + ".pt"
 
 
-def load_two_stage(path: str | os.PathLike[str]) -> tuple[TwoStage, tuple[int, int]]:
-    """A quantizer and the priors beside it, on the CPU, and the (height, width) of the images.
+def load_priors(path: str | os.PathLike[str]) -> tuple[Quantizer, list[PixelModel], tuple[int, int]]:
+    """A quantizer and the priors beside it, on the CPU, and the (height, width) of the first one's map.
 
     Raises
     ------
@@ -196,15 +208,23 @@ def load_two_stage(path: str | os.PathLike[str]) -> tuple[TwoStage, tuple[int, i
         If a file is damaged, or a prior is of other codes than the quantizer's.
     """
     model = load_quantizer(path)
-    priors, size = [], (0, 0)
-    for i, level in enumerate(LEVELS[type(model).__name__]):
+    priors, sizes = [], []
+    for level in LEVELS[type(model).__name__]:
         file = beside(path, level)
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file}: no such file; train the prior first: python -m fastgen train prior --of {os.fspath(path)}"
             )
         _check_source(file, model, level)
-        prior, codes = load_pixels(file)
+        prior, size = load_pixels(file)
         priors.append(prior)
-        size = (codes[0] * (model.factor >> i), codes[1] * (model.factor >> i))
-    return TwoStage(model, priors), size
+        sizes.append(size)
+    return model, priors, sizes[0]
+
+
+def load_two_stage(path: str | os.PathLike[str]) -> tuple[TwoStage, tuple[int, int]]:
+    """`load_priors` of images, as one model, and the (height, width) of the images."""
+    model, priors, size = load_priors(path)
+    if isinstance(model, SpeechVQVAE):
+        raise ValueError(f"{os.fspath(path)}: is of speech, not of images")
+    return TwoStage(model, priors), (size[0] * model.factor, size[1] * model.factor)

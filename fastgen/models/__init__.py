@@ -11,6 +11,7 @@ from fastgen.models.pixelrnn import PixelRNN
 from fastgen.models.pixels import PixelModel, sample_naive
 from fastgen.models.pixelsnail import PixelSNAIL
 from fastgen.models.realnvp import RealNVP
+from fastgen.models.speech_vqvae import SpeechVQVAE
 from fastgen.models.two_stage import TwoStage
 from fastgen.models.vae import VAE
 from fastgen.models.vectors import VectorModel
@@ -32,6 +33,7 @@ __all__ = [
     "PixelRNN",
     "PixelSNAIL",
     "RealNVP",
+    "SpeechVQVAE",
     "TwoStage",
     "VectorModel",
     "WaveNet",

@@ -17,6 +17,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_classes, check_integer, check_positive, check_tensor, is_finite
@@ -34,6 +35,43 @@ def _mlp(inputs: int, hidden: int, layers: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*modules, nn.Linear(sizes[-1], outputs))
 
 
+class _Residual(nn.Module):
+    """x + conv3x3(silu(conv3x3(silu(x))))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(x))))  # type: ignore[no-any-return]
+
+
+def _conv_encoder(height: int, width: int, channels: int, hidden: int, outputs: int) -> nn.Sequential:
+    """(B, H W) -> (B, outputs): the sides are halved twice, then a hidden layer."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, height, width)), nn.Conv2d(1, channels, 4, 2, 1), _Residual(channels), nn.SiLU(),
+        nn.Conv2d(channels, 2 * channels, 4, 2, 1), _Residual(2 * channels), nn.SiLU(), nn.Flatten(),
+        nn.Linear(2 * channels * (height // 4) * (width // 4), hidden), nn.SiLU(), nn.Linear(hidden, outputs),
+    )  # fmt: skip
+
+
+def _conv_decoder(height: int, width: int, channels: int, hidden: int, latent: int, outputs: int) -> nn.Sequential:
+    """(B, latent) -> (B, H W outputs), the way back."""
+    small = (2 * channels, height // 4, width // 4)
+    return nn.Sequential(
+        nn.Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(small)), nn.Unflatten(1, small),
+        _Residual(2 * channels), nn.SiLU(), nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1), _Residual(channels),
+        nn.SiLU(), nn.ConvTranspose2d(channels, outputs, 4, 2, 1), nn.Flatten(2), _ToEnd(), nn.Flatten(),
+    )  # fmt: skip
+
+
+class _ToEnd(nn.Module):
+    """(B, O, D) -> (B, D, O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
 class VAE(nn.Module):
     """An encoder and a decoder of vectors, trained together.
 
@@ -45,6 +83,9 @@ class VAE(nn.Module):
         Z, values of z.
     hidden, layers
         Units and number of the hidden layers of the encoder and of the decoder, where those are not given.
+    image_size, channels
+        (height, width), multiples of 4: the inputs are the pixels of such an image, and encoder and decoder are
+        convolutions of `channels`, then 2 `channels`, with one hidden layer before z. None: perceptrons.
     distribution
         Of x given z, for each value: "bernoulli" (x is 0 or 1), "gaussian" (x is any real number; the decoder gives
         mean and log scale of each value), or "logistic" (x is int64 in [0, levels); one discretised logistic).
@@ -73,6 +114,8 @@ class VAE(nn.Module):
         hidden: int = 500,
         layers: int = 2,
         *,
+        image_size: tuple[int, int] | None = None,
+        channels: int = 24,
         distribution: str = "bernoulli",
         levels: int = 256,
         log_scale_min: float = -7.0,
@@ -84,7 +127,7 @@ class VAE(nn.Module):
         super().__init__()
         for name, size, least in (
             ("inputs", inputs, 1), ("latent", latent, 1), ("hidden", hidden, 1), ("layers", layers, 0),
-            ("levels", levels, 2),
+            ("levels", levels, 2), ("channels", channels, 1),
         ):  # fmt: skip
             check_integer("VAE", name, size, least)
         if distribution not in DISTRIBUTIONS:
@@ -94,16 +137,34 @@ class VAE(nn.Module):
                 raise ValueError(f"VAE: {name} must be finite and >= 0, got {value!r}")
         if not is_finite(log_scale_min):
             raise ValueError(f"VAE: log_scale_min must be finite, got {log_scale_min!r}")
+        if image_size is not None:
+            if len(image_size) != 2 or any(side < 4 or side % 4 for side in image_size):
+                raise ValueError(f"VAE: image_size must be two multiples of 4, got {image_size!r}")
+            if math.prod(image_size) != inputs:
+                raise ValueError(f"VAE: inputs must be the pixels of image_size {tuple(image_size)}, got {inputs}")
+            image_size = (image_size[0], image_size[1])
         self.config: dict[str, Any] = {
-            "inputs": inputs, "latent": latent, "hidden": hidden, "layers": layers, "distribution": distribution,
+            "image_size": image_size, "channels": channels, "inputs": inputs, "latent": latent,
+            "hidden": hidden, "layers": layers, "distribution": distribution,
             "levels": levels, "log_scale_min": log_scale_min, "beta": beta, "free_bits": free_bits,
         }  # fmt: skip
         self.inputs, self.latent, self.levels = inputs, latent, levels
         self.distribution, self.log_scale_min = distribution, log_scale_min
         self.beta, self.free_bits = beta, free_bits
         self.outputs = 1 if distribution == "bernoulli" else 2
-        self.encoder = _mlp(inputs, hidden, layers, 2 * latent) if encoder is None else encoder
-        self.decoder = _mlp(latent, hidden, layers, inputs * self.outputs) if decoder is None else decoder
+        if encoder is None:
+            encoder = (
+                _mlp(inputs, hidden, layers, 2 * latent)
+                if image_size is None
+                else _conv_encoder(*image_size, channels, hidden, 2 * latent)
+            )
+        if decoder is None:
+            decoder = (
+                _mlp(latent, hidden, layers, inputs * self.outputs)
+                if image_size is None
+                else _conv_decoder(*image_size, channels, hidden, latent, self.outputs)
+            )
+        self.encoder, self.decoder = encoder, decoder
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, D) -> mean and log_deviation of q(z | x), (B, Z) each."""
