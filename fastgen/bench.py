@@ -16,6 +16,7 @@ from fastgen.info import processor
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+TRAINED_BEGIN, TRAINED_END = "<!-- trained:begin -->", "<!-- trained:end -->"
 
 
 def main(table_only: bool = False, only: Sequence[str] = ()) -> int:
@@ -56,11 +57,17 @@ def main(table_only: bool = False, only: Sequence[str] = ()) -> int:
             if done.returncode:
                 return done.returncode
             _slim(part, path, files)
+    trained = ROOT / "bench" / "trained.json"
+    entries = json.loads(trained.read_text()) if trained.exists() else {}
     table = render([json.loads(p.read_text()) for p in sorted(results.parent.glob("*.json"))])
+    if entries:
+        draw_curves(trained.with_suffix(".png"), entries)
     readme = ROOT / "README.md"
     text = readme.read_text()
     with whole_file(readme) as temporary:
-        temporary.write_text(re.sub(f"{BEGIN}.*{END}", f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL))
+        text = re.sub(f"{BEGIN}.*{END}", f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL)
+        made = f"{TRAINED_BEGIN}\n{render_trained(entries)}\n{TRAINED_END}"
+        temporary.write_text(re.sub(f"{TRAINED_BEGIN}.*{TRAINED_END}", made, text, flags=re.DOTALL))
     print(table)
     return 0
 
@@ -238,11 +245,44 @@ def _likelihoods(benchmarks: list[dict[str, Any]]) -> list[str]:
     measured = [b for b in benchmarks if b.get("likelihood")]
     if not measured:
         return []
-    lines = ["", f"| NADE and VAE, ms | {' | '.join(ways)} |", "|---|" + "---:|" * len(ways)]
+    head = f"| NADE and VAE, ms | {' | '.join(ways)} | extra memory, MB: fastgen / eager |"
+    lines = ["", head, "|---|" + "---:|" * (len(ways) + 1)]
     for b in measured:
         ms = [f"{1e3 * b['seconds'][k]:.2f}" if k in b["seconds"] else "" for k in ways]
-        lines.append(f"| {b['case']} | {' | '.join(ms)} |")
+        megabytes = _megabytes(b.get("peak_extra_bytes", {}), ("fastgen", "eager"))
+        lines.append(f"| {b['case']} | {' | '.join(ms)} | {megabytes} |")
     return lines
+
+
+def render_trained(entries: dict[str, Any]) -> str:
+    """The README's table of trained models, in Markdown."""
+    lines = [
+        "| recipe | figure on the test data | steps | minutes | threads | machine |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for name, entry in sorted(entries.items()):
+        figures = "; ".join(
+            f"{f['name']} {f['value']:.2f} {f['unit']} ({f['examples']} examples)" for f in entry["figures"]
+        )
+        lines.append(
+            f"| `{name}` | {figures} | {_count(entry['steps'])} | {entry['seconds'] / 60:.0f} | {entry['threads']} | "
+            f"{entry['machine']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_curves(path: Path, entries: dict[str, Any]) -> None:
+    """The held-out figure of each trained model over its steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    curves = {name: entry for name, entry in sorted(entries.items()) if len(entry["validation"]) > 1}
+    figure = Figure(figsize=(4 * len(curves), 3), layout="constrained")
+    for i, (name, entry) in enumerate(curves.items()):
+        axes = figure.add_subplot(1, len(curves), i + 1)
+        axes.plot(*zip(*entry["validation"], strict=True), marker=".")
+        axes.set(title=name, xlabel="step")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=100)
 
 
 def _megabytes(memory: dict[str, float | None], names: tuple[str, ...]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_classes, check_integer, check_positive, check_tensor, is_finite
 from fastgen.ops import distributions
+from fastgen.ops.bernoulli_perceptron import bernoulli_perceptron
 from fastgen.ops.gaussian_rsample_kl import gaussian_rsample_kl
 
 DISTRIBUTIONS = ("bernoulli", "gaussian", "logistic")
@@ -158,6 +159,7 @@ class VAE(nn.Module):
                 if image_size is None
                 else _conv_encoder(*image_size, channels, hidden, 2 * latent)
             )
+        own_decoder = decoder is None
         if decoder is None:
             decoder = (
                 _mlp(latent, hidden, layers, inputs * self.outputs)
@@ -165,6 +167,7 @@ class VAE(nn.Module):
                 else _conv_decoder(*image_size, channels, hidden, latent, self.outputs)
             )
         self.encoder, self.decoder = encoder, decoder
+        self.perceptron = image_size is None and own_decoder
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, D) -> mean and log_deviation of q(z | x), (B, Z) each."""
@@ -324,9 +327,16 @@ class VAE(nn.Module):
             raise ValueError(f"VAE: noise must be {shape}, got {tuple(noise.shape)}")
         z = mean + log_deviation.exp() * noise
         ratio = (0.5 * (noise.square() - z.square()) + log_deviation).float().sum(-1)  # log p(z) - log q(z | x)
-        return self._log_likelihood(x.repeat(samples, 1), z.flatten(0, 1)).view(samples, -1) + ratio
+        return self._log_likelihood(x, z.flatten(0, 1)).view(samples, -1) + ratio
 
     def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x | z) (N,) for z (N, Z), row n of row n mod B of x (B, D)."""
+        if not torch.is_grad_enabled() and self.perceptron and self.distribution == "bernoulli":
+            linear = [layer for layer in self.decoder.children() if isinstance(layer, nn.Linear)]
+            if z.dtype == linear[0].weight.dtype and not torch.is_autocast_enabled(z.device.type):
+                weights, biases = [layer.weight for layer in linear], [layer.bias for layer in linear]
+                return bernoulli_perceptron(z, x.to(z.dtype), weights, biases)
+        x = x.repeat(len(z) // max(1, len(x)), 1)
         out = self.decode(z)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         if self.distribution == "logistic":

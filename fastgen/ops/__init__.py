@@ -2,6 +2,7 @@
 
 from fastgen.ops.actnorm import actnorm
 from fastgen.ops.affine_coupling import affine_coupling
+from fastgen.ops.bernoulli_perceptron import bernoulli_perceptron
 from fastgen.ops.code_statistics import code_statistics, update_codebook_
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
@@ -21,7 +22,7 @@ OPS = (
     "masked_conv2d", "gated_masked_conv2d", "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
     "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels", "nade",
-    "gaussian_rsample_kl",
+    "gaussian_rsample_kl", "bernoulli_perceptron",
 )  # fmt: skip
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "WaveNetWeights",
     "actnorm",
     "affine_coupling",
+    "bernoulli_perceptron",
     "code_statistics",
     "gated_causal_conv1d",
     "gated_masked_conv2d",

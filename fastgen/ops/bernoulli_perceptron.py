@@ -1,0 +1,85 @@
+"""The log-likelihood of binary values under a perceptron's logits, which are never written to memory.
+
+    h_0 = z,   h_{l+1} = relu(W_l h_l + b_l),   logits = W_L h_L + b_L
+    log p(x | z) = sum_d x_d logits_d - log(1 + exp(logits_d))
+
+What a VAE's importance-weighted likelihood evaluates thousands of times for each x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.backend import lib, resolve
+from fastgen.checks import check, check_tensor
+
+
+def bernoulli_perceptron_reference(z: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """The specification, in plain PyTorch: any device and dtype, differentiable."""
+    h = z
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        h = F.relu(F.linear(h, weight, bias))
+    logits = F.linear(h, weights[-1], biases[-1])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, *x.shape)
+    return (x * logits - F.softplus(logits)).sum(-1).flatten()
+
+
+lib.define("bernoulli_perceptron(Tensor z, Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+
+
+@torch.library.register_fake("fastgen::bernoulli_perceptron", lib=lib)
+def _(z: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return z.new_empty(z.shape[0])
+
+
+def bernoulli_perceptron(
+    z: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str | None = None
+) -> Tensor:
+    """Log-likelihood of x given z; on the reference backend differentiable.
+
+    Parameters
+    ----------
+    z
+        (N, Z), N = k B: k for each row of x, row n for row n mod B. The kernel is of float32.
+    x
+        (B, D): 0 and 1, dtype of z.
+    weights, biases
+        Of each layer (outputs, inputs) and (outputs,), dtype of z; D outputs of the last one.
+    backend
+        See `fastgen.backend`. Where a gradient is asked for, the reference runs.
+
+    Returns
+    -------
+    (N,) nats, float32, or float64 for such z.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For tensors that do not fit; the message names them.
+    """
+    op = "bernoulli_perceptron"
+    check_tensor(op, "z", z, "(N, Z)")
+    check_tensor(op, "x", x, "(B, D)")
+    if z.dim() != 2 or x.dim() != 2 or not z.is_floating_point():
+        raise ValueError(f"{op}: z and x must be (N, Z) and (B, D) floats, got {tuple(z.shape)} and {tuple(x.shape)}")
+    if not len(weights) or len(weights) != len(biases):
+        raise ValueError(f"{op}: weights must be as many as biases, at least 1, got {len(weights)} and {len(biases)}")
+    if len(z) % max(1, len(x)) or (len(z) and not len(x)):
+        raise ValueError(f"{op}: z must have a multiple of the {len(x)} rows of x, got {len(z)}")
+    inputs = z.shape[1]
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check(op, f"weights[{i}]", weight, z, (None, inputs))
+        inputs = weight.shape[0]
+        check(op, f"biases[{i}]", bias, z, (inputs,))
+    check(op, "x", x, z, (None, inputs))
+    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (z, *weights, *biases))
+    which = "reference" if asked or z.dtype != torch.float32 else resolve(op, backend, z.device)
+    if which == "cpu" and z.numel():
+        return torch.ops.fastgen.bernoulli_perceptron(  # type: ignore[no-any-return]
+            z.contiguous(), x.contiguous(), [w.contiguous() for w in weights], [b.contiguous() for b in biases]
+        )
+    return bernoulli_perceptron_reference(z, x, weights, biases)
