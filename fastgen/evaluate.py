@@ -17,7 +17,7 @@ from fastgen.checks import check_integer
 from fastgen.files import whole_file
 from fastgen.images import load_codes, load_images, load_labels, pad_to_multiple
 from fastgen.info import processor
-from fastgen.models import FVSBN, NADE, VAE, VQVAE, VQVAE2, FlowModel, PixelModel, WaveNet
+from fastgen.models import FVSBN, NADE, VAE, VQVAE, VQVAE2, FlowModel, PixelModel, SpeechVQVAE, WaveNet
 
 BATCH = 100  # examples in one forward
 PIECE = 8192  # samples of audio in one forward
@@ -77,6 +77,10 @@ def evaluate(
         if data is None:
             raise ValueError("evaluate: data is needed, a file or folder of audio")
         return [_audio(model, load_folder(data, content["rate"], include=include)[:number])]
+    if isinstance(model, SpeechVQVAE):
+        if data is None:
+            raise ValueError("evaluate: data is needed, a file or folder of audio")
+        return [_speech(model, load_folder(data, content["rate"], include=include)[:number], content["length"])]
     labels = None
     if isinstance(model, PixelModel) and model.codes:
         if data is None:
@@ -98,14 +102,16 @@ def evaluate(
 
 def load_model(path: str | os.PathLike[str]) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model of a checkpoint of any training, on the CPU, and the checkpoint's content."""
-    from fastgen import training_flows, training_images, training_pixels, training_vectors
+    from fastgen import training_flows, training_images, training_pixels, training_speech, training_vectors
     from fastgen.checkpoints import load_checkpoint, read_checkpoint
     from fastgen.training import load_wavenet
 
     content = read_checkpoint(path, ("config", "state_dict"), "fastgen")
     if "model" not in content:
         return load_wavenet(path)[0], content
-    models = training_flows.MODELS | training_images.MODELS | training_pixels.MODELS | training_vectors.MODELS
+    models: dict[str, type[torch.nn.Module]] = {}
+    for training in (training_flows, training_images, training_pixels, training_vectors, training_speech):
+        models.update(training.MODELS)
     return load_checkpoint(path, models, "fastgen")
 
 
@@ -187,6 +193,14 @@ def _audio(model: WaveNet, clips: Sequence[Tensor]) -> Figure:
                 nats -= float(model.log_prob(piece[None]))
             total += len(x)
     return Figure("-log2 p(x)", nats / (math.log(2) * total), "bits/sample", len(clips))
+
+
+def _speech(model: SpeechVQVAE, clips: Sequence[Tensor], length: int) -> Figure:
+    from fastgen.training_speech import clips_of
+
+    x = clips_of(clips, length - length % model.downsample, model.classes)
+    bits = _mean(lambda part: model(part)[0], x) / (math.log(2) * x.shape[1])
+    return Figure("-log2 p(x | codes)", bits, "bits/sample", len(x))
 
 
 def record(

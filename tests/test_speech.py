@@ -7,6 +7,7 @@ import torch
 
 from fastgen.__main__ import main
 from fastgen.audio import load_audio, save_audio
+from fastgen.evaluate import evaluate
 from fastgen.models import SpeechVQVAE
 from fastgen.training_speech import clips_of, labels_of, train_speech_vqvae
 
@@ -91,6 +92,8 @@ def test_commands(tmp_path, capsys):
     of = ["train", "prior", "--of", str(out), "--steps", "5", "--resume", "--class-labels", "--exclude", "*_7.wav"]
     assert main([*of, "--data", str(tmp_path / "clips"), "--holdout", "2"]) == 0
     assert "prior of codes: step 5" in capsys.readouterr().out
+    (figure,) = evaluate(out, tmp_path / "clips", include="*_[0-4].wav")
+    assert (figure.unit, figure.examples) == ("bits/sample", 5)
     for command, message in (
         (of, "is of speech; --data is needed"),
         ([*base, "--steps", "3", "--resume", "--rate", "9000"], "leave out --rate 9000"),
