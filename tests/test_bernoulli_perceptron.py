@@ -34,9 +34,8 @@ def exact(z, x, weights, biases):
 def test_follows_float64(sizes, rows, batch, backend, need, ran):
     need("bernoulli_perceptron", backend)
     given = arguments(sizes, rows, batch)
-    with torch.no_grad():
+    with torch.no_grad(), ran("bernoulli_perceptron", backend):
         out = bernoulli_perceptron(*given, backend=backend)
-    ran("bernoulli_perceptron", backend)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), exact(*given), rtol=1e-6, atol=1e-5)
 
@@ -60,12 +59,37 @@ def test_what_is_not_a_number_stays_one(backend, need):
     assert wrong.nonzero().tolist() == [[7]]
 
 
-def test_no_rows_and_gradients():
-    z, x, weights, biases = arguments([4, 8, 5], 6, 3)
-    assert bernoulli_perceptron(z[:0], x, weights, biases).shape == (0,)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_other_dtypes_and_gradients(backend, need):
+    need("bernoulli_perceptron", backend)
+    z, x, weights, biases = given = arguments([4, 8, 5], 6, 3)
+    assert bernoulli_perceptron(z[:0], x, weights, biases, backend=backend).shape == (0,)
+    half = [z.bfloat16(), x.bfloat16(), [w.bfloat16() for w in weights], [b.bfloat16() for b in biases]]
+    out = bernoulli_perceptron(*half, backend=backend)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), exact(*given), rtol=0.05, atol=0.1)
     z = z.double().requires_grad_()
-    weights, biases = [w.double() for w in weights], [b.double() for b in biases]
-    assert torch.autograd.gradcheck(lambda z: bernoulli_perceptron(z, x.double(), weights, biases), z)
+    parameters = [t.double().requires_grad_() for t in (*weights, *biases)]
+
+    def of(z, *p):
+        return bernoulli_perceptron(z, x.double(), p[:2], p[2:], backend=backend)
+
+    assert of(z, *parameters).dtype == torch.float64
+    torch.testing.assert_close(of(z, *parameters), exact(*given))
+    assert torch.autograd.gradcheck(of, (z, *parameters))
+
+
+def test_opcheck_and_strides(need):
+    need("bernoulli_perceptron", "cpu")
+    z, x, weights, biases = arguments([4, 8, 5], 6, 3)
+    torch.library.opcheck(torch.ops.fastgen.bernoulli_perceptron.default, (z, x, weights, biases))
+    strided = bernoulli_perceptron(z.mT.contiguous().mT, x, [w.mT.contiguous().mT for w in weights], biases)
+    assert torch.equal(strided, bernoulli_perceptron(z, x, weights, biases))
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa, run_under):
+    run_under(isa, "follows_float64 or large or not_a_number", "bernoulli_perceptron")
 
 
 @pytest.mark.parametrize(
@@ -91,9 +115,8 @@ def test_a_vae_uses_it_where_it_may(custom, need, ran):
     decoder = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 12)) if custom else None
     model = VAE(12, latent=2, hidden=20, decoder=decoder)
     x = torch.randint(2, (5, 12))
-    estimate = model.importance_log_prob(x, 300, chunk=7, generator=torch.Generator().manual_seed(0))
-    if not custom:
-        ran("bernoulli_perceptron", "cpu")
+    with ran("bernoulli_perceptron", "reference" if custom else "cpu"):
+        estimate = model.importance_log_prob(x, 300, chunk=7, generator=torch.Generator().manual_seed(0))
     model.double()
     slow = model.importance_log_prob(x, 30_000, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(estimate.double(), slow, atol=0.2, rtol=0)

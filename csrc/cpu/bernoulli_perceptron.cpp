@@ -12,20 +12,29 @@ namespace {
 
 constexpr int kRows = kVectorRegisters == 32 ? 14 : 6;
 constexpr int kGroups = 4;  // of rows in a block
-constexpr int kPanel = 2 * kF;
+template <class T>
+constexpr int kPanel = 2 * kLanes<T>;
 constexpr int kFactors = 64;
 constexpr float kNoLogit = -1e30f;  // in place of an output that there is none of: e^-|l| = 0
 
-struct Layer {
-  int64_t in, out;
-  OwnVector<float> panels, bias;  // [panel][in][kPanel], [panel][kPanel]
+// NaN stays.
+template <class V>
+inline V positive_part(V x) {
+  return x < 0 ? V{} : x;
+}
 
-  Layer(const Tensor& weight, const Tensor& of_bias, float filler) : in(weight.size(1)), out(weight.size(0)) {
+template <class T>
+struct Layer {
+  static constexpr int kPanel = fastgen::kPanel<T>;
+  int64_t in, out;
+  OwnVector<T> panels, bias;  // [panel][in][kPanel], [panel][kPanel]
+
+  Layer(const Tensor& weight, const Tensor& of_bias, T filler) : in(weight.size(1)), out(weight.size(0)) {
     const int64_t padded = round_up(out, kPanel);
-    panels.assign(padded * in, 0.0f);
+    panels.assign(padded * in, T(0));
     bias.assign(padded, filler);
-    std::copy_n(data_of<float>(of_bias), out, bias.data());
-    const float* from = data_of<float>(weight);
+    std::copy_n(data_of<T>(of_bias), out, bias.data());
+    const T* from = data_of<T>(weight);
     for (int64_t o = 0; o < out; ++o)
       for (int64_t k = 0; k < in; ++k) panels[(o / kPanel * in + k) * kPanel + o % kPanel] = from[o * in + k];
   }
@@ -34,16 +43,17 @@ struct Layer {
 };
 
 // f(row, first vector, second vector) for the outputs of a panel and kRows rows of h.
-template <class F>
-[[gnu::always_inline]] inline void times_panel(const float* h, int64_t stride, const Layer& layer, int64_t panel,
+template <class T, class F>
+[[gnu::always_inline]] inline void times_panel(const T* h, int64_t stride, const Layer<T>& layer, int64_t panel,
                                                F&& f) {
-  const float *w = &layer.panels[panel * layer.in * kPanel], *bias = &layer.bias[panel * kPanel];
-  VecF a[kRows], b[kRows];
-  unroll<kRows>([&](auto r) FASTGEN_INLINE { a[r] = load(bias), b[r] = load(bias + kF); });
+  constexpr int kWidth = kPanel<T>, kSecond = kLanes<T>;
+  const T *w = &layer.panels[panel * layer.in * kWidth], *bias = &layer.bias[panel * kWidth];
+  Vec<T> a[kRows], b[kRows];
+  unroll<kRows>([&](auto r) FASTGEN_INLINE { a[r] = load(bias), b[r] = load(bias + kSecond); });
   for (int64_t k = 0; k < layer.in; ++k) {
-    const VecF first = load(w + k * kPanel), second = load(w + k * kPanel + kF);
+    const Vec<T> first = load(w + k * kWidth), second = load(w + k * kWidth + kSecond);
     unroll<kRows>([&](auto r) FASTGEN_INLINE {
-      const VecF value = splat(h[r * stride + k]);
+      const Vec<T> value = splat(h[r * stride + k]);
       a[r] += value * first;
       b[r] += value * second;
     });
@@ -52,69 +62,80 @@ template <class F>
 }
 
 // Sums of one row, lane by lane.
+template <class T>
 struct LogProb {
-  VecF sum{}, factors = splat(1.0f);
+  Vec<T> sum{}, factors = splat(T(1));
   double logs = 0;
 
   void take_logs() {
-    float lanes[kF];
+    T lanes[kLanes<T>];
     store(lanes, factors);
-    for (float lane : lanes) logs -= std::log(lane);
-    factors = splat(1.0f);
+    for (T lane : lanes) logs -= std::log(lane);
+    factors = splat(T(1));
   }
-  void add(VecF logit, VecF x) {
-    const VecF positive = at_least(logit, 0.0f);
+  void add(Vec<T> logit, Vec<T> x) {
+    const Vec<T> positive = positive_part(logit);
     sum += x * logit - positive;
-    factors *= 1.0f + exp_any(logit - 2.0f * positive);
+    factors *= T(1) + exp_any(logit - T(2) * positive);
   }
 };
 
-Tensor bernoulli_perceptron(Tensor z, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
-  std::vector<Layer> layers;
+template <class T>
+void log_prob(const Tensor& z, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+              T* out) {
+  constexpr int kWidth = kPanel<T>;
+  std::vector<Layer<T>> layers;
   int64_t widest = z.size(1);
   for (size_t i = 0; i < weights.size(); ++i) {
-    layers.emplace_back(weights[i], biases[i], i + 1 < weights.size() ? 0.0f : kNoLogit);
+    layers.emplace_back(weights[i], biases[i], i + 1 < weights.size() ? T(0) : T(kNoLogit));
     widest = std::max(widest, layers.back().out);
   }
-  const Layer& last = layers.back();
-  const int64_t rows = z.size(0), batch = x.size(0), block = kRows * kGroups, width = round_up(last.out, kPanel);
-  OwnVector<float> padded(batch * width, 0.0f);
-  for (int64_t b = 0; b < batch; ++b) std::copy_n(data_of<float>(x) + b * last.out, last.out, &padded[b * width]);
-  Tensor result = torch::stable::new_empty(z, std::vector<int64_t>{rows});
-  auto* out = static_cast<float*>(result.data_ptr());
+  const Layer<T>& last = layers.back();
+  const int64_t rows = z.size(0), batch = x.size(0), block = kRows * kGroups, width = round_up(last.out, kWidth);
+  OwnVector<T> padded(batch * width, T(0));
+  for (int64_t b = 0; b < batch; ++b) std::copy_n(data_of<T>(x) + b * last.out, last.out, &padded[b * width]);
   share((rows + block - 1) / block, [&](int64_t begin, int64_t end) {
-    const int64_t stride = Layer::stride(widest);
-    OwnVector<float> h(block * stride, 0.0f), next(block * stride, 0.0f);
+    const int64_t stride = Layer<T>::stride(widest);
+    OwnVector<T> h(block * stride, T(0)), next(block * stride, T(0));
     for (int64_t first = begin * block; first < std::min(rows, end * block); first += block) {
       const int64_t count = std::min(block, rows - first), groups = (count + kRows - 1) / kRows;
       for (int64_t i = 0; i < count; ++i)
-        std::copy_n(data_of<float>(z) + (first + i) * z.size(1), z.size(1), &h[i * stride]);
+        std::copy_n(data_of<T>(z) + (first + i) * z.size(1), z.size(1), &h[i * stride]);
       for (size_t l = 0; l + 1 < layers.size(); ++l) {
-        for (int64_t panel = 0; panel < round_up(layers[l].out, kPanel) / kPanel; ++panel)
+        for (int64_t panel = 0; panel < round_up(layers[l].out, kWidth) / kWidth; ++panel)
           for (int64_t g = 0; g < groups; ++g)
-            times_panel(&h[g * kRows * stride], stride, layers[l], panel, [&](int r, VecF a, VecF b) FASTGEN_INLINE {
-              float* to = &next[(g * kRows + r) * stride + panel * kPanel];
-              store(to, at_least(a, 0.0f));
-              store(to + kF, at_least(b, 0.0f));
-            });
+            times_panel(&h[g * kRows * stride], stride, layers[l], panel,
+                        [&](int r, Vec<T> a, Vec<T> b) FASTGEN_INLINE {
+                          T* to = &next[(g * kRows + r) * stride + panel * kWidth];
+                          store(to, positive_part(a));
+                          store(to + kLanes<T>, positive_part(b));
+                        });
         std::swap(h, next);
       }
-      LogProb sums[kRows * kGroups];
-      for (int64_t panel = 0; panel < width / kPanel; ++panel)
+      LogProb<T> sums[kRows * kGroups];
+      for (int64_t panel = 0; panel < width / kWidth; ++panel)
         for (int64_t g = 0; g < groups; ++g)
-          times_panel(&h[g * kRows * stride], stride, last, panel, [&](int r, VecF a, VecF b) FASTGEN_INLINE {
-            LogProb& row = sums[g * kRows + r];
-            const float* of_x = &padded[(first + g * kRows + r) % batch * width + panel * kPanel];
+          times_panel(&h[g * kRows * stride], stride, last, panel, [&](int r, Vec<T> a, Vec<T> b) FASTGEN_INLINE {
+            LogProb<T>& row = sums[g * kRows + r];
+            const T* of_x = &padded[(first + g * kRows + r) % batch * width + panel * kWidth];
             row.add(a, load(of_x));
-            row.add(b, load(of_x + kF));
+            row.add(b, load(of_x + kLanes<T>));
             if ((panel + 1) % (kFactors / 2) == 0) row.take_logs();
           });
       for (int64_t i = 0; i < count; ++i) {
         sums[i].take_logs();
-        out[first + i] = static_cast<float>(sums[i].logs + sum_of_lanes<float>(sums[i].sum));
+        out[first + i] = static_cast<T>(sums[i].logs + sum_of_lanes<T>(sums[i].sum));
       }
     }
   });
+}
+
+Tensor bernoulli_perceptron(Tensor z, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
+  Tensor result = torch::stable::new_empty(z, std::vector<int64_t>{z.size(0)});
+  if (z.scalar_type() == ScalarType::Double)
+    log_prob(z, x, weights, biases, static_cast<double*>(result.data_ptr()));
+  else
+    log_prob(z, x, weights, biases, static_cast<float*>(result.data_ptr()));
   return result;
 }
 

@@ -9,10 +9,12 @@ What a VAE's importance-weighted likelihood evaluates thousands of times for eac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
 from fastgen.checks import check, check_tensor
@@ -36,21 +38,48 @@ def _(z: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tens
     return z.new_empty(z.shape[0])
 
 
+class _BernoulliPerceptron(torch.autograd.Function):
+    """The backward pass is the reference's: training writes its activations anyway."""
+
+    @staticmethod
+    def forward(z: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
+        layers = len(parameters) // 2
+        return torch.ops.fastgen.bernoulli_perceptron(  # type: ignore[no-any-return]
+            z, x, list(parameters[:layers]), list(parameters[layers:])
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        z, x, *parameters = (t.detach().requires_grad_(n) for t, n in needed)
+        layers = len(parameters) // 2
+        with torch.enable_grad():
+            out = bernoulli_perceptron_reference(z, x, parameters[:layers], parameters[layers:])
+        wanted = [t for t in (z, x, *parameters) if t.requires_grad]
+        grads = iter(torch.autograd.grad(out, wanted, grad))
+        return tuple(next(grads) if n else None for n in ctx.needs_input_grad)
+
+
 def bernoulli_perceptron(
     z: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str | None = None
 ) -> Tensor:
-    """Log-likelihood of x given z; on the reference backend differentiable.
+    """Log-likelihood of x given z, differentiable once.
 
     Parameters
     ----------
     z
-        (N, Z), N = k B: k for each row of x, row n for row n mod B. The kernel is of float32.
+        (N, Z), N = k B: k for each row of x, row n for row n mod B; float32, bfloat16 or float64.
     x
         (B, D): 0 and 1, dtype of z.
     weights, biases
         Of each layer (outputs, inputs) and (outputs,), dtype of z; D outputs of the last one.
     backend
-        See `fastgen.backend`. Where a gradient is asked for, the reference runs.
+        See `fastgen.backend`.
 
     Returns
     -------
@@ -76,10 +105,8 @@ def bernoulli_perceptron(
         inputs = weight.shape[0]
         check(op, f"biases[{i}]", bias, z, (inputs,))
     check(op, "x", x, z, (None, inputs))
-    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (z, *weights, *biases))
-    which = "reference" if asked or z.dtype != torch.float32 else resolve(op, backend, z.device)
-    if which == "cpu" and z.numel():
-        return torch.ops.fastgen.bernoulli_perceptron(  # type: ignore[no-any-return]
-            z.contiguous(), x.contiguous(), [w.contiguous() for w in weights], [b.contiguous() for b in biases]
-        )
+    if resolve(op, backend, z.device, z.dtype) == "cpu" and z.numel():
+        kind = torch.promote_types(z.dtype, torch.float32)
+        tensors = [t.to(kind).contiguous() for t in (z, x, *weights, *biases)]
+        return _BernoulliPerceptron.apply(*tensors)  # type: ignore[no-any-return, no-untyped-call]
     return bernoulli_perceptron_reference(z, x, weights, biases)
