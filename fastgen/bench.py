@@ -280,7 +280,7 @@ def draw_curves(path: Path, entries: dict[str, Any]) -> None:
     for i, (name, entry) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), i + 1)
         axes.plot(*zip(*entry["validation"], strict=True), marker=".")
-        axes.set(title=name, xlabel="step")
+        axes.set(title=name, xlabel="step", ylabel=f"held out {entry.get('unit', '')}".strip())
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=100)
 

@@ -217,6 +217,7 @@ def record(
         "threads": content.get("threads"),
         "machine": processor(),
         "validation": content.get("validation", []),
+        "unit": content.get("unit", ""),  # of those
         "figures": [figure._asdict() for figure in figures],
     }
     with whole_file(path) as temporary:

@@ -134,7 +134,7 @@ def fit(
             log.held_out(held_out())
             model.train()
         if checkpoint is not None:
-            save_checkpoint(checkpoint, model, optimizer=optimizer, **log.entries(), **more)
+            save_checkpoint(checkpoint, model, optimizer=optimizer, unit=unit, **log.entries(), **more)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

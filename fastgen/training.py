@@ -103,7 +103,9 @@ def train_wavenet(
         if held_out.numel():
             log.held_out(validate(model, held_out))
         if checkpoint is not None:
-            save_checkpoint(checkpoint, model, rate, optimizer=optimizer, generator=generator, **log.entries())
+            save_checkpoint(
+                checkpoint, model, rate, optimizer=optimizer, generator=generator, unit="bits/sample", **log.entries()
+            )
 
     def batch_loss() -> Tensor:
         starts = torch.randint(train.numel() - segment + 1, (batch_size,), generator=generator)
