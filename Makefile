@@ -1,5 +1,5 @@
 # make demo   train small models on speech, digits and points, print the tables of speeds (DATA=folder_or_file)
-# make test   the whole test suite
+# make test   the whole test suite, JOBS tests at a time
 # make check  lint, format and types
 # make gpu    on a machine with a GPU, with the python (GPU_PYTHON) that has a CUDA torch, triton, numpy,
 #             pytest and hypothesis:
@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
@@ -20,7 +21,7 @@ demo: $(VENV)/built
 	$(BIN)/python -P -m fastgen demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(VENV)/built
-	FASTGEN_REQUIRE=cpu $(BIN)/pytest $(ARGS)
+	FASTGEN_REQUIRE=cpu OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 gpu: gpu-test gpu-check gpu-bench
 

@@ -6,7 +6,7 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,37 +180,45 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", type=Path, metavar="FOLDER_OR_FILE", help="WAV or FLAC, instead of the speech included")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="default: %(default)s")
     demo.add_argument("--seconds", type=_seconds, default=60, help="of training, default: %(default)s")
-
     demo.add_argument("--only", choices=("wavenet", "vqvae", "pixels", "flows"), help="one part alone, default: all")
 
     train = commands.add_parser("train", help="train a model").add_subparsers(
         dest="model", required=True, metavar="MODEL"
     )
-    wavenet = command("wavenet", _train, "train a WaveNet on WAV or FLAC files", train)
-    wavenet.add_argument("--data", type=Path, required=True, metavar="FOLDER_OR_FILE")
-    wavenet.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
-    wavenet.add_argument("--steps", type=int, required=True, help="step to train up to")
-    wavenet.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
-    wavenet.add_argument("--exclude", metavar="PATTERN", help="of names of files to leave out, such as '*_[0-4].wav'")
-    wavenet.add_argument("--rate", type=int, help="of the model's audio in Hz, default: 16000")
-    for size, default in SIZES.items():
-        wavenet.add_argument(f"--{size}", type=type(default), help=f"default: {default}")
-    training(wavenet, {"batch-size": 8, "segment": 4096}, 0.1)
+
+    def trained(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        added = command(name, run, text, train)
+        added.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+        added.add_argument("--steps", type=int, required=True, help="step to train up to")
+        added.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
+        return added
+
+    def sizes(parser: argparse.ArgumentParser, defaults: Mapping[str, object]) -> None:
+        for size, default in defaults.items():
+            parser.add_argument(f"--{size}", type=type(default), help=f"default: {default}")
+
+    def on_audio(name: str, run: object, text: str, rate: int) -> argparse.ArgumentParser:
+        added = trained(name, run, text)
+        added.add_argument("--data", type=Path, required=True, metavar="FOLDER_OR_FILE", help="WAV or FLAC files")
+        added.add_argument("--exclude", metavar="PATTERN", help="of names of files to leave out, such as '*_[0-4].wav'")
+        added.add_argument("--rate", type=int, help=f"of the model's audio in Hz, default: {rate}")
+        return added
 
     def on_images(
         name: str, run: object, text: str, grid: str, default: str = "scikit-learn's digits"
     ) -> argparse.ArgumentParser:
-        added = command(name, run, text, train)
+        added = trained(name, run, text)
         added.add_argument(
             "--data", type=Path, metavar="PATH",
             help=f"MNIST's IDX files, npz, or a folder of pictures; default: {default}",
         )  # fmt: skip
         added.add_argument("--size", type=int, help="side to crop and resize a folder's pictures to")
-        added.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
         added.add_argument("--grid", type=Path, metavar="FILE.png", help=f"{grid}, default: beside --out")
-        added.add_argument("--steps", type=int, required=True, help="step to train up to")
-        added.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
         return added
+
+    wavenet = on_audio("wavenet", _train, "train a WaveNet on WAV or FLAC files", 16000)
+    sizes(wavenet, SIZES)
+    training(wavenet, {"batch-size": 8, "segment": 4096}, 0.1)
 
     for name, kind in PIXEL_COMMANDS.items():
         pixels = on_images(name, train_pixels_command, f"train a {kind} on images or maps of codes", "samples")
@@ -226,14 +234,12 @@ def _parser() -> argparse.ArgumentParser:
             pixels.add_argument("--distribution", choices=("bernoulli", "categorical", "logistic"))
         if kind == "PixelRNN":
             pixels.add_argument("--kind", choices=("row", "diagonal"), help="of its LSTMs, default: diagonal")
-        for size, value in PIXEL_SIZES[kind].items():
-            pixels.add_argument(f"--{size}", type=int, help=f"default: {value}")
+        sizes(pixels, PIXEL_SIZES[kind])
         training(pixels, {"batch-size": 32})
 
     for name, kind in VECTOR_COMMANDS.items():
         vectors = on_images(name, train_vectors_command, f"train a {kind} on binarised images", "samples")
-        for size, value in VECTOR_SIZES[kind].items():
-            vectors.add_argument(f"--{size}", type=int, help=f"default: {value}")
+        sizes(vectors, VECTOR_SIZES[kind])
         if kind == "VAE":
             vectors.add_argument("--convolutions", action="store_true", help="in place of perceptrons")
         training(vectors, {"batch-size": 100})
@@ -252,21 +258,13 @@ def _parser() -> argparse.ArgumentParser:
         vqvae = on_images(name, train_vqvae_command, f"train a VQ-VAE with {text} on images", "reconstructions")
         vqvae.add_argument("--then", choices=("prior",), help="train priors over the codes too, and draw images")
         of_priors(vqvae)
-        for size, default in VQVAE_SIZES.items():
-            vqvae.add_argument(f"--{size}", type=int, help=f"default: {default}")
+        sizes(vqvae, VQVAE_SIZES)
         training(vqvae, {"batch-size": 64})
 
-    speech = command("speech_vqvae", train_speech_command, "train a VQ-VAE with a WaveNet as decoder on speech", train)
-    speech.add_argument("--data", type=Path, required=True, metavar="FOLDER_OR_FILE", help="WAV or FLAC files")
-    speech.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
-    speech.add_argument("--steps", type=int, required=True, help="step to train up to")
-    speech.add_argument("--resume", action="store_true", help="go on from the checkpoint; its model's sizes hold")
+    speech = on_audio("speech_vqvae", train_speech_command, "train a VQ-VAE of speech, with a WaveNet as decoder", 8000)
     speech.add_argument("--then", choices=("prior",), help="train a prior over the codes too, and generate audio")
-    speech.add_argument("--exclude", metavar="PATTERN", help="of names of files to leave out, such as '*_[0-4].wav'")
-    speech.add_argument("--rate", type=int, help="of the model's audio in Hz, default: 8000")
     speech.add_argument("--length", type=int, help="samples to which clips are filled up or cut, default: 8192")
-    for size, value in SPEECH_SIZES.items():
-        speech.add_argument(f"--{size}", type=int, help=f"default: {value}")
+    sizes(speech, SPEECH_SIZES)
     of_priors(speech)
     training(speech, {"batch-size": 8, "segment": 2048})
 
@@ -296,40 +294,35 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="sample from a checkpoint").add_subparsers(
         dest="model", required=True, metavar="MODEL"
     )
-    wavenet = command("wavenet", _sample, "generate audio with a trained WaveNet", sample)
-    wavenet.add_argument("checkpoint", type=Path)
+
+    def drawn(
+        name: str, run: object, text: str, out: str = "FILE.png", number: int = 16, label: str = ""
+    ) -> argparse.ArgumentParser:
+        added = command(name, run, text, sample)
+        added.add_argument("checkpoint", type=Path)
+        added.add_argument("--out", type=Path, required=True, metavar=out)
+        added.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        added.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+        if number:
+            added.add_argument("--number", type=_count, default=number, help="to draw, default: %(default)s")
+        if label:
+            added.add_argument("--label", type=int, help=label)
+        return added
+
+    of_all = "class of all that is drawn, where the model has classes"
+    wavenet = drawn("wavenet", _sample, "generate audio with a trained WaveNet", "FILE.wav", number=0)
     wavenet.add_argument("--seconds", type=_seconds, default=1.0, help="default: %(default)s")
-    wavenet.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
-    pixels = command("pixels", sample_pixels, "draw images with a trained PixelCNN or one of its kin", sample)
-    pixels.add_argument("checkpoint", type=Path)
-    pixels.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
+    pixels = drawn("pixels", sample_pixels, "draw images with a trained PixelCNN or one of its kin", label=of_all)
     pixels.add_argument(
         "--image-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: that of the training images"
     )
-    pixels.add_argument("--label", type=int, help="class of all images")
-    pixels.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    flow = command("flow", sample_flow, "draw images or points with a trained RealNVP or Glow", sample)
-    flow.add_argument("checkpoint", type=Path)
-    flow.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
-    flow.add_argument("--label", type=int, help="class of all images")
-    flow.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    vectors = command("vectors", sample_vectors, "draw images with a trained FVSBN, NADE or VAE", sample)
-    vectors.add_argument("checkpoint", type=Path)
-    vectors.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
-    vectors.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    coded = command("vqvae", sample_two_stage, "draw images with a trained VQ-VAE and the priors beside it", sample)
-    coded.add_argument("checkpoint", type=Path)
-    coded.add_argument("--number", type=_count, default=16, help="of images, default: %(default)s")
-    coded.add_argument("--label", type=int, help="class of all images")
-    coded.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    spoken = command("speech_vqvae", sample_speech, "generate audio with a VQ-VAE of speech and its prior", sample)
-    spoken.add_argument("checkpoint", type=Path)
-    spoken.add_argument("--number", type=_count, default=3, help="of clips, one after another; default: %(default)s")
-    spoken.add_argument("--label", type=int, help="class of all clips, where the prior has classes; default: in turn")
-    spoken.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
-    for added in (wavenet, pixels, flow, vectors, coded, spoken):
-        added.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-        added.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
+    drawn("flow", sample_flow, "draw images or points with a trained RealNVP or Glow", label=of_all)
+    drawn("vectors", sample_vectors, "draw images with a trained FVSBN, NADE or VAE")
+    drawn("vqvae", sample_two_stage, "draw images with a trained VQ-VAE and the priors beside it", label=of_all)
+    drawn(
+        "speech_vqvae", sample_speech, "generate audio, clip after clip, with a VQ-VAE of speech and its prior",
+        "FILE.wav", 3, f"{of_all}; default: each in turn",
+    )  # fmt: skip
     for added in (wavenet, pixels):
         added.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights, default: %(default)s")
         added.add_argument("--backend", choices=(*BACKENDS, "auto"), help="default: the fastest that is live")

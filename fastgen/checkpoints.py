@@ -102,6 +102,14 @@ def load_checkpoint(
     return model, content
 
 
+def image_size(path: str | os.PathLike[str], content: dict[str, Any], names: str) -> list[int]:
+    """The sizes, `names`, of the images that a checkpoint's model was trained on."""
+    size, number = content.get("image_size"), names.count(",") + 1
+    if not isinstance(size, list) or len(size) != number or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f"{os.fspath(path)}: image_size must be [{names}], got {size!r}")
+    return size
+
+
 def restore_checkpoint(
     path: str | os.PathLike[str],
     models: Mapping[str, type[nn.Module]],

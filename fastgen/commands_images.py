@@ -15,8 +15,8 @@ VQVAE_SIZES = {
     "downsample": 2,
 }  # fmt: skip
 PIXEL_SIZES = {
-    "PixelCNN": {"channels": 64, "layers": 8},
-    "GatedPixelCNN": {"channels": 64, "layers": 8},
+    "PixelCNN": {"channels": 64, "layers": 8, "kernel-size": 3},
+    "GatedPixelCNN": {"channels": 64, "layers": 8, "kernel-size": 3},
     "PixelSNAIL": {"channels": 32, "layers": 3},
     "PixelRNN": {"channels": 32, "layers": 2},
     "GPTPrior": {"channels": 128, "layers": 4},
@@ -132,7 +132,8 @@ def train_pixels_command(options: argparse.Namespace) -> None:
 
     kind = MODELS[PIXEL_COMMANDS[options.model]]
     grid = grid_beside(options)
-    names = ("channels", "layers", "levels", "codes", "distribution", "kind")
+    defaults = {size.replace("-", "_"): value for size, value in PIXEL_SIZES[kind.__name__].items()}
+    names = (*defaults, "levels", "codes", "distribution", "kind")
     asked = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     if options.resume:
         model, _ = load_pixels(options.out)
@@ -154,7 +155,7 @@ def train_pixels_command(options: argparse.Namespace) -> None:
             asked["image_channels"] = images.shape[1]
         if labels is not None:
             asked["classes"] = int(labels.max()) + 1
-        model = kind(**PIXEL_SIZES[kind.__name__] | asked)
+        model = kind(**defaults | asked)
     log = train_pixels(model, images, labels=labels, **loop_options(options))
     held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f} bits per value{held_out}")

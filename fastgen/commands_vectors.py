@@ -23,6 +23,8 @@ def train_vectors_command(options: argparse.Namespace) -> None:
     if options.resume:
         model, _ = load_vectors(options.out)
         check_resumed(options, model, MODELS[name], asked)
+        if name == "VAE" and options.convolutions and not model.config["image_size"]:
+            raise ValueError(f"{options.out}: is of perceptrons: leave out --convolutions, or --resume")
     else:
         check_new(options)
     images = load_images(options.data, size=options.size)
@@ -31,6 +33,8 @@ def train_vectors_command(options: argparse.Namespace) -> None:
     if not options.resume:
         torch.manual_seed(options.seed)
         if name == "VAE" and options.convolutions:
+            if images.shape[1] != 1:
+                raise ValueError(f"--convolutions: takes images of one channel, got {images.shape[1]}")
             asked["image_size"] = tuple(images.shape[2:])
         model = MODELS[name](images[0].numel(), **VECTOR_SIZES[name] | asked)  # type: ignore[assignment]
     log = train_vectors(model, images, **loop_options(options))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastgen.audio import load_folder, mu_law_encode
+from fastgen.checkpoints import load_checkpoint, read_checkpoint
 from fastgen.checks import check_integer
 from fastgen.files import whole_file
 from fastgen.images import load_codes, load_images, load_labels, pad_to_multiple
-from fastgen.info import processor
 from fastgen.models import FVSBN, NADE, VAE, VQVAE, VQVAE2, FlowModel, PixelModel, SpeechVQVAE, WaveNet
 
 BATCH = 100  # examples in one forward
@@ -73,14 +73,13 @@ def evaluate(
     if samples and not isinstance(model, VAE):
         raise ValueError(f"evaluate: samples are of a VAE's likelihood, {os.fspath(path)} is a {type(model).__name__}")
     model.eval()
-    if isinstance(model, WaveNet):
+    if isinstance(model, WaveNet | SpeechVQVAE):
         if data is None:
             raise ValueError("evaluate: data is needed, a file or folder of audio")
-        return [_audio(model, load_folder(data, content["rate"], include=include)[:number])]
-    if isinstance(model, SpeechVQVAE):
-        if data is None:
-            raise ValueError("evaluate: data is needed, a file or folder of audio")
-        return [_speech(model, load_folder(data, content["rate"], include=include)[:number], content["length"])]
+        clips = load_folder(data, content["rate"], include=include)[:number]
+        return [_audio(model, clips) if isinstance(model, WaveNet) else _speech(model, clips, content["length"])]
+    if include is not None:
+        raise ValueError(f"evaluate: include is of audio files, {os.fspath(path)} is a {type(model).__name__}")
     labels = None
     if isinstance(model, PixelModel) and model.codes:
         if data is None:
@@ -103,7 +102,6 @@ def evaluate(
 def load_model(path: str | os.PathLike[str]) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model of a checkpoint of any training, on the CPU, and the checkpoint's content."""
     from fastgen import training_flows, training_images, training_pixels, training_speech, training_vectors
-    from fastgen.checkpoints import load_checkpoint, read_checkpoint
     from fastgen.training import load_wavenet
 
     content = read_checkpoint(path, ("config", "state_dict"), "fastgen")
@@ -207,7 +205,7 @@ def record(
     path: str | os.PathLike[str], name: str, checkpoint: str | os.PathLike[str], figures: Sequence[Figure]
 ) -> None:
     """Put the figures under `name` into a JSON file, with what made them, in place of what stood there."""
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    content = read_checkpoint(checkpoint, ("step",), "fastgen")
     path = Path(path)
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries[name] = {
@@ -215,7 +213,7 @@ def record(
         "steps": content["step"],
         "seconds": round(content.get("seconds", 0)),
         "threads": content.get("threads"),
-        "machine": processor(),
+        "machine": content.get("machine"),
         "validation": content.get("validation", []),
         "unit": content.get("unit", ""),  # of those
         "figures": [figure._asdict() for figure in figures],

@@ -50,6 +50,7 @@ def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None 
     """
     if size is not None:
         check_integer("load_images", "size", size)
+    _check_part("load_images", part)
     if path is None:
         return _digits()
     path = Path(path)
@@ -61,6 +62,11 @@ def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None 
     if path.suffix == ".npz":
         return _npz(path, part)
     return _idx(path)
+
+
+def _check_part(op: str, part: str) -> None:
+    if part not in NAMES:
+        raise ValueError(f"{op}: part must be one of {', '.join(NAMES)}, got {part!r}")
 
 
 def _idx_of(folder: Path, kind: str, part: str) -> Path | None:
@@ -200,6 +206,7 @@ def load_labels(path: str | os.PathLike[str] | None = None, *, part: str = "trai
     FileNotFoundError, ValueError
         If there are none.
     """
+    _check_part("load_labels", part)
     if path is None:
         return torch.from_numpy(_sklearn_digits().target.astype(np.int64))
     path = Path(path)

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.checkpoints import restore_checkpoint, save_checkpoint
-from fastgen.checks import check_integer, check_positive
+from fastgen.checks import check_integer, check_positive, check_progress
+from fastgen.info import processor
 
 Progress = bool | Callable[[int, float], object]
 SCHEDULES = ("constant", "cosine")
@@ -42,34 +43,93 @@ class TrainingLog:
         """What a checkpoint keeps."""
         return {
             "step": self.step, "seconds": self.seconds, "validation": self.history,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), "machine": processor(),
         }  # fmt: skip
 
 
-def check_loop(
-    op: str,
-    steps: int | None,
-    seconds: float | None,
-    learning_rate: float,
-    clip_norm: float,
-    holdout: float,
-    schedule: str,
-    counts: dict[str, int],
-) -> None:
-    """Raise on options outside their range; `counts` are integers of at least 1."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"{op}: schedule must be one of {SCHEDULES}, got {schedule!r}")
+class LoopOptions(TypedDict, total=False):
+    """The keyword arguments that every training takes.
+
+    The last examples are held out. Ctrl-C lets the step in hand finish and writes the checkpoint before
+    KeyboardInterrupt is raised. The global random state is left as it was.
+
+    Parameters
+    ----------
+    steps, seconds
+        One of the two: train up to this step, counted from the model's beginning, or for so long.
+    batch_size
+        Examples in a step.
+    learning_rate, clip_norm
+        Of Adam, default 1e-3; the norm to which the gradient of all parameters is clipped.
+    schedule
+        Of the learning rate with `steps`: "constant", the default; or "cosine", which rises over the first twentieth,
+        then falls to zero along a cosine, as it always does with `seconds`.
+    holdout
+        Share of the examples, in [0, 1), or number of them, kept for validation; 0 for none.
+    seed
+        Of the batches, and of whatever else is drawn; default 0.
+    checkpoint, save_every
+        File to write every `save_every` steps, 500 by default, and at the end, whole or not at all; validation runs at
+        the same steps.
+    resume
+        Go on from `checkpoint`. With the same data and options the losses are those of an uninterrupted run.
+    progress
+        True, the default, for a progress bar; False; or a function of (step, loss).
+
+    Raises
+    ------
+    ValueError, TypeError
+        For an argument outside its range, too few examples, or a checkpoint of another model.
+    FileNotFoundError, FileExistsError
+        If `checkpoint` is missing with resume, or is there without it.
+    FloatingPointError
+        If the loss is not finite: the parameters are those of the step before.
+    """
+
+    steps: int | None
+    seconds: float | None
+    batch_size: int
+    learning_rate: float
+    schedule: str
+    clip_norm: float
+    holdout: float
+    seed: int
+    checkpoint: str | os.PathLike[str] | None
+    save_every: int
+    resume: bool
+    progress: Progress
+
+
+DEFAULTS: LoopOptions = {
+    "steps": None, "seconds": None, "batch_size": 32, "learning_rate": 1e-3, "schedule": "constant", "clip_norm": 1.0,
+    "holdout": 0.05, "seed": 0, "checkpoint": None, "save_every": 500, "resume": False, "progress": True,
+}  # fmt: skip
+
+
+def loop_options(op: str, given: LoopOptions, **defaults: Any) -> LoopOptions:
+    """The options given, checked, in place of the defaults of a training."""
+    unknown = [name for name in given if name not in DEFAULTS]
+    if unknown:
+        raise TypeError(f"{op}: got an unexpected argument {unknown[0]!r}; the loop takes {', '.join(DEFAULTS)}")
+    options: LoopOptions = {**DEFAULTS, **defaults, **given}  # type: ignore[typeddict-item]
+    check_progress(op, options["progress"])
+    steps, seconds = options["steps"], options["seconds"]
+    if options["schedule"] not in SCHEDULES:
+        raise ValueError(f"{op}: schedule must be one of {SCHEDULES}, got {options['schedule']!r}")
     if (steps is None) == (seconds is None):
         raise ValueError(f"{op}: give steps or seconds, one of the two; got {steps} and {seconds}")
-    for name, count in {"steps": 1 if steps is None else steps, **counts}.items():
-        check_integer(op, name, count)
-    for name, value in (("seconds", seconds), ("learning_rate", learning_rate), ("clip_norm", clip_norm)):
-        if value is not None:
-            check_positive(op, name, value)
+    check_integer(op, "steps", 1 if steps is None else steps)
+    check_integer(op, "batch_size", options["batch_size"])
+    check_integer(op, "save_every", options["save_every"])
+    check_positive(op, "seconds", 1.0 if seconds is None else seconds)
+    check_positive(op, "learning_rate", options["learning_rate"])
+    check_positive(op, "clip_norm", options["clip_norm"])
+    holdout = options["holdout"]
     if isinstance(holdout, int) and not isinstance(holdout, bool):
         check_integer(op, "holdout", holdout, 0)
     elif not 0 <= holdout < 1:
         raise ValueError(f"{op}: holdout must be a number of examples, or a share in [0, 1), got {holdout}")
+    return options
 
 
 def training_part(op: str, name: str, number: int, holdout: float) -> int:
@@ -80,16 +140,20 @@ def training_part(op: str, name: str, number: int, holdout: float) -> int:
     return training
 
 
+def evenly(rows: Tensor, most: int) -> Tensor:
+    """At most `most` of the rows, spread evenly over them."""
+    return rows[:: max(1, len(rows) // most)][:most]
+
+
 def begin(
     op: str,
     log: TrainingLog,
-    checkpoint: str | os.PathLike[str] | None,
-    resume: bool,
-    steps: int | None,
+    options: LoopOptions,
     restore: Callable[[str | os.PathLike[str]], dict[str, Any]],
 ) -> None:
     """Go on from the checkpoint, or see to it that there is none; `restore` loads it and gives its content."""
-    if resume:
+    checkpoint, steps = options["checkpoint"], options["steps"]
+    if options["resume"]:
         if checkpoint is None:
             raise ValueError(f"{op}: resume=True needs checkpoint=")
         content = restore(checkpoint)
@@ -107,17 +171,8 @@ def fit(
     models: Mapping[str, type[nn.Module]],
     batch_loss: Callable[[], Tensor],
     held_out: Callable[[], float] | None,
+    options: LoopOptions,
     *,
-    steps: int | None,
-    seconds: float | None,
-    learning_rate: float,
-    clip_norm: float,
-    schedule: str,
-    seed: int,
-    checkpoint: str | os.PathLike[str] | None,
-    save_every: int,
-    resume: bool,
-    progress: Progress,
     unit: str,
     **more: Any,
 ) -> TrainingLog:
@@ -126,8 +181,8 @@ def fit(
     `models` are those that a checkpoint may hold; `held_out()` is recorded, and a checkpoint with the entries `more`
     written, every `save_every` steps and at the end. The global random state is left as it was. See `optimise`.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    log = TrainingLog()
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
+    log, checkpoint = TrainingLog(), options["checkpoint"]
 
     def keep() -> None:
         if held_out is not None:
@@ -137,12 +192,9 @@ def fit(
             save_checkpoint(checkpoint, model, optimizer=optimizer, unit=unit, **log.entries(), **more)
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        begin(op, log, checkpoint, resume, steps, lambda path: restore_checkpoint(path, models, op, model, optimizer))
-        optimise(
-            op, model, optimizer, batch_loss, keep, log, steps=steps, seconds=seconds, learning_rate=learning_rate,
-            clip_norm=clip_norm, schedule=schedule, save_every=save_every, progress=progress, unit=unit,
-        )  # fmt: skip
+        torch.manual_seed(options["seed"])
+        begin(op, log, options, lambda path: restore_checkpoint(path, models, op, model, optimizer))
+        optimise(op, model, optimizer, batch_loss, keep, log, options, unit)
     return log
 
 
@@ -153,14 +205,7 @@ def optimise(
     batch_loss: Callable[[], Tensor],
     keep: Callable[[], None],
     log: TrainingLog,
-    *,
-    steps: int | None,
-    seconds: float | None,
-    learning_rate: float,
-    clip_norm: float,
-    schedule: str,
-    save_every: int,
-    progress: Progress,
+    options: LoopOptions,
     unit: str,
 ) -> None:
     """Take steps on `batch_loss()` up to step `steps`, at the rates of `schedule`, or for `seconds`, along a cosine.
@@ -169,16 +214,18 @@ def optimise(
     run before KeyboardInterrupt is raised. A loss that is not finite raises FloatingPointError before the step.
     """
     model.train()
+    steps, seconds, learning_rate = options["steps"], options["seconds"], options["learning_rate"]
+    constant = steps is not None and options["schedule"] == "constant"
     began, first, earlier = time.monotonic(), log.step, log.seconds
-    with _deferred_interrupt() as interrupted, _reporter(op, progress, steps, seconds, unit) as report:
+    with _deferred_interrupt() as interrupted, _reporter(op, options["progress"], steps, seconds, unit) as report:
         while True:
             done = (time.monotonic() - began) / seconds if seconds is not None else 0.0
             if done >= 1 or (steps is not None and log.step >= steps) or interrupted():
                 break
-            if steps is not None and schedule == "cosine":
+            if steps is not None:
                 done = log.step / steps
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * (1.0 if steps is not None and schedule == "constant" else _cosine(done))
+                group["lr"] = learning_rate * (1.0 if constant else _cosine(done))
             loss = batch_loss()
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(
@@ -186,13 +233,13 @@ def optimise(
                 )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip_norm"])
             optimizer.step()
             log.step += 1
             log.losses.append(float(loss.detach()))
             report(log.step, log.losses[-1])
             log.seconds = earlier + time.monotonic() - began
-            if log.step % save_every == 0 and log.step != steps:
+            if log.step % options["save_every"] == 0 and log.step != steps:
                 keep()
         if log.step > first:
             keep()

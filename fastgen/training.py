@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from fastgen.audio import mu_law_encode
 from fastgen.checkpoints import load_parameters, read_checkpoint, refuse_other_model
-from fastgen.checks import check_progress
+from fastgen.checks import check_integer
 from fastgen.files import whole_file
-from fastgen.loop import Progress, TrainingLog, begin, check_loop, optimise
+from fastgen.loop import LoopOptions, TrainingLog, begin, loop_options, optimise
 from fastgen.models import WaveNet
 
 VALIDATION_SEGMENT = 8192  # samples in one forward
@@ -27,24 +27,13 @@ def train_wavenet(
     clips: Sequence[Tensor],
     rate: int,
     *,
-    steps: int | None = None,
-    seconds: float | None = None,
-    batch_size: int = 8,
     segment: int = 4096,
-    learning_rate: float = 1e-3,
-    schedule: str = "constant",
-    clip_norm: float = 1.0,
-    holdout: float = 0.1,
-    seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
-    save_every: int = 500,
-    resume: bool = False,
-    progress: Progress = True,
+    **options: Unpack[LoopOptions],
 ) -> TrainingLog:
     """Maximise the likelihood of random segments of audio, with Adam.
 
     The clips are read as one stream in the order given, so that none is too short for a segment; the stream's tail is
-    held out. Ctrl-C lets the step in hand finish and writes the checkpoint before KeyboardInterrupt is raised.
+    held out.
 
     Parameters
     ----------
@@ -52,52 +41,26 @@ def train_wavenet(
         Without local or speaker conditioning; changed in place.
     clips
         Floating point in [-1, 1], each (T,), mono at `rate` Hz.
-    steps, seconds
-        One of the two: train up to this step, counted from the model's beginning, or for so long.
-    batch_size, segment
-        Segments in a step, and samples in each.
-    learning_rate, clip_norm
-        Of Adam; the norm to which the gradient of all parameters is clipped.
-    schedule
-        Of the learning rate with `steps`: "constant"; or "cosine", which rises over the first twentieth, then falls to
-        zero along a cosine, as it always does with `seconds`.
-    holdout
-        Share of the audio, in [0, 1), or number of samples, kept for validation; 0 for none.
-    seed
-        Of the choice of segments.
-    checkpoint, save_every
-        File to write every `save_every` steps and at the end, whole or not at all; validation runs at the same steps.
-    resume
-        Go on from `checkpoint`. With the same clips and options the losses are those of an uninterrupted run.
-    progress
-        True for a progress bar, or a function of (step, loss in bits per sample).
+    segment
+        Samples in each of the segments of a step.
+    options
+        See `fastgen.loop.LoopOptions`, for the errors too; batches are of 8 segments by default, and a tenth of the
+        audio is held out. As a number, `holdout` counts samples.
 
     Returns
     -------
-    The losses and validation figures of this call.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For an argument outside its range, too little audio, or a checkpoint of another model or rate.
-    FileNotFoundError, FileExistsError
-        If `checkpoint` is missing with resume, or is there without it.
-    FloatingPointError
-        If the loss is not finite: the model keeps the parameters of the step before.
+    The losses and validation figures of this call, in bits per sample.
     """
-    check_progress("train_wavenet", progress)
+    op = "train_wavenet"
+    loop = loop_options(op, options, batch_size=8, holdout=0.1)
+    check_integer(op, "segment", segment)
     if model.local_channels or model.speakers:
-        raise ValueError("train_wavenet: trains models without conditioning; got local_channels or speakers > 0")
-    counts = {"batch_size": batch_size, "segment": segment, "save_every": save_every}
-    check_loop("train_wavenet", steps, seconds, learning_rate, clip_norm, holdout, schedule, counts)
-    train, held_out = _split(model, clips, segment, holdout)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    generator = torch.Generator().manual_seed(seed)
-    log = TrainingLog()
-    begin(
-        "train_wavenet", log, checkpoint, resume, steps,
-        lambda path: _restore(path, model, rate, optimizer, generator),
-    )  # fmt: skip
+        raise ValueError(f"{op}: trains models without conditioning; got local_channels or speakers > 0")
+    train, held_out = _split(model, clips, segment, loop["holdout"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=loop["learning_rate"])
+    generator = torch.Generator().manual_seed(loop["seed"])
+    log, checkpoint = TrainingLog(), loop["checkpoint"]
+    begin(op, log, loop, lambda path: _restore(path, model, rate, optimizer, generator))
 
     def keep() -> None:
         if held_out.numel():
@@ -108,15 +71,11 @@ def train_wavenet(
             )
 
     def batch_loss() -> Tensor:
-        starts = torch.randint(train.numel() - segment + 1, (batch_size,), generator=generator)
+        starts = torch.randint(train.numel() - segment + 1, (loop["batch_size"],), generator=generator)
         x = torch.stack([train[i : i + segment] for i in starts.tolist()])  # (B, segment)
         return model.bits_per_sample(x).mean()
 
-    optimise(
-        "train_wavenet", model, optimizer, batch_loss, keep, log, steps=steps, seconds=seconds,
-        learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, save_every=save_every, progress=progress,
-        unit="bits/sample",
-    )  # fmt: skip
+    optimise(op, model, optimizer, batch_loss, keep, log, loop, "bits/sample")
     return log
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from fastgen.checkpoints import load_checkpoint
-from fastgen.checks import check_progress, check_tensor
+from fastgen.checks import check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
+from fastgen.loop import LoopOptions, TrainingLog, fit, loop_options, training_part
 from fastgen.models import FlowModel, Glow, RealNVP
 
 MODELS: dict[str, type[FlowModel]] = {"RealNVP": RealNVP, "Glow": Glow}
@@ -32,24 +33,10 @@ def train_flow(
     data: Tensor,
     *,
     labels: Tensor | None = None,
-    steps: int | None = None,
-    seconds: float | None = None,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    schedule: str = "constant",
-    clip_norm: float = 50.0,
-    holdout: float = 0.05,
-    seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
-    save_every: int = 500,
-    resume: bool = False,
     source: str | None = None,
-    progress: Progress = True,
+    **options: Unpack[LoopOptions],
 ) -> TrainingLog:
     """Maximise the likelihood of random batches, with Adam.
-
-    The last examples are held out. Ctrl-C lets the step in hand finish and writes the checkpoint before
-    KeyboardInterrupt is raised. The global random state is left as it was.
 
     Parameters
     ----------
@@ -59,57 +46,24 @@ def train_flow(
         (N, *model.shape): uint8 images for a model with levels, else floating point.
     labels
         (N,) int64, for a model with classes.
-    steps, seconds
-        One of the two: train up to this step, counted from the model's beginning, or for so long.
-    batch_size, learning_rate, clip_norm
-        Examples in a step; of Adam; the norm to which the gradient of all parameters is clipped.
-    schedule
-        Of the learning rate with `steps`: "constant"; or "cosine", which rises over the first twentieth, then falls to
-        zero along a cosine, as it always does with `seconds`.
-    holdout
-        Share of the examples, in [0, 1), or number of them, kept for validation; 0 for none.
-    seed
-        Of the batches and of the noise that dequantises.
-    checkpoint, save_every
-        File to write every `save_every` steps and at the end, whole or not at all; validation runs at the same steps.
-    resume
-        Go on from `checkpoint`. With the same data and options the losses are those of an uninterrupted run.
     source
         What the data are, in words that the checkpoint keeps.
-    progress
-        True for a progress bar, or a function of (step, loss).
+    options
+        See `fastgen.loop.LoopOptions`, for the errors too; batches are of 64 examples by default, and only gradients of
+        a norm above 50 are clipped.
 
     Returns
     -------
     The losses of this call and the held-out figures, in bits per dimension; without levels, in nats an example.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For an argument outside its range, too few examples, or a checkpoint of another model.
-    FileNotFoundError, FileExistsError
-        If `checkpoint` is missing with resume, or is there without it.
-    FloatingPointError
-        If the loss is not finite: the parameters are those of the step before.
     """
     op = "train_flow"
-    check_progress(op, progress)
-    check_loop(
-        op,
-        steps,
-        seconds,
-        learning_rate,
-        clip_norm,
-        holdout,
-        schedule,
-        {"batch_size": batch_size, "save_every": save_every},
-    )
+    loop = loop_options(op, options, batch_size=64, clip_norm=50.0)
     check_data(op, model, data, labels)
-    number = training_part(op, "data", len(data), holdout)
+    number = training_part(op, "data", len(data), loop["holdout"])
     unit = _unit(model)
 
     def loss() -> Tensor:
-        chosen = torch.randint(number, (batch_size,))
+        chosen = torch.randint(number, (loop["batch_size"],))
         x, of_chosen = to_levels(data[chosen], model), None if labels is None else labels[chosen]
         return -model.log_prob(x, of_chosen).mean() / unit
 
@@ -117,9 +71,7 @@ def train_flow(
         return validate(model, data[number:], None if labels is None else labels[number:])
 
     return fit(
-        op, model, MODELS, loss, held_out if number < len(data) else None, steps=steps, seconds=seconds,
-        learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
-        checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress,
+        op, model, MODELS, loss, held_out if number < len(data) else None, loop,
         unit="bits per dimension" if model.levels else "nats", source=source,
     )  # fmt: skip
 

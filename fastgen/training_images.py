@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.checkpoints import load_checkpoint
-from fastgen.checks import check_progress, check_tensor
-from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
+from fastgen.checks import check_tensor
+from fastgen.loop import LoopOptions, TrainingLog, evenly, fit, loop_options, training_part
 from fastgen.models import VQVAE, VQVAE2
 from fastgen.models.vqvae import perplexity
 
@@ -27,24 +28,9 @@ def as_floats(images: Tensor) -> Tensor:
 def train_vqvae(
     model: VQVAE | VQVAE2,
     images: Tensor,
-    *,
-    steps: int | None = None,
-    seconds: float | None = None,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    schedule: str = "constant",
-    clip_norm: float = 1.0,
-    holdout: float = 0.05,
-    seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
-    save_every: int = 500,
-    resume: bool = False,
-    progress: Progress = True,
+    **options: Unpack[LoopOptions],
 ) -> TrainingLog:
     """Minimise the model's loss on random batches, with Adam.
-
-    The last images are held out. Ctrl-C lets the step in hand finish and writes the checkpoint before KeyboardInterrupt
-    is raised. The global random state is left as it was.
 
     Parameters
     ----------
@@ -52,57 +38,21 @@ def train_vqvae(
         Changed in place.
     images
         uint8 (N, C, H, W), sides multiples of `model.factor`.
-    steps, seconds
-        One of the two: train up to this step, counted from the model's beginning, or for so long.
-    batch_size, learning_rate, clip_norm
-        Images in a step; of Adam; the norm to which the gradient of all parameters is clipped.
-    schedule
-        Of the learning rate with `steps`: "constant"; or "cosine", which rises over the first twentieth, then falls to
-        zero along a cosine, as it always does with `seconds`.
-    holdout
-        Share of the images, in [0, 1), or number of them, kept for validation; 0 for none.
-    seed
-        Of the batches, and of the codes that replace dead ones.
-    checkpoint, save_every
-        File to write every `save_every` steps and at the end, whole or not at all; validation runs at the same steps.
-    resume
-        Go on from `checkpoint`. With the same images and options the losses are those of an uninterrupted run.
-    progress
-        True for a progress bar, or a function of (step, loss).
+    options
+        See `fastgen.loop.LoopOptions`, for the errors too; batches are of 64 images by default.
 
     Returns
     -------
     The losses of this call, and the held-out mean squared errors over the model's variance.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For an argument outside its range, too few images, or a checkpoint of another model.
-    FileNotFoundError, FileExistsError
-        If `checkpoint` is missing with resume, or is there without it.
-    FloatingPointError
-        If the loss is not finite: the parameters are those of the step before.
     """
     op = "train_vqvae"
-    check_progress(op, progress)
-    check_loop(
-        op,
-        steps,
-        seconds,
-        learning_rate,
-        clip_norm,
-        holdout,
-        schedule,
-        {"batch_size": batch_size, "save_every": save_every},
-    )
+    loop = loop_options(op, options, batch_size=64)
     check_images(op, model, images)
-    number = training_part(op, "images", len(images), holdout)
+    number = training_part(op, "images", len(images), loop["holdout"])
     train, held_out = images[:number], images[number:]
     return fit(
-        op, model, MODELS, lambda: model.loss(as_floats(train[torch.randint(number, (batch_size,))])),
-        (lambda: validate(model, held_out)) if len(held_out) else None, steps=steps, seconds=seconds,
-        learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
-        checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress, unit="loss",
+        op, model, MODELS, lambda: model.loss(as_floats(train[torch.randint(number, (loop["batch_size"],))])),
+        (lambda: validate(model, held_out)) if len(held_out) else None, loop, unit="loss",
     )  # fmt: skip
 
 
@@ -122,7 +72,7 @@ def check_images(op: str, model: VQVAE | VQVAE2, images: Tensor) -> None:
 @torch.no_grad()
 def validate(model: VQVAE | VQVAE2, images: Tensor) -> float:
     """Mean squared error over the model's variance, of at most 1024 of the uint8 images, spread evenly."""
-    chosen = images[:: max(1, len(images) // VALIDATION_IMAGES)][:VALIDATION_IMAGES]
+    chosen = evenly(images, VALIDATION_IMAGES)
     model.eval()
     total = 0.0
     for batch in chosen.split(VALIDATION_BATCH):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from fastgen.checkpoints import load_checkpoint
-from fastgen.checks import check_classes, check_progress, check_tensor
+from fastgen.checkpoints import image_size, load_checkpoint
+from fastgen.checks import check_classes, check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
+from fastgen.loop import LoopOptions, TrainingLog, evenly, fit, loop_options, training_part
 from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelModel, PixelRNN, PixelSNAIL
 
 MODELS: dict[str, type[PixelModel]] = {
@@ -46,24 +47,10 @@ def train_pixels(
     *,
     labels: Tensor | None = None,
     cond: Tensor | None = None,
-    steps: int | None = None,
-    seconds: float | None = None,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
-    schedule: str = "constant",
-    clip_norm: float = 1.0,
-    holdout: float = 0.05,
-    seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
-    save_every: int = 500,
-    resume: bool = False,
     source: str | None = None,
-    progress: Progress = True,
+    **options: Unpack[LoopOptions],
 ) -> TrainingLog:
     """Maximise the likelihood of random batches, with Adam.
-
-    The last images are held out. Ctrl-C lets the step in hand finish and writes the checkpoint before KeyboardInterrupt
-    is raised. The global random state is left as it was.
 
     Parameters
     ----------
@@ -74,51 +61,17 @@ def train_pixels(
         anew each time, each 1 with probability pixel / 255; one of more levels, the bin that a pixel falls into.
     labels, cond
         What a conditional model wants, one for each image: see `PixelModel`.
-    steps, seconds
-        One of the two: train up to this step, counted from the model's beginning, or for so long.
-    batch_size, learning_rate, clip_norm
-        Images in a step; of Adam; the norm to which the gradient of all parameters is clipped.
-    schedule
-        Of the learning rate with `steps`: "constant"; or "cosine", which rises over the first twentieth, then falls to
-        zero along a cosine, as it always does with `seconds`.
-    holdout
-        Share of the images, in [0, 1), or number of them, kept for validation; 0 for none.
-    seed
-        Of the batches and the binarisation.
-    checkpoint, save_every
-        File to write every `save_every` steps and at the end, whole or not at all; validation runs at the same steps.
-    resume
-        Go on from `checkpoint`. With the same images and options the losses are those of an uninterrupted run.
     source
         Kept in the checkpoint: where the images come from.
-    progress
-        True for a progress bar, or a function of (step, loss).
+    options
+        See `fastgen.loop.LoopOptions`, for the errors too; batches are of 32 images by default.
 
     Returns
     -------
     The losses of this call and the held-out figures, in bits per value.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For an argument outside its range, too few images, or a checkpoint of another model.
-    FileNotFoundError, FileExistsError
-        If `checkpoint` is missing with resume, or is there without it.
-    FloatingPointError
-        If the loss is not finite: the parameters are those of the step before.
     """
     op = "train_pixels"
-    check_progress(op, progress)
-    check_loop(
-        op,
-        steps,
-        seconds,
-        learning_rate,
-        clip_norm,
-        holdout,
-        schedule,
-        {"batch_size": batch_size, "save_every": save_every},
-    )
+    loop = loop_options(op, options)
     check_data(op, model, images)
     given = {name: rows for name, rows in (("labels", labels), ("cond", cond)) if rows is not None}
     for name, rows in given.items():
@@ -127,11 +80,11 @@ def train_pixels(
             raise ValueError(f"{op}: {name} must be one for each of the {len(images)} images, got {tuple(rows.shape)}")
     # all of them before the training, not each when its turn comes
     model.conditioning.check(op, len(images), (images.shape[-2], images.shape[-1]), labels, cond)
-    number = training_part(op, "images", len(images), holdout)
+    number = training_part(op, "images", len(images), loop["holdout"])
     dims = images[0].numel()
 
     def loss() -> Tensor:
-        chosen = torch.randint(number, (batch_size,))
+        chosen = torch.randint(number, (loop["batch_size"],))
         x = to_levels(images[chosen], model)
         log_p = model.log_prob(x, **{name: rows[chosen] for name, rows in given.items()})
         return -log_p.mean() / (math.log(2) * dims)
@@ -140,10 +93,8 @@ def train_pixels(
         return validate(model, images[number:], *(None if rows is None else rows[number:] for rows in (labels, cond)))
 
     return fit(
-        op, model, MODELS, loss, held_out if number < len(images) else None, steps=steps, seconds=seconds,
-        learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
-        checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress, unit="bits per value",
-        image_size=list(images.shape[-2:]), source=source,
+        op, model, MODELS, loss, held_out if number < len(images) else None, loop,
+        unit="bits per value", image_size=list(images.shape[-2:]), source=source,
     )  # fmt: skip
 
 
@@ -175,10 +126,8 @@ def validate(
     most: int = VALIDATION_IMAGES,
 ) -> float:
     """Bits per value of at most `most` of the images, spread evenly; binarised the same way each time."""
-    every = max(1, len(images) // most)
-    given = {name: rows[::every][:most] for name, rows in (("labels", labels), ("cond", cond)) if rows is not None}
-    chosen = images[::every][:most]
-    x = to_levels(chosen, model, torch.Generator().manual_seed(VALIDATION_SEED))
+    given = {name: evenly(rows, most) for name, rows in (("labels", labels), ("cond", cond)) if rows is not None}
+    x = to_levels(evenly(images, most), model, torch.Generator().manual_seed(VALIDATION_SEED))
     model.eval()
     total = 0.0
     for i in range(0, len(x), VALIDATION_BATCH):
@@ -196,11 +145,9 @@ def load_pixels(path: str | os.PathLike[str]) -> tuple[PixelModel, tuple[int, in
         If the file does not exist, is not such a checkpoint, or its parameters do not fit the model it describes.
     """
     model, content = load_checkpoint(path, MODELS, "train_pixels")
-    size = content.get("image_size")
-    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"{os.fspath(path)}: image_size must be [height, width], got {size!r}")
     assert isinstance(model, PixelModel)
-    return model, (size[0], size[1])
+    height, width = image_size(path, content, "height, width")
+    return model, (height, width)
 
 
 @torch.no_grad()

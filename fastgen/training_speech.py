@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from fastgen.audio import mu_law_encode
 from fastgen.checkpoints import load_checkpoint
-from fastgen.checks import check_integer, check_progress
-from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
+from fastgen.checks import check_integer
+from fastgen.loop import LoopOptions, TrainingLog, evenly, fit, loop_options, training_part
 from fastgen.models.speech_vqvae import SpeechVQVAE
 
 MODELS: dict[str, type[SpeechVQVAE]] = {"SpeechVQVAE": SpeechVQVAE}
@@ -41,21 +42,10 @@ def train_speech_vqvae(
     clips: Tensor,
     rate: int,
     *,
-    steps: int | None = None,
-    seconds: float | None = None,
-    batch_size: int = 8,
     segment: int = 2048,
-    learning_rate: float = 1e-3,
-    schedule: str = "constant",
-    clip_norm: float = 1.0,
-    holdout: float = 0.05,
-    seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
-    save_every: int = 500,
-    resume: bool = False,
-    progress: Progress = True,
+    **options: Unpack[LoopOptions],
 ) -> TrainingLog:
-    """Minimise the model's loss on random segments of random clips, with Adam. The last clips are held out.
+    """Minimise the model's loss on random segments of random clips, with Adam.
 
     Parameters
     ----------
@@ -65,48 +55,39 @@ def train_speech_vqvae(
         (N, T) int64 classes, as `clips_of` makes them, and their sample rate in Hz, kept in the checkpoint.
     segment
         Samples in a step's clips, a multiple of the model's downsample, at most T.
-    steps, seconds, batch_size, learning_rate, schedule, clip_norm, holdout
-    seed, checkpoint, save_every, resume, progress
-        See `fastgen.training_pixels.train_pixels`.
+    options
+        See `fastgen.loop.LoopOptions`, for the errors too; batches are of 8 segments by default.
 
     Returns
     -------
     The losses of this call, and the held-out bits per sample given the codes.
-
-    Raises
-    ------
-    ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError
-        As `train_pixels`.
     """
     op = "train_speech_vqvae"
-    check_progress(op, progress)
-    counts = {"batch_size": batch_size, "segment": segment, "save_every": save_every}
-    check_loop(op, steps, seconds, learning_rate, clip_norm, holdout, schedule, counts)
+    loop = loop_options(op, options, batch_size=8)
+    check_integer(op, "segment", segment)
     if clips.dim() != 2 or clips.dtype != torch.int64:
         raise ValueError(f"{op}: clips must be int64 (N, T), got {clips.dtype} {tuple(clips.shape)}")
     if segment % model.downsample or segment > clips.shape[1]:
         raise ValueError(
             f"{op}: segment must be a multiple of {model.downsample} of at most {clips.shape[1]}, got {segment}"
         )
-    number = training_part(op, "clips", len(clips), holdout)
+    number = training_part(op, "clips", len(clips), loop["holdout"])
 
     def loss() -> Tensor:
-        chosen = clips[torch.randint(number, (batch_size,))]
-        starts = torch.randint(clips.shape[1] - segment + 1, (batch_size,))
+        chosen = clips[torch.randint(number, (loop["batch_size"],))]
+        starts = torch.randint(clips.shape[1] - segment + 1, (len(chosen),))
         return model.loss(chosen.gather(1, starts[:, None] + torch.arange(segment)))
 
     return fit(
         op, model, MODELS, loss, (lambda: validate(model, clips[number:])) if number < len(clips) else None,
-        steps=steps, seconds=seconds, learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
-        checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress, unit="bits/sample", rate=rate,
-        length=clips.shape[1],
+        loop, unit="bits/sample", rate=rate, length=clips.shape[1],
     )  # fmt: skip
 
 
 @torch.no_grad()
 def validate(model: SpeechVQVAE, clips: Tensor) -> float:
     """Bits per sample given the codes, of at most 64 of the clips, spread evenly."""
-    chosen = clips[:: max(1, len(clips) // VALIDATION_CLIPS)][:VALIDATION_CLIPS]
+    chosen = evenly(clips, VALIDATION_CLIPS)
     chosen = chosen[:, : chosen.shape[1] // model.downsample * model.downsample]
     model.eval()
     nats = sum(-float(model(part)[0].double().sum()) for part in chosen.split(VALIDATION_BATCH))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from fastgen.checkpoints import load_checkpoint
-from fastgen.checks import check_progress, check_tensor
+from fastgen.checkpoints import image_size, load_checkpoint
+from fastgen.checks import check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import Progress, TrainingLog, check_loop, fit, training_part
+from fastgen.loop import LoopOptions, TrainingLog, evenly, fit, loop_options, training_part
 from fastgen.models import FVSBN, NADE, VAE
 
 MODELS: dict[str, type[nn.Module]] = {"FVSBN": FVSBN, "NADE": NADE, "VAE": VAE}
@@ -27,24 +28,9 @@ def binarised(images: Tensor, generator: torch.Generator | None = None) -> Tenso
 def train_vectors(
     model: FVSBN | NADE | VAE,
     images: Tensor,
-    *,
-    steps: int | None = None,
-    seconds: float | None = None,
-    batch_size: int = 100,
-    learning_rate: float = 1e-3,
-    schedule: str = "constant",
-    clip_norm: float = 1000.0,
-    holdout: float = 0.05,
-    seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
-    save_every: int = 500,
-    resume: bool = False,
-    progress: Progress = True,
+    **options: Unpack[LoopOptions],
 ) -> TrainingLog:
     """Maximise the likelihood, or its bound, of random batches, binarised anew each time, with Adam.
-
-    The last images are held out. Ctrl-C lets the step in hand finish and writes the checkpoint before KeyboardInterrupt
-    is raised. The global random state is left as it was.
 
     Parameters
     ----------
@@ -52,31 +38,16 @@ def train_vectors(
         Changed in place; of binary values, as many as an image has.
     images
         uint8 (N, C, H, W).
-    steps, seconds, batch_size, learning_rate, schedule, clip_norm, holdout
-    seed, checkpoint, save_every, resume, progress
-        See `train_pixels`.
+    options
+        See `fastgen.loop.LoopOptions`, for the errors too; batches are of 100 images by default, and only gradients of
+        a norm above 1000 are clipped.
 
     Returns
     -------
     The losses of this call and the held-out figures, in nats per image; for the VAE of the negative bound.
-
-    Raises
-    ------
-    ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError
-        As `train_pixels`.
     """
     op = "train_vectors"
-    check_progress(op, progress)
-    check_loop(
-        op,
-        steps,
-        seconds,
-        learning_rate,
-        clip_norm,
-        holdout,
-        schedule,
-        {"batch_size": batch_size, "save_every": save_every},
-    )
+    loop = loop_options(op, options, batch_size=100, clip_norm=1000.0)
     if type(model).__name__ not in MODELS:
         raise TypeError(f"{op}: model must be one of {', '.join(MODELS)}, got {type(model).__name__}")
     if getattr(model, "values", 2) != 2 or getattr(model, "distribution", "bernoulli") != "bernoulli":
@@ -88,26 +59,23 @@ def train_vectors(
         raise ValueError(
             f"{op}: images must have {model.inputs} values each, as the model has inputs, got {tuple(images.shape)}"
         )
-    number = training_part(op, "images", len(images), holdout)
+    number = training_part(op, "images", len(images), loop["holdout"])
 
     def loss() -> Tensor:
-        x = binarised(images[torch.randint(number, (batch_size,))])
+        x = binarised(images[torch.randint(number, (loop["batch_size"],))])
         return model.loss(x) if isinstance(model, VAE) else -model.log_prob(x).mean()
 
     return fit(
         op, model, MODELS, loss, (lambda: validate(model, images[number:])) if number < len(images) else None,
-        steps=steps, seconds=seconds, learning_rate=learning_rate, clip_norm=clip_norm, schedule=schedule, seed=seed,
-        checkpoint=checkpoint, save_every=save_every, resume=resume, progress=progress, unit="nats per image",
-        image_size=list(images.shape[1:]),
+        loop, unit="nats per image", image_size=list(images.shape[1:]),
     )  # fmt: skip
 
 
 @torch.no_grad()
 def validate(model: FVSBN | NADE | VAE, images: Tensor, *, most: int = VALIDATION_IMAGES) -> float:
     """Nats per image of at most `most` of the images, spread evenly; the same binarisation, and noise, each time."""
-    every = max(1, len(images) // most)
     generator = torch.Generator().manual_seed(VALIDATION_SEED)
-    x = binarised(images[::every][:most], generator)
+    x = binarised(evenly(images, most), generator)
     model.eval()
     total = 0.0
     for part in x.split(VALIDATION_BATCH):
@@ -128,11 +96,9 @@ def load_vectors(path: str | os.PathLike[str]) -> tuple[FVSBN | NADE | VAE, tupl
         If the file does not exist, is not such a checkpoint, or its parameters do not fit the model it describes.
     """
     model, content = load_checkpoint(path, MODELS, "train_vectors")
-    size = content.get("image_size")
-    if not isinstance(size, list) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"{os.fspath(path)}: image_size must be [channels, height, width], got {size!r}")
     assert isinstance(model, FVSBN | NADE | VAE)
-    return model, (size[0], size[1], size[2])
+    channels, height, width = image_size(path, content, "channels, height, width")
+    return model, (channels, height, width)
 
 
 @torch.no_grad()

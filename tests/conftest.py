@@ -160,10 +160,21 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("FASTGEN_", "PYTEST_"))}
         command = [sys.executable, *(("-c", *arguments) if len(arguments) == 1 else arguments)]
         return subprocess.run(
-            command, env={**kept, **environment}, capture_output=True, text=True, timeout=240, check=False
+            command, env={**kept, **environment}, capture_output=True, text=True, timeout=300, check=False
         )
 
     return run
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its counts on."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counts"] = dict(_counts)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _counts.update(getattr(node, "workeroutput", {}).get("counts", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -33,7 +33,7 @@ def fastgen_command(*arguments: object, cwd: Path, **variables: str) -> subproce
         env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

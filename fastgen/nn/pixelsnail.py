@@ -68,8 +68,11 @@ class CausalAttention2d(nn.Module):
             query, key = query + for_query, key + for_key
         # (B, heads, pixels, channels of a head); each pixel's key and value stand at the next one
         query, key, value = (t.flatten(2).unflatten(1, (self.heads, -1)).mT for t in (query, key, value))
-        key, value = (F.pad(t[:, :, :-1], (0, 0, 1, 0)) for t in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        scale, width = query.shape[-1] ** -0.5, max(query.shape[-1], value.shape[-1])
+        # of one width, channels innermost: what PyTorch's fused attention takes, which never stores the scores
+        query = F.pad(query, (0, width - query.shape[-1])).contiguous()
+        key, padded = (F.pad(t[:, :, :-1], (0, width - t.shape[-1], 1, 0)).contiguous() for t in (key, value))
+        out = F.scaled_dot_product_attention(query, key, padded, is_causal=True, scale=scale)[..., : value.shape[-1]]
         return out.mT.flatten(1, 2).unflatten(2, x.shape[2:])  # type: ignore[no-any-return]
 
     def emit(self, p: PixelProgram, x: int, position: int = -1) -> int:
