@@ -113,6 +113,11 @@ def test_bad_input(folder):
         evaluate(folder / "nade.pt", folder, samples=5)
     with pytest.raises(FileNotFoundError, match="no such file; expected a checkpoint"):
         evaluate(folder / "none.pt", folder)
+    with pytest.raises(ValueError, match=r"include is of audio files, .* is a NADE"):
+        evaluate(folder / "nade.pt", folder, include="*.wav")
+    for load in (load_images, load_labels):
+        with pytest.raises(ValueError, match="part must be one of train, test, got 'bogus'"):
+            load(folder, part="bogus")
     save_checkpoint(folder / "prior.pt", GatedPixelCNN(codes=4, channels=8, layers=1))
     with pytest.raises(ValueError, match="data is needed, an npz archive of codes"):
         evaluate(folder / "prior.pt", None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pixel_helpers import MODELS, conditions, images_like, loud, small
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgen
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelSNAIL
@@ -191,6 +192,18 @@ def test_attention_is_causal_over_raster_order():
     x[0, :, 1, 2] += 1
     changed = (layer(x, position) != before).any(1).flatten()
     assert changed.tolist() == [pixel >= 6 for pixel in range(12)]
+
+
+@pytest.mark.parametrize(("keys", "values"), [(6, 8), (8, 6)])
+def test_attention_takes_the_fused_path(keys, values):
+    layer = CausalAttention2d(4, keys, values, heads=2)
+    x = torch.randn(2, 4, 5, 3, requires_grad=True)
+    results = []
+    for path in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel(path):  # raises where the path cannot be taken
+            out = layer(x)
+            results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    torch.testing.assert_close(*results)
 
 
 def test_initial_weights_know_the_live_taps():

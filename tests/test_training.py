@@ -161,6 +161,9 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         ({"steps": True}, "steps must be an integer >= 1, got True"),
         ({"steps": 1, "schedule": "linear"}, r"schedule must be one of \('constant', 'cosine'\), got 'linear'"),
         ({"steps": 1, "holdout": 1.0}, r"holdout must be a number of examples, or a share in \[0, 1\), got 1"),
+        ({"steps": 1, "holdout": -1}, "holdout must be an integer >= 0, got -1"),
+        ({"steps": 1, "holdout": math.nan}, "holdout must be a number of examples, or a share"),
+        ({"steps": 1, "segment": 0}, "segment must be an integer >= 1, got 0"),
         ({"steps": 1, "segment": 5000}, "at least one segment of 5000 samples to train on, got 3672"),
         ({"steps": 1, "resume": True}, "resume=True needs checkpoint"),
     ],
@@ -173,6 +176,11 @@ def test_bad_arguments(options: dict[str, object], message: str) -> None:
 def test_progress_is_a_flag_or_a_function() -> None:
     with pytest.raises(TypeError, match="progress must be True, False or a function, got 'x'"):
         train(small(), steps=1, progress="x")
+
+
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(TypeError, match="train_wavenet: got an unexpected argument 'step'; the loop takes steps, seco"):
+        train(small(), step=1)
 
 
 def test_bad_clips_and_models() -> None:

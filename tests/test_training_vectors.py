@@ -67,6 +67,9 @@ def test_commands(name, tmp_path, capsys):
     assert "is of a" in capsys.readouterr().err
     assert main(["sample", "vectors", str(out), "--number", "5", "--out", str(tmp_path / "drawn.png")]) == 0
     assert (tmp_path / "drawn.png").exists()
+    if name == "vae":
+        assert main([*train, "--steps", "9", "--resume", "--convolutions"]) == 2
+        assert "is of perceptrons: leave out --convolutions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("model", "images", "error", "message"), [
