@@ -79,6 +79,23 @@ def test_no_rows_other_dtypes_and_gradients(backend, need):
     assert torch.autograd.gradcheck(of, (z, *parameters))
 
 
+def test_compiles_and_exports(need):
+    need("bernoulli_perceptron", "cpu")
+    given = arguments([4, 8, 5], 6, 3)
+    expected = bernoulli_perceptron(*given)
+    torch._dynamo.reset()
+    compiled = torch.compile(bernoulli_perceptron, fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(*given), expected)
+
+    class Module(nn.Module):
+        def forward(self, z, x, weights, biases):
+            return bernoulli_perceptron(z, x, weights, biases)
+
+    exported = torch.export.export(Module(), given)
+    assert any("bernoulli_perceptron" in str(node.target) for node in exported.graph.nodes)
+    assert torch.equal(exported.module()(*given), expected)
+
+
 def test_opcheck_and_strides(need):
     need("bernoulli_perceptron", "cpu")
     z, x, weights, biases = arguments([4, 8, 5], 6, 3)

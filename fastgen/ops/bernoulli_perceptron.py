@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
 from fastgen.checks import check, check_tensor
@@ -38,37 +37,38 @@ def _(z: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tens
     return z.new_empty(z.shape[0])
 
 
-class _BernoulliPerceptron(torch.autograd.Function):
-    """The backward pass is the reference's: training writes its activations anyway."""
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, x, weights, biases = inputs
+    ctx.save_for_backward(z, x, *weights, *biases)
 
-    @staticmethod
-    def forward(z: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
-        layers = len(parameters) // 2
-        return torch.ops.fastgen.bernoulli_perceptron(  # type: ignore[no-any-return]
-            z, x, list(parameters[:layers]), list(parameters[layers:])
-        )
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Writes the logits: training keeps as much for its activations anyway."""
+    z, x, *parameters = ctx.saved_tensors
+    layers = len(parameters) // 2
+    weights, biases = parameters[:layers], parameters[layers:]
+    inputs = [z]
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        inputs.append(F.relu(F.linear(inputs[-1], weight, bias)))
+    logits = F.linear(inputs[-1], weights[-1], biases[-1]).view(-1, *x.shape)
+    by_row = grad.view(-1, len(x), 1)
+    d = (by_row * (x - torch.sigmoid(logits))).flatten(0, 1)
+    grad_weights: list[Tensor] = []
+    grad_biases: list[Tensor] = []
+    for weight, h in zip(reversed(weights), reversed(inputs), strict=True):
+        grad_weights.insert(0, d.mT @ h)
+        grad_biases.insert(0, d.sum(0))
+        d = (d @ weight) * (h > 0) if h is not z else d @ weight
+    return d, (by_row * logits).sum(0), grad_weights, grad_biases
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
-        z, x, *parameters = (t.detach().requires_grad_(n) for t, n in needed)
-        layers = len(parameters) // 2
-        with torch.enable_grad():
-            out = bernoulli_perceptron_reference(z, x, parameters[:layers], parameters[layers:])
-        wanted = [t for t in (z, x, *parameters) if t.requires_grad]
-        grads = iter(torch.autograd.grad(out, wanted, grad))
-        return tuple(next(grads) if n else None for n in ctx.needs_input_grad)
+
+torch.library.register_autograd("fastgen::bernoulli_perceptron", _backward, setup_context=_setup_context, lib=lib)
 
 
 def bernoulli_perceptron(
     z: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str | None = None
 ) -> Tensor:
-    """Log-likelihood of x given z, differentiable once.
+    """Log-likelihood of x given z.
 
     Parameters
     ----------
@@ -108,5 +108,8 @@ def bernoulli_perceptron(
     if resolve(op, backend, z.device, z.dtype) == "cpu" and z.numel():
         kind = torch.promote_types(z.dtype, torch.float32)
         tensors = [t.to(kind).contiguous() for t in (z, x, *weights, *biases)]
-        return _BernoulliPerceptron.apply(*tensors)  # type: ignore[no-any-return, no-untyped-call]
+        split = 2 + len(weights)
+        return torch.ops.fastgen.bernoulli_perceptron(  # type: ignore[no-any-return]
+            *tensors[:2], tensors[2:split], tensors[split:]
+        )
     return bernoulli_perceptron_reference(z, x, weights, biases)
