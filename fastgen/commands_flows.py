@@ -14,6 +14,7 @@ from fastgen.commands_images import (
     check_resumed,
     grid_beside,
     loop_options,
+    read_images,
     save_square,
 )
 
@@ -34,7 +35,7 @@ POINTS = 20000
 def train_flow_command(options: argparse.Namespace) -> None:
     """`train realnvp` and `train glow`."""
     from fastgen.densities import draw, save_density
-    from fastgen.images import load_images, load_labels, pad_to_multiple
+    from fastgen.images import load_labels, pad_to_multiple
     from fastgen.training_flows import MODELS, read_flow, save_samples, train_flow
 
     kind = MODELS[FLOW_COMMANDS[options.model]]
@@ -66,10 +67,8 @@ def train_flow_command(options: argparse.Namespace) -> None:
         asked = {"hidden": 64} | asked
     else:
         scales = model.config["scales"] if options.resume else asked.get("scales", 2)
-        data = pad_to_multiple(load_images(options.data, size=options.size), 2 ** max(scales, 0))
+        data = pad_to_multiple(read_images(options), 2 ** max(scales, 0))
         labels = load_labels(options.data) if options.labels else None
-        if not len(data):
-            raise ValueError(f"{options.data}: expected at least one image, got none")
     if not options.resume:
         torch.manual_seed(options.seed)
         if labels is not None:

@@ -31,7 +31,7 @@ GRID_IMAGES = 16
 def train_vqvae_command(options: argparse.Namespace) -> None:
     """`train vqvae` and `train vqvae2`, and their priors with --then prior."""
     from fastgen.checkpoints import read_checkpoint
-    from fastgen.images import load_images, pad_to_multiple, save_grid
+    from fastgen.images import pad_to_multiple, save_grid
     from fastgen.training_images import MODELS, as_floats, code_perplexities, load_vqvae, train_vqvae
     from fastgen.training_stages import check_priors
 
@@ -48,9 +48,7 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
             return
     else:
         check_new(options)
-    images = load_images(options.data, size=options.size)
-    if not len(images):
-        raise ValueError(f"{options.data}: expected at least one image, got none")
+    images = read_images(options)
     if not options.resume:
         torch.manual_seed(options.seed)
         sizes = {n.replace("-", "_"): v for n, v in VQVAE_SIZES.items()} | given
@@ -76,7 +74,7 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
 def train_prior_command(options: argparse.Namespace, path: Path | None = None) -> None:
     """`train prior`, and the second stage of `train vqvae --then prior`."""
     from fastgen.commands_speech import train_speech_prior
-    from fastgen.images import load_images, load_labels, pad_to_multiple
+    from fastgen.images import load_labels, pad_to_multiple
     from fastgen.models import SpeechVQVAE
     from fastgen.training_stages import load_quantizer, load_two_stage, train_priors
 
@@ -87,7 +85,7 @@ def train_prior_command(options: argparse.Namespace, path: Path | None = None) -
             raise ValueError(f"{path}: is of speech; --data is needed, a folder of audio")
         train_speech_prior(options, path)
         return
-    images = load_images(options.data, size=options.size)
+    images = read_images(options)
     labels = load_labels(options.data) if options.class_labels else None
     kinds = options.priors or None
     sizes = {"channels": options.prior_channels, "layers": options.prior_layers}
@@ -127,7 +125,7 @@ def sample_two_stage(options: argparse.Namespace) -> None:
 
 def train_pixels_command(options: argparse.Namespace) -> None:
     """`train pixelcnn` and its kin."""
-    from fastgen.images import load_codes, load_images, load_labels
+    from fastgen.images import load_labels
     from fastgen.training_pixels import MODELS, load_pixels, save_samples, train_pixels
 
     kind = MODELS[PIXEL_COMMANDS[options.model]]
@@ -143,10 +141,8 @@ def train_pixels_command(options: argparse.Namespace) -> None:
     of_codes = model.codes if options.resume else options.codes
     if of_codes and options.data is None:
         raise ValueError("--codes: needs --data, an npz archive of integers (N, H, W)")
-    images = load_codes(options.data) if of_codes else load_images(options.data, size=options.size)
+    images = read_images(options, codes=bool(of_codes))
     labels = load_labels(options.data) if options.labels else None
-    if not len(images):
-        raise ValueError(f"{options.data}: expected at least one image, got none")
     if not options.resume:
         torch.manual_seed(options.seed)
         if kind is MODELS["GPTPrior"]:
@@ -181,6 +177,16 @@ def sample_pixels(options: argparse.Namespace) -> None:
     pictures = to_pixels(values, model)
     save_square(options.out, pictures)
     print(f"{options.out}: {options.number} images of {values.shape[-2]} x {values.shape[-1]} pixels")
+
+
+def read_images(options: argparse.Namespace, *, codes: bool = False) -> Tensor:
+    """Of --data and --size, at least one: uint8 (N, C, H, W); maps of codes int64 (N, H, W)."""
+    from fastgen.images import load_codes, load_images
+
+    images = load_codes(options.data) if codes else load_images(options.data, size=options.size)
+    if not len(images):
+        raise ValueError(f"{options.data}: expected at least one image, got none")
+    return images
 
 
 def loop_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,15 @@ import argparse
 
 import torch
 
-from fastgen.commands_images import GRID_IMAGES, check_new, check_resumed, grid_beside, loop_options, save_square
+from fastgen.commands_images import (
+    GRID_IMAGES,
+    check_new,
+    check_resumed,
+    grid_beside,
+    loop_options,
+    read_images,
+    save_square,
+)
 
 VECTOR_COMMANDS = {"fvsbn": "FVSBN", "nade": "NADE", "vae": "VAE"}
 VECTOR_SIZES = {"FVSBN": {}, "NADE": {"hidden": 500}, "VAE": {"hidden": 500, "latent": 40, "layers": 2, "channels": 24}}
@@ -14,7 +22,6 @@ VECTOR_SIZES = {"FVSBN": {}, "NADE": {"hidden": 500}, "VAE": {"hidden": 500, "la
 
 def train_vectors_command(options: argparse.Namespace) -> None:
     """`train fvsbn`, `train nade` and `train vae`."""
-    from fastgen.images import load_images
     from fastgen.training_vectors import MODELS, load_vectors, save_samples, train_vectors
 
     name = VECTOR_COMMANDS[options.model]
@@ -27,9 +34,7 @@ def train_vectors_command(options: argparse.Namespace) -> None:
             raise ValueError(f"{options.out}: is of perceptrons: leave out --convolutions, or --resume")
     else:
         check_new(options)
-    images = load_images(options.data, size=options.size)
-    if not len(images):
-        raise ValueError(f"{options.data}: expected at least one image, got none")
+    images = read_images(options)
     if not options.resume:
         torch.manual_seed(options.seed)
         if name == "VAE" and options.convolutions:
