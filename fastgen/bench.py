@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -139,7 +140,7 @@ def render(results: list[dict[str, Any]]) -> str:
         lines += _flows(result["benchmarks"])
         lines += _likelihoods(result["benchmarks"])
         lines.append("")
-    return "\n".join(lines).strip()
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
 def _quantization(benchmarks: list[dict[str, Any]]) -> list[str]:
@@ -276,9 +277,10 @@ def draw_curves(path: Path, entries: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     curves = {name: entry for name, entry in sorted(entries.items()) if len(entry["validation"]) > 1}
-    figure = Figure(figsize=(4 * len(curves), 3), layout="constrained")
+    rows = math.ceil(len(curves) / 4)
+    figure = Figure(figsize=(16, 3 * rows), layout="constrained")
     for i, (name, entry) in enumerate(curves.items()):
-        axes = figure.add_subplot(1, len(curves), i + 1)
+        axes = figure.add_subplot(rows, 4, i + 1)
         axes.plot(*zip(*entry["validation"], strict=True), marker=".")
         axes.set(title=name, xlabel="step", ylabel=f"held out {entry.get('unit', '')}".strip())
     with whole_file(path) as temporary:
