@@ -145,7 +145,10 @@ def train_priors(
         if file.exists():
             prior = load_pixels(file)[0]
             if type(prior) is not PRIORS[kind] or any(prior.config[n] != v for n, v in (sizes or {}).items()):
-                raise ValueError(f"{file}: is another prior than asked for, a {type(prior).__name__}; remove it first")
+                raise ValueError(
+                    f"{file}: is another prior than asked for, a {type(prior).__name__} with "
+                    f"channels={prior.config['channels']}, layers={prior.config['layers']}; ask for that, or remove it"
+                )
             if read_checkpoint(file, ("step",), op)["step"] >= steps:
                 continue
         else:
