@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import register_random, settings
 
 import fastgen.backend
 
@@ -28,6 +29,28 @@ REQUIRED = {name.strip() for name in os.environ.get("FASTGEN_REQUIRE", "").split
 CPU_FEATURE = {"generic": None} | {isa: isa for isa in fastgen.backend.ISAS[1:]}
 
 _counts: Counter[str] = Counter()
+
+settings.register_profile("same", derandomize=True)
+settings.load_profile(
+    "same"
+)  # a run says what the code is worth, not the draw; --hypothesis-profile default draws anew
+
+
+class _TorchRandom:
+    """torch's generator, which hypothesis then seeds for every example, so that a failure can be repeated."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def getstate(self) -> bytes:
+        return torch.get_rng_state().numpy().tobytes()
+
+    def setstate(self, state: bytes) -> None:
+        torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+_torch_random = _TorchRandom()  # hypothesis holds it weakly
+register_random(_torch_random)
 
 
 def missing(name: str, reason: str) -> None:
