@@ -31,9 +31,7 @@ CPU_FEATURE = {"generic": None} | {isa: isa for isa in fastgen.backend.ISAS[1:]}
 _counts: Counter[str] = Counter()
 
 settings.register_profile("same", derandomize=True)
-settings.load_profile(
-    "same"
-)  # a run says what the code is worth, not the draw; --hypothesis-profile default draws anew
+settings.load_profile("same")  # a failure is then the code's; --hypothesis-profile default draws anew
 
 
 class _TorchRandom:
