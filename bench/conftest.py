@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import platform
 import statistics
 import time
@@ -53,6 +54,8 @@ def contest(benchmark, request):
     def run(contestants: dict[str, Callable[[], object]], rounds: int = 7, **facts: object) -> dict[str, float]:
         times: dict[str, list[float]] = {name: [] for name in contestants}
         repeats = {}
+        gc.collect()
+        gc.disable()  # as timeit does: a collection lands on whoever's turn it is
         for name, call in contestants.items():
             call()
             start = time.perf_counter()
@@ -68,6 +71,7 @@ def contest(benchmark, request):
                     call()
                 times[name].append((time.perf_counter() - start) / repeats[name])
         medians = {name: statistics.median(t) for name, t in times.items()}
+        gc.enable()
         first = next(iter(contestants))
         benchmark.pedantic(contestants[first], rounds=3)
         benchmark.extra_info.update(facts, seconds=medians, threads=torch.get_num_threads())

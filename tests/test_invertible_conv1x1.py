@@ -100,7 +100,7 @@ def test_opcheck_compile_export(ran):
     weight, bias = torch.randn(3, 3), torch.randn(3)
     ops = torch.ops.fastgen
     torch.library.opcheck(ops.mix_channels.default, (args["x"], weight, bias))
-    torch.library.opcheck(ops.mix_channels_backward.default, (args["x"], args["x"]))
+    torch.library.opcheck(ops.mix_channels_backward.default, (args["x"], args["x"], weight))
     factors = [args[k] for k in ("lower", "upper", "log_diagonal")] + [kept["sign"], kept["permutation"]]
     for inverse in (False, True):
         for norm in ((None, None), (bias, bias)):

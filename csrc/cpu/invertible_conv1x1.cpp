@@ -41,15 +41,25 @@ void gather(const E* x, const Pixels& at, int64_t begin, int64_t end, T* to, int
   }
 }
 
-// Rows lie far apart, which the processor's own prefetching does not follow: the next tile is asked for early.
-template <class T, class E>
-void expect(const E* x, const Pixels& at, int64_t begin) {
-  if (begin + kTile<T> > at.count()) return;
-  const E* from = x + begin / at.size * at.channels * at.size + begin % at.size;
-  for (int64_t c = 0; c < at.channels; ++c)
-    for (int64_t line = 0; line < kTile<T> * static_cast<int64_t>(sizeof(E)); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(from + c * at.size) + line);
-}
+// The next tile of x, of which a few channels are asked for at a time: rows lie far apart, which the processor's own
+// prefetching does not follow, and all at once would be more than it can wait for.
+template <class E>
+class NextTile {
+ public:
+  NextTile(const E* x, const Pixels& at, int64_t begin)
+      : from_(x + begin / at.size * at.channels * at.size + begin % at.size),
+        size_(at.size),
+        channels_(begin + kTile<ComputeType<E>> > at.count() ? 0 : at.channels) {}
+  void ask(int64_t count) {
+    for (count = std::min(channels_, next_ + count); next_ < count; ++next_)
+      for (int64_t line = 0; line < kTile<ComputeType<E>> * static_cast<int64_t>(sizeof(E)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(from_ + next_ * size_) + line);
+  }
+
+ private:
+  const E* from_;
+  int64_t size_, channels_, next_ = 0;
+};
 
 // to[o][p] = bias[o] + sum_c weight[c][o] from[c][p] for R rows o and a tile of pixels.
 template <int R, class T>
@@ -69,45 +79,93 @@ void multiply(const T* weight, const T* bias, int64_t channels, const T* from, i
   });
 }
 
+// A matrix that multiplies the channels of a tile of pixels, in panels of kRows outputs each, then the rest: [c][o].
+template <class T>
+class Mixer {
+ public:
+  // weight(o, c), row after row
+  Mixer(const T* weight, const T* bias, int64_t channels) : Mixer(channels, weight, channels, 1) {
+    std::copy_n(bias, channels, bias_.data());
+  }
+  static Mixer transposed(const T* weight, int64_t channels) { return Mixer(channels, weight, 1, channels); }
+
+  // to[o][p] = bias[o] + sum_c weight[o][c] from[c][p]
+  template <class E>
+  void tile(const T* from, int64_t from_ld, T* to, int64_t to_ld, NextTile<E>& next) const {
+    for (int64_t o = 0; o < full_; o += kRows) {
+      next.ask(kRows);
+      rows<kRows>(o, from, from_ld, to, to_ld);
+    }
+    unroll<kRows - 1>([&](auto r) {
+      if (channels_ - full_ == r + 1) rows<r + 1>(full_, from, from_ld, to, to_ld);
+    });
+  }
+
+ private:
+  Mixer(int64_t channels, const T* weight, int64_t of_output, int64_t of_input)
+      : channels_(channels), full_(channels / kRows * kRows), panels_(channels * channels), bias_(channels) {
+    for (int64_t o = 0; o < channels; ++o) {
+      const int64_t panel = o / kRows * kRows, rows = panel < full_ ? kRows : channels - full_;
+      for (int64_t c = 0; c < channels; ++c)
+        panels_[panel * channels + c * rows + o - panel] = weight[o * of_output + c * of_input];
+    }
+  }
+  template <int R>
+  void rows(int64_t o, const T* from, int64_t from_ld, T* to, int64_t to_ld) const {
+    multiply<R>(panels_.data() + o * channels_, bias_.data() + o, channels_, from, from_ld, to + o * to_ld, to_ld);
+  }
+
+  int64_t channels_, full_;
+  OwnVector<T> panels_, bias_;
+};
+
+// A tile of pixels [begin, end) of a tensor: where it lies whole in one image, it can be read and written in place.
+template <class E>
+struct Place {
+  int64_t offset;
+  bool whole;
+  Place(const Pixels& at, int64_t begin, int64_t end) {
+    constexpr int64_t kSize = kTile<ComputeType<E>>;
+    const int64_t in_image = begin % at.size;
+    offset = begin / at.size * at.channels * at.size + in_image;
+    whole = std::is_same_v<E, ComputeType<E>> && end - begin == kSize && in_image + kSize <= at.size;
+  }
+};
+
+// A tile of the result: of `from`, to y.
+template <class E, class T = ComputeType<E>>
+void mix_tile(const Mixer<T>& mixer, const T* from, int64_t from_ld, const Pixels& at, int64_t begin, int64_t end, E* y,
+              T* scratch, NextTile<E>& next) {
+  const Place<E> place(at, begin, end);
+  if constexpr (std::is_same_v<E, T>)
+    if (place.whole) return mixer.tile(from, from_ld, y + place.offset, at.size, next);
+  mixer.tile(from, from_ld, scratch, kTile<T>, next);
+  for (int64_t o = 0; o < at.channels; ++o)
+    at.stretches(begin, end, [&](int64_t k, int64_t offset, int64_t n) {
+      store_row(y + offset + o * at.size, scratch + o * kTile<T> + k, n);
+    });
+}
+
 // y[b, o, p] = bias[o] + sum_c weight[o, c] x[b, c, p]
 template <class E>
-void mix(const Tensor& x, const ComputeType<E>* weight, const ComputeType<E>* bias, const Tensor& y) {
+void mix(const Tensor& x, const Mixer<ComputeType<E>>& mixer, const Tensor& y) {
   using T = ComputeType<E>;
   const Pixels at(x);
-  const int64_t channels = at.channels, full = channels / kRows * kRows, tile = kTile<T>;
-  std::vector<T> panels(channels * channels);  // of kRows outputs each, then the rest: [c][o]
-  for (int64_t o = 0; o < channels; ++o) {
-    const int64_t panel = o / kRows * kRows, rows = panel < full ? kRows : channels - full;
-    for (int64_t c = 0; c < channels; ++c) panels[panel * channels + c * rows + o - panel] = weight[o * channels + c];
-  }
+  const int64_t channels = at.channels, tile = kTile<T>;
   // rows a multiple of 4 KB apart fall on few lines of the nearest cache: then they are brought together first
   const bool apart = at.size * static_cast<int64_t>(sizeof(T)) % 4096 != 0 || channels <= kRows;
   share((at.count() + tile - 1) / tile, [&](int64_t first, int64_t last) {
     OwnVector<T> in(channels * tile), out(channels * tile);
     for (int64_t begin = first * tile; begin < std::min(last * tile, at.count()); begin += tile) {
-      const int64_t end = std::min(begin + tile, at.count()), in_image = begin % at.size;
-      const bool whole = std::is_same_v<E, T> && in_image + tile <= at.size;  // written where it belongs
-      const int64_t offset = begin / at.size * channels * at.size + in_image, ld = whole ? at.size : tile;
+      const int64_t end = std::min(begin + tile, at.count());
+      const Place<E> place(at, begin, end);
       const T* from = in.data();
-      T* to = out.data();
-      if constexpr (std::is_same_v<E, T>) {
-        if (whole) to = static_cast<E*>(y.data_ptr()) + offset;
-        if (whole && apart) from = data_of<E>(x) + offset;
-      }
-      const int64_t from_ld = from == in.data() ? tile : at.size;
+      if constexpr (std::is_same_v<E, T>)
+        if (place.whole && apart) from = data_of<E>(x) + place.offset;
       if (from == in.data()) gather(data_of<E>(x), at, begin, end, in.data(), tile);
-      expect<T>(data_of<E>(x), at, begin + tile);
-      for (int64_t o = 0; o < full; o += kRows)
-        multiply<kRows>(panels.data() + o * channels, bias + o, channels, from, from_ld, to + o * ld, ld);
-      unroll<kRows - 1>([&](auto r) {
-        if (channels - full == r + 1)
-          multiply<r + 1>(panels.data() + full * channels, bias + full, channels, from, from_ld, to + full * ld, ld);
-      });
-      if (whole) continue;
-      for (int64_t o = 0; o < channels; ++o)
-        at.stretches(begin, end, [&](int64_t k, int64_t place, int64_t n) {
-          store_row(static_cast<E*>(y.data_ptr()) + place + o * at.size, to + o * tile + k, n);
-        });
+      NextTile<E> next(data_of<E>(x), at, begin + tile);
+      mix_tile(mixer, from, from == in.data() ? tile : at.size, at, begin, end, static_cast<E*>(y.data_ptr()),
+               out.data(), next);
     }
   });
 }
@@ -132,36 +190,39 @@ void multiply_transposed(const T* a, int64_t a_ld, const T* b, int64_t ld, T* su
   });
 }
 
-// The gradients of weight (O, C) and bias (O,) from those of the result and x.
+// The gradients of x, weight (O, C) and bias (O,) from that of the result, in one pass.
 template <class E>
-void mix_backward(const Tensor& grad, const Tensor& x, ComputeType<E>* grad_weight, ComputeType<E>* grad_bias) {
+void mix_backward(const Tensor& grad, const Tensor& x, const ComputeType<E>* weight, const Tensor& grad_x,
+                  ComputeType<E>* grad_weight, ComputeType<E>* grad_bias) {
   using T = ComputeType<E>;
   const Pixels at(x);
   const int64_t channels = at.channels, stretches = (at.count() + kStretch - 1) / kStretch;
   const int64_t groups = std::min(stretches, kGroups), tile = kTile<T>;
   const int64_t ld = round_up(channels, kLanes<T>), wide = kGradWide * kLanes<T>;
+  const auto mixer = Mixer<T>::transposed(weight, channels);
   OwnVector<double> sums(groups * channels * (ld + 1));  // of a group: the weight's, the bias's
   share(groups, [&](int64_t first, int64_t last) {
-    OwnVector<T> rows(ld * tile), columns(tile * ld), g(channels * tile), part(channels * ld);
+    OwnVector<T> rows(ld * tile), columns(tile * ld), g(channels * tile), part(channels * ld), of_x(channels * tile),
+        of_bias(channels * kLanes<T>);
     for (int64_t group = first; group < last; ++group) {
       double *to = sums.data() + group * channels * (ld + 1), *to_bias = to + channels * ld;
       for (int64_t i = group * stretches / groups; i < (group + 1) * stretches / groups; ++i) {
         const int64_t limit = std::min((i + 1) * kStretch, at.count());
         std::fill(part.begin(), part.end(), T(0));
+        std::fill(of_bias.begin(), of_bias.end(), T(0));
         for (int64_t begin = i * kStretch; begin < limit; begin += tile) {
-          const int64_t end = std::min(begin + tile, limit), in_image = begin % at.size;
-          const bool whole = std::is_same_v<E, T> && end - begin == tile && in_image + tile <= at.size;
-          const int64_t offset = begin / at.size * channels * at.size + in_image;
+          const int64_t end = std::min(begin + tile, limit);
+          const Place<E> place(at, begin, end);
           const T *from = rows.data(), *of_grad = g.data();
           if constexpr (std::is_same_v<E, T>) {
-            if (whole) of_grad = data_of<E>(grad) + offset;
-            if (whole && ld == channels) from = data_of<E>(x) + offset;
+            if (place.whole) of_grad = data_of<E>(grad) + place.offset;
+            if (place.whole && ld == channels) from = data_of<E>(x) + place.offset;
           }
           if (of_grad == g.data()) gather(data_of<E>(grad), at, begin, end, g.data(), tile);
           if (from == rows.data()) gather(data_of<E>(x), at, begin, end, rows.data(), tile);
-          expect<T>(data_of<E>(grad), at, begin + tile);
-          expect<T>(data_of<E>(x), at, begin + tile);
+          NextTile<E> next_grad(data_of<E>(grad), at, begin + tile), next_x(data_of<E>(x), at, begin + tile);
           const int64_t from_ld = from == rows.data() ? tile : at.size, grad_ld = of_grad == g.data() ? tile : at.size;
+          mix_tile(mixer, of_grad, grad_ld, at, begin, end, static_cast<E*>(grad_x.data_ptr()), of_x.data(), next_grad);
           for (int64_t c = 0; c < ld; c += kLanes<T>)
             for (int64_t p = 0; p < tile; p += kLanes<T>)
               transpose_square(from + c * from_ld + p, from_ld, columns.data() + p * ld + c, ld);
@@ -169,6 +230,7 @@ void mix_backward(const Tensor& grad, const Tensor& x, ComputeType<E>* grad_weig
             const auto block = [&](auto r, int64_t o) {
               const T *a = of_grad + o * grad_ld, *b = columns.data() + c;
               T* result = part.data() + o * ld + c;
+              next_x.ask(r);
               if (ld - c >= wide)
                 multiply_transposed<r, kGradWide>(a, grad_ld, b, ld, result);
               else
@@ -181,11 +243,12 @@ void mix_backward(const Tensor& grad, const Tensor& x, ComputeType<E>* grad_weig
             });
           }
           for (int64_t o = 0; o < channels; ++o) {
-            Vec<T> sum{};
+            Vec<T> sum = load(&of_bias[o * kLanes<T>]);
             for (int64_t p = 0; p < tile; p += kLanes<T>) sum += load(of_grad + o * grad_ld + p);
-            to_bias[o] += sum_of_lanes<T>(sum);
+            store(&of_bias[o * kLanes<T>], sum);
           }
         }
+        for (int64_t o = 0; o < channels; ++o) to_bias[o] += sum_of_lanes<T>(load(&of_bias[o * kLanes<T>]));
         for (int64_t k = 0; k < channels * ld; ++k) to[k] += part[k];
       }
     }
@@ -203,21 +266,22 @@ Tensor mix_channels(Tensor x, Tensor weight, Tensor bias) {
   Tensor y = fresh_like(x);
   dispatch_float(x.scalar_type(), "mix_channels", [&](auto zero) {
     using T = ComputeType<decltype(zero)>;
-    mix<decltype(zero)>(x, data_of<T>(weight), data_of<T>(bias), y);
+    mix<decltype(zero)>(x, Mixer<T>(data_of<T>(weight), data_of<T>(bias), x.size(1)), y);
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor> mix_channels_backward(Tensor grad, Tensor x) {
-  Tensor grad_weight, grad_bias;
+// -> gradients of x, weight, bias.
+std::tuple<Tensor, Tensor, Tensor> mix_channels_backward(Tensor grad, Tensor x, Tensor weight) {
+  Tensor grad_x = fresh_like(x), grad_weight, grad_bias;
   dispatch_float(x.scalar_type(), "mix_channels", [&](auto zero) {
     using T = ComputeType<decltype(zero)>;
     grad_weight = torch::stable::new_empty(x, {x.size(1), x.size(1)}, kTypeOf<T>);
     grad_bias = torch::stable::new_empty(x, {x.size(1)}, kTypeOf<T>);
-    mix_backward<decltype(zero)>(grad, x, static_cast<T*>(grad_weight.data_ptr()),
+    mix_backward<decltype(zero)>(grad, x, data_of<T>(weight), grad_x, static_cast<T*>(grad_weight.data_ptr()),
                                  static_cast<T*>(grad_bias.data_ptr()));
   });
-  return {grad_weight, grad_bias};
+  return {grad_x, grad_weight, grad_bias};
 }
 
 // -> y, log_det (B,), and for the backward pass the matrix (C, C) that multiplied the pixels.
@@ -235,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> invertible_conv1x1(Tensor x, Tensor lower, Te
     inverse ? factors.assemble_inverse(w, bias.data()) : factors.assemble(w, bias.data());
     const T total = static_cast<T>(values_from(x, 2)) * factors.log_det;
     std::fill_n(static_cast<T*>(log_det.data_ptr()), x.size(0), inverse ? -total : total);
-    mix<decltype(zero)>(x, w, bias.data(), y);
+    mix<decltype(zero)>(x, Mixer<T>(w, bias.data(), factors.n), y);
   });
   return {y, log_det, weight};
 }
@@ -253,12 +317,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> invertible_conv1x1_ba
     for (auto& v : vectors) v = torch::stable::new_empty(x, {n}, kTypeOf<T>);
     const auto data = [](const Tensor& t) { return static_cast<T*>(t.data_ptr()); };
     const FactorGrads<T> to{data(matrices[0]), data(matrices[1]), data(vectors[0]), data(vectors[1]), data(vectors[2])};
-    std::vector<T> transposed(n * n), grad_weight(n * n), grad_bias(n), none(n);
+    std::vector<T> grad_weight(n * n), grad_bias(n);
     const T* w = data_of<T>(weight);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) transposed[j * n + i] = w[i * n + j];
-    mix<decltype(zero)>(grad, transposed.data(), none.data(), grad_x);
-    mix_backward<decltype(zero)>(grad, x, grad_weight.data(), grad_bias.data());
+    mix_backward<decltype(zero)>(grad, x, w, grad_x, grad_weight.data(), grad_bias.data());
     const T* g = data_of<T>(grad_log_det);
     double total = 0;
     for (int64_t b = 0; b < x.size(0); ++b) total += g[b];

@@ -47,13 +47,15 @@ class ActNorm(nn.Module):
         """Undo `forward`."""
         return actnorm(z, self.log_scale, self.shift, inverse=True)
 
-    @torch.no_grad()
     def prepare(self, x: Tensor) -> None:
         """In training, and if it has not been done: set scale and shift from x."""
         if self._ready is None:
             self._ready = bool(self.initialized)
-        if self._ready or not self.training:
-            return
+        if self.training and not self._ready:
+            self._initialize(x)
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor) -> None:
         flat = x.detach().movedim(1, 0).flatten(1).double()
         mean, variance, count = flat.mean(1), flat.var(1, correction=0), flat.shape[1]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

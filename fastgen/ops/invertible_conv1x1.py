@@ -70,7 +70,7 @@ def invertible_conv1x1_reference(
 
 
 lib.define("mix_channels(Tensor x, Tensor weight, Tensor bias) -> Tensor")
-lib.define("mix_channels_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)")
+lib.define("mix_channels_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
 PARAMETERS = (
     "Tensor lower, Tensor upper, Tensor log_diagonal, Tensor sign, Tensor permutation, Tensor? log_scale, "
     "Tensor? shift, bool inverse"
@@ -88,9 +88,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastgen::mix_channels_backward", lib=lib)
-def _(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    kind, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1]
-    return x.new_empty(channels, channels, dtype=kind), x.new_empty(channels, dtype=kind)
+def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(x.shape[1])
 
 
 @torch.library.register_fake("fastgen::invertible_conv1x1", lib=lib)
@@ -122,11 +121,7 @@ class _MixChannels(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad, need_x = grad.contiguous(), ctx.needs_input_grad[0]
-        zero = weight.new_zeros(len(weight))
-        grad_x = torch.ops.fastgen.mix_channels(grad, weight.T.contiguous(), zero) if need_x else None
-        return grad_x, *torch.ops.fastgen.mix_channels_backward(grad, x)
+        return torch.ops.fastgen.mix_channels_backward(grad.contiguous(), *ctx.saved_tensors)  # type: ignore[no-any-return]
 
 
 @quick_apply
