@@ -22,6 +22,7 @@ namespace {
 constexpr int kPanelVectors = 8;
 constexpr int kPanelColumns = kVectorRegisters == 32 ? 6 : 3;  // columns that share one pass over a panel
 constexpr int kBlock = 64;                                     // inputs that share a unit
+constexpr int kFetched = 1024;                                 // pairs of weights by which they are asked for ahead
 
 template <class W>
 constexpr bool kFixed = std::is_same_v<W, int16_t>;
@@ -220,7 +221,8 @@ void panel_product(const float* panel, int k, const Inputs<float>& x, int block,
   }
 }
 
-// The same in fixed point, for one block; k is a multiple of 16.
+// The same in fixed point, for one block; k is a multiple of 16. With one column it takes as long as the weights take
+// to come: they are asked for well ahead, for the processor loses track of them between matrices.
 template <int Width, int NS>
 void panel_product(const int16_t* panel, int k, const Inputs<int16_t>& x, int block, int first,
                    const float* const* init, float* const* y, int row) {
@@ -228,6 +230,7 @@ void panel_product(const int16_t* panel, int k, const Inputs<int16_t>& x, int bl
   for (int part = 0; part < Width; part += NV, row += NV * kF) {
     const auto* w = reinterpret_cast<const uint32_t*>(panel) + part * kF;
     VecU sum[kSplit][NS][NV] = {};
+#pragma GCC unroll 16
     for (int c = 0; c < k; c += 2 * kSplit, w += kSplit * kNext)
       unroll<kSplit>([&](auto q) FASTGEN_INLINE {
         VecU at[NS];
@@ -238,6 +241,7 @@ void panel_product(const int16_t* panel, int k, const Inputs<int16_t>& x, int bl
         });
         unroll<NV>([&](auto v) FASTGEN_INLINE {
           const VecU weights = load(w + q * kNext + v * kF);
+          if (NS == 1 && (v * kVectorBytes) % 64 == 0) __builtin_prefetch(w + q * kNext + v * kF + kFetched);
           unroll<NS>([&](auto s) FASTGEN_INLINE { sum[q][s][v] = add_pairs(sum[q][s][v], weights, at[s]); });
         });
       });
