@@ -19,6 +19,7 @@ from fastgen.commands_images import (
     PIXEL_COMMANDS,
     PIXEL_SIZES,
     VQVAE_SIZES,
+    check_new,
     loop_options,
     sample_pixels,
     sample_two_stage,
@@ -29,9 +30,10 @@ from fastgen.commands_images import (
 from fastgen.commands_speech import SPEECH_SIZES, sample_speech, train_speech_command
 from fastgen.commands_vectors import VECTOR_COMMANDS, VECTOR_SIZES, sample_vectors, train_vectors_command
 from fastgen.densities import DENSITIES
+from fastgen.files import check_writable
 from fastgen.loop import SCHEDULES
 
-USER_ERRORS = (ValueError, TypeError, ImportError, OSError, BackendError, FloatingPointError)
+USER_ERRORS = (ValueError, TypeError, ImportError, OSError, BackendError, FloatingPointError, OverflowError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {
     "layers": 20, "cycles": 2, "residual-channels": 64, "skip-channels": 128, "kernel-size": 2,
@@ -46,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options) or 0
     except USER_ERRORS as error:
         print(f"fastgen {options.command}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"fastgen {options.command}: not enough memory for what was asked", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -78,8 +85,7 @@ def _train(options: argparse.Namespace) -> None:
         if different:
             raise ValueError(f"{options.out}: is of another model: leave out {', '.join(different)}, or --resume")
     else:
-        if options.out.exists():  # said before any audio is read
-            raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
+        check_new(options)
         rate = 16000 if options.rate is None else options.rate
         torch.manual_seed(options.seed)
         model = fastgen.models.WaveNet(**{n.replace("-", "_"): v for n, v in SIZES.items()} | given)  # type: ignore[arg-type]
@@ -105,8 +111,11 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from fastgen.evaluate import evaluate, record
+    from fastgen.evaluate import evaluate, record, recorded
 
+    if options.record:  # before the work
+        check_writable(options.record)
+        recorded(options.record)
     figures = evaluate(
         options.checkpoint, options.data, size=options.size, number=options.number, samples=options.samples,
         include=options.include,
@@ -137,6 +146,12 @@ def _seconds(text: str) -> float:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"expected an integer in [0, 2^63), got {text!r}")
     return int(text)
 
 
@@ -172,7 +187,8 @@ def _parser() -> argparse.ArgumentParser:
             "--holdout", type=_holdout, default=holdout, help="share, or number, to validate on; default: %(default)s"
         )
         for option, value in {**options, "save-every": 500, "seed": 0, "learning-rate": 1e-3}.items():
-            parser.add_argument(f"--{option}", type=type(value), default=value, help="default: %(default)s")
+            kind = _seed if option == "seed" else type(value)
+            parser.add_argument(f"--{option}", type=kind, default=value, help="default: %(default)s")
 
     command("info", _info, "versions, the machine, and the live backends of every op")
 
@@ -301,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
         added = command(name, run, text, sample)
         added.add_argument("checkpoint", type=Path)
         added.add_argument("--out", type=Path, required=True, metavar=out)
-        added.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        added.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
         added.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
         if number:
             added.add_argument("--number", type=_count, default=number, help="to draw, default: %(default)s")

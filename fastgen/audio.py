@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.checks import check_integer
-from fastgen.files import whole_file
+from fastgen.files import check_writable, whole_file
 
 SUFFIXES = (".wav", ".flac")
 UNKNOWN_SIZES = (0, 0x7FFFF000, 0xFFFFFFFF)  # what encoders write that cannot go back to the header
@@ -202,12 +202,13 @@ def save_audio(path: str | os.PathLike[str], x: Tensor, rate: int) -> None:
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
-    """ValueError unless `save_audio` could write there."""
+    """ValueError or OSError unless `save_audio` could write there."""
     path = Path(path)
     if path.suffix.lower() != ".wav":
         raise ValueError(f"save_audio: path must end in .wav, got {path}")
     if path.is_dir():
         raise ValueError(f"save_audio: path must be a file, {path} is a folder")
+    check_writable(path)
 
 
 def speech_path() -> Path:

@@ -47,7 +47,11 @@ def load_parameters(path: str | os.PathLike[str], model: nn.Module, state: dict[
     found = "; ".join(f"{kind}: {listed(keys)}" for kind, keys in faults.items() if keys)
     if found:
         raise ValueError(f"{os.fspath(path)}: the parameters do not fit the model of its config: {found}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # what a layer refuses: singular matrices, NaN
+        reason = " ".join(str(error).split("\n\t", 1)[-1].split())
+        raise ValueError(f"{os.fspath(path)}: holds parameters that a layer refuses: {reason}") from error
 
 
 def refuse_other_model(path: str | os.PathLike[str], ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -124,13 +128,20 @@ def restore_checkpoint(
     ours: dict[str, Any] = model.config  # type: ignore[assignment]
     refuse_other_model(path, {"model": type(model).__name__, **ours}, content | content["config"])
     load_parameters(path, model, content["state_dict"])
-    optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["rng"])
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["rng"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{os.fspath(path)}: holds a damaged training state: {error!r}") from error
     return content
 
 
 def _read_model(path: str | os.PathLike[str], models: Mapping[str, type[nn.Module]], made_by: str) -> dict[str, Any]:
     content = read_checkpoint(path, ENTRIES, made_by)
+    for entry, kind in (("model", str), ("config", dict), ("state_dict", dict), ("step", int)):
+        if not isinstance(content[entry], kind):
+            came = type(content[entry]).__name__
+            raise ValueError(f"{os.fspath(path)}: {entry} must be a {kind.__name__}, got a {came}")
     if content["model"] not in models:
         raise ValueError(f"{os.fspath(path)}: expected a checkpoint of {' or '.join(models)}, got {content['model']!r}")
     return content

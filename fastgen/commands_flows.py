@@ -17,6 +17,7 @@ from fastgen.commands_images import (
     read_images,
     save_square,
 )
+from fastgen.files import check_picture
 
 FLOW_COMMANDS = {"realnvp": "RealNVP", "glow": "Glow"}
 FLOW_SIZES = {
@@ -50,11 +51,14 @@ def train_flow_command(options: argparse.Namespace) -> None:
         raise ValueError(f"--data or --density, one of the two; got {options.data} and {options.density}")
     density = options.density or "two_moons"
     if options.resume:
-        model, known = read_flow(options.out)
+        model, trained_on = read_flow(options.out)
+        known, seed = _points_of(trained_on)
         if options.data is None and known is None:
             raise ValueError(f"{options.out}: was trained on --data: give it again")
         if options.density not in (None, known):
             raise ValueError(f"{options.out}: was trained on {known or 'other data'}: leave out --density")
+        if options.data is None and seed != options.seed:
+            raise ValueError(f"{options.out}: its points were drawn with --seed {seed}: give that")
         density = known or density
         check_resumed(options, model, kind, asked, {"steps": "--flow-steps"})
     else:
@@ -63,6 +67,8 @@ def train_flow_command(options: argparse.Namespace) -> None:
     if options.data is None:
         if options.labels:
             raise ValueError("--labels: needs --data; points have none")
+        if options.levels:
+            raise ValueError("--levels: needs --data; points have none")
         data = draw(density, POINTS, torch.Generator().manual_seed(options.seed))
         asked = {"hidden": 64} | asked
     else:
@@ -74,9 +80,8 @@ def train_flow_command(options: argparse.Namespace) -> None:
         if labels is not None:
             asked["classes"] = int(labels.max()) + 1
         model = kind(tuple(data.shape[1:]), **asked)  # type: ignore[call-arg]
-    log = train_flow(
-        model, data, labels=labels, **loop_options(options), source=density if options.data is None else None
-    )
+    source = f"{density} {options.seed}" if options.data is None else None
+    log = train_flow(model, data, labels=labels, **loop_options(options), source=source)
     unit = "bits per dimension" if model.levels else "nats"
     held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f} {unit}{held_out}")
@@ -92,11 +97,18 @@ def train_flow_command(options: argparse.Namespace) -> None:
     print(f"{grid}: samples; images; a way from the first to the last")
 
 
+def _points_of(source: str | None) -> tuple[str | None, int]:
+    """Density and seed of the points that a checkpoint's model was trained on; None where it was on images."""
+    density, _, seed = (source or "").partition(" ")
+    return density or None, int(seed or 0)
+
+
 def sample_flow(options: argparse.Namespace) -> None:
     """`sample flow`."""
     from fastgen.densities import save_density
     from fastgen.training_flows import load_flow
 
+    check_picture(options.out)
     model = load_flow(options.checkpoint).eval()
     labels = asked_labels(options, model)
     generator = torch.Generator().manual_seed(options.seed)

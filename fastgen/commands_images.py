@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgen.files import check_picture, check_writable
+
 VQVAE_SIZES = {
     "hidden-channels": 128, "residual-layers": 2, "residual-channels": 32, "codebook-size": 512, "code-dim": 64,
     "downsample": 2,
@@ -57,6 +59,7 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
             variance=max(float(as_floats(images[:4096]).var()), 1e-6), **sizes,
         )  # type: ignore[arg-type]  # fmt: skip
     check_priors(options.out, model, resume=False)  # they would be of other codes than those to come
+    check_then(options, model, len(images))
     images = pad_to_multiple(images, model.factor)
     log = train_vqvae(model, images, **loop_options(options))
     shown = as_floats(images[-GRID_IMAGES:])
@@ -69,6 +72,23 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
     print(f"{grid}: images above, reconstructions below")
     if options.then:
         train_prior_command(options, options.out)
+
+
+def check_then(options: argparse.Namespace, model: nn.Module, number: int | None = None) -> None:
+    """Refuse before the first stage what the second would refuse; `number` of images, which labels must match."""
+    from fastgen.images import load_labels
+    from fastgen.training_stages import check_kinds
+
+    if not options.then:
+        if options.priors:
+            raise ValueError("--priors: needs --then prior")
+        return
+    check_kinds(model, options.priors)
+    if options.class_labels and number is not None:
+        labels = load_labels(options.data)
+        if len(labels) != number or int(labels.min()) < 0:
+            came = f"{len(labels)} from {int(labels.min())} on"
+            raise ValueError(f"--class-labels: {number} labels >= 0 are expected, one for each image, got {came}")
 
 
 def train_prior_command(options: argparse.Namespace, path: Path | None = None) -> None:
@@ -110,10 +130,13 @@ def sample_two_stage(options: argparse.Namespace) -> None:
     """`sample vqvae`."""
     from fastgen.training_stages import load_two_stage
 
+    check_picture(options.out)
     model, size = load_two_stage(options.checkpoint)
     if (options.label is None) == bool(model.classes):
         wanted = "need --label" if model.classes else "have no classes: leave out --label"
         raise ValueError(f"{options.checkpoint}: its priors {wanted}")
+    if options.label is not None and not 0 <= options.label < model.classes:
+        raise ValueError(f"--label: must lie in [0, {model.classes}), got {options.label}")
     labels = None if options.label is None else torch.full((options.number,), options.label)
     drawn = model.eval().sample(
         options.number, size, labels=labels, temperature=options.temperature,
@@ -165,6 +188,7 @@ def sample_pixels(options: argparse.Namespace) -> None:
     """`sample pixels`."""
     from fastgen.training_pixels import load_pixels, to_pixels
 
+    check_picture(options.out)
     model, size = load_pixels(options.checkpoint)
     if model.config["cond_codes"] or model.config["cond_channels"]:
         raise ValueError(f"{options.checkpoint}: the model is conditioned on a map; sample it from Python")
@@ -196,7 +220,8 @@ def loop_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_new(options: argparse.Namespace) -> None:
-    """Refuse to write over a checkpoint: said before any data are read."""
+    """Refuse to write over a checkpoint, or where none can be written: said before any data are read."""
+    check_writable(options.out)
     if options.out.exists():
         raise FileExistsError(f"{options.out}: exists; add --resume to go on from it, or choose another --out")
 
@@ -227,7 +252,11 @@ def asked_labels(options: argparse.Namespace, model: nn.Module) -> Tensor | None
     if (options.label is None) == bool(classes):
         wanted = "needs --label" if classes else "has no classes: leave out --label"
         raise ValueError(f"{options.checkpoint}: the model {wanted}")
-    return None if options.label is None else torch.full((options.number,), options.label)
+    if options.label is None:
+        return None
+    if not 0 <= options.label < classes:
+        raise ValueError(f"--label: must lie in [0, {classes}), got {options.label}")
+    return torch.full((options.number,), options.label)
 
 
 def grid_beside(options: argparse.Namespace) -> Path:
@@ -235,6 +264,7 @@ def grid_beside(options: argparse.Namespace) -> Path:
     grid: Path = options.grid or options.out.with_suffix(".png")
     if grid.resolve() == options.out.resolve():
         raise ValueError(f"{options.out}: is where the pictures go; choose another --out or --grid")
+    check_picture(grid)
     return grid
 
 

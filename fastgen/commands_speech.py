@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgen.commands_images import check_new, check_resumed, loop_options
+from fastgen.commands_images import check_new, check_resumed, check_then, loop_options
 
 SPEECH_SIZES = {
     "hidden-channels": 64, "codebook-size": 128, "code-dim": 32, "downsample": 64, "layers": 20, "cycles": 2,
@@ -42,11 +42,15 @@ def train_speech_command(options: argparse.Namespace) -> None:
             return
     else:
         check_new(options)
-        rate, length = options.rate or 8000, options.length or 8192
+        rate = 8000 if options.rate is None else options.rate
+        length = 8192 if options.length is None else options.length
         torch.manual_seed(options.seed)
         sizes = {n.replace("-", "_"): v for n, v in SPEECH_SIZES.items()} | given
         model = SpeechVQVAE(**sizes, kmeans_init=True, threshold_ema_dead_code=1.0)  # type: ignore[arg-type]
+        if length < 1 or length % model.downsample:
+            raise ValueError(f"--length: must be a multiple of --downsample, {model.downsample}, got {length}")
     check_priors(options.out, model, resume=False)
+    check_then(options, model)
     clips, _ = _clips(options, rate, length, model.classes)
     log = train_speech_vqvae(model, clips, rate, segment=options.segment, **loop_options(options))
     held_out = f", held out {log.validation[-1][1]:.3f}" if log.validation else ""

@@ -15,6 +15,7 @@ from fastgen.commands_images import (
     read_images,
     save_square,
 )
+from fastgen.files import check_picture
 
 VECTOR_COMMANDS = {"fvsbn": "FVSBN", "nade": "NADE", "vae": "VAE"}
 VECTOR_SIZES = {"FVSBN": {}, "NADE": {"hidden": 500}, "VAE": {"hidden": 500, "latent": 40, "layers": 2, "channels": 24}}
@@ -54,6 +55,7 @@ def sample_vectors(options: argparse.Namespace) -> None:
     """`sample vectors`."""
     from fastgen.training_vectors import load_vectors
 
+    check_picture(options.out)
     model, size = load_vectors(options.checkpoint)
     drawn = model.sample(
         options.number, temperature=options.temperature, generator=torch.Generator().manual_seed(options.seed)

@@ -77,7 +77,9 @@ def evaluate(
         if data is None:
             raise ValueError("evaluate: data is needed, a file or folder of audio")
         clips = load_folder(data, content["rate"], include=include)[:number]
-        return [_audio(model, clips) if isinstance(model, WaveNet) else _speech(model, clips, content["length"])]
+        if isinstance(model, WaveNet):
+            return [_audio(model, clips)]
+        return _speech(path, model, clips, content["length"])
     if include is not None:
         raise ValueError(f"evaluate: include is of audio files, {os.fspath(path)} is a {type(model).__name__}")
     labels = None
@@ -87,6 +89,13 @@ def evaluate(
         images = load_codes(data)[:number]
     else:
         images = load_images(data, size=size, part="test")[:number]
+    if not len(images):
+        raise ValueError(f"evaluate: {data} must hold at least one image, got none")
+    if isinstance(model, PixelModel) and (model.config["cond_codes"] or model.config["cond_channels"]):
+        raise ValueError(
+            f"evaluate: {os.fspath(path)} is conditioned on a map; a prior is evaluated with its quantizer, by the "
+            "quantizer's checkpoint"
+        )
     if isinstance(model, PixelModel | FlowModel) and model.config["classes"]:
         labels = load_labels(data, part="test")[:number]
     if isinstance(model, PixelModel):
@@ -94,7 +103,8 @@ def evaluate(
     if isinstance(model, FlowModel):
         return [_flow(model, images, labels)]
     if isinstance(model, VQVAE | VQVAE2):
-        return _vqvae(model, pad_to_multiple(images, model.factor))
+        images = pad_to_multiple(images, model.factor)
+        return [*_vqvae(model, images), *_codes(path, model, images, lambda: load_labels(data, part="test")[:number])]
     assert isinstance(model, FVSBN | NADE | VAE)
     return _vectors(model, images, samples)
 
@@ -180,6 +190,26 @@ def _vqvae(model: VQVAE | VQVAE2, images: Tensor) -> list[Figure]:
     return figures
 
 
+def _codes(
+    path: str | os.PathLike[str], model: VQVAE | VQVAE2 | SpeechVQVAE, data: Tensor, labels: Callable[[], Tensor] | None
+) -> list[Figure]:
+    """What the priors beside a quantizer pay for the codes of data; of none that has classes, without labels."""
+    from fastgen.training_stages import LEVELS, beside, encode, load_priors
+
+    levels = LEVELS[type(model).__name__]
+    if not all(beside(path, level).is_file() for level in levels):
+        return []
+    figures, codes = [], encode(model, data)
+    for i, (level, prior) in enumerate(zip(levels, load_priors(path)[1], strict=True)):
+        prior.eval()
+        of_classes = labels() if prior.config["classes"] and labels is not None else None
+        if prior.config["classes"] and of_classes is None:
+            continue
+        nats = _mean(prior.log_prob, codes[i], of_classes, codes[i - 1] if i else None)
+        figures.append(Figure(f"-log2 p(codes), {level}", nats / math.log(2), "bits/example", len(data)))
+    return figures
+
+
 def _audio(model: WaveNet, clips: Sequence[Tensor]) -> Figure:
     if model.local_channels or model.speakers:
         raise ValueError("evaluate: takes WaveNets without conditioning; got local_channels or speakers > 0")
@@ -193,12 +223,29 @@ def _audio(model: WaveNet, clips: Sequence[Tensor]) -> Figure:
     return Figure("-log2 p(x)", nats / (math.log(2) * total), "bits/sample", len(clips))
 
 
-def _speech(model: SpeechVQVAE, clips: Sequence[Tensor], length: int) -> Figure:
+def _speech(path: str | os.PathLike[str], model: SpeechVQVAE, clips: Sequence[Tensor], length: int) -> list[Figure]:
     from fastgen.training_speech import clips_of
 
     x = clips_of(clips, length - length % model.downsample, model.classes)
     bits = _mean(lambda part: model(part)[0], x) / (math.log(2) * x.shape[1])
-    return Figure("-log2 p(x | codes)", bits, "bits/sample", len(x))
+    return [Figure("-log2 p(x | codes)", bits, "bits/sample", len(x)), *_codes(path, model, x, None)]
+
+
+def recorded(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `record` has put into a file; nothing where there is none.
+
+    Raises
+    ------
+    ValueError
+        For a file that holds something else.
+    """
+    try:
+        entries = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: expected JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{os.fspath(path)}: expected a JSON object of figures, got a {type(entries).__name__}")
+    return entries
 
 
 def record(
@@ -206,8 +253,7 @@ def record(
 ) -> None:
     """Put the figures under `name` into a JSON file, with what made them, in place of what stood there."""
     content = read_checkpoint(checkpoint, ("step",), "fastgen")
-    path = Path(path)
-    entries = json.loads(path.read_text()) if path.exists() else {}
+    path, entries = Path(path), recorded(path)
     entries[name] = {
         "model": content.get("model", "WaveNet"),
         "steps": content["step"],

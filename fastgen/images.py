@@ -36,7 +36,8 @@ def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None 
         uint8 array (N, H, W), (N, H, W, C) or (N, C, H, W), or a folder of pictures, searched with its subfolders and
         read in the order of their names. None: the 1797 digits of 8 x 8 pixels that come with scikit-learn.
     size
-        Side to which pictures of a folder are cropped and resized; without it they must all have one size.
+        Side to which pictures of a folder are cropped and resized; without it they must all have one size. Gray
+        pictures of 16 bits are scaled to 8.
     part
         "train", or "test": MNIST's `t10k` files of a folder, the array `test` of an archive. Files and folders that
         have no parts are read as a whole.
@@ -157,8 +158,7 @@ def _folder(path: Path, size: int | None) -> Tensor:
         try:
             with Image.open(file) as picture:
                 picture.load()
-                gray = picture.mode in ("1", "L", "I;16", "I")
-                converted = picture.convert("L" if gray else "RGB")
+                converted = _eight_bits(file, picture)
         except OSError as error:
             raise ValueError(f"{file}: expected a picture, unreadable: {error}") from error
         if size is not None:
@@ -174,6 +174,20 @@ def _folder(path: Path, size: int | None) -> Tensor:
     return torch.stack([x.expand(channels, -1, -1) for x in images])
 
 
+def _eight_bits(file: Path, picture: Any) -> Any:
+    """Of a picture of pillow's, in gray or RGB; 16 bits of gray become 8."""
+    from PIL import Image
+
+    if picture.mode == "F":
+        raise ValueError(f"{file}: holds floating point pixels; expected 8 or 16 bits")
+    if not picture.mode.startswith("I"):
+        return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    values = np.asarray(picture).astype(np.int64)
+    if values.size and not 0 <= values.min() <= values.max() <= 65535:
+        raise ValueError(f"{file}: gray values must lie in [0, 65535], got {values.min()} to {values.max()}")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
 def load_codes(path: str | os.PathLike[str]) -> Tensor:
     """Maps of codes, int64 (N, H, W), from an npz archive with an array of integers of that shape.
 
@@ -187,7 +201,10 @@ def load_codes(path: str | os.PathLike[str]) -> Tensor:
     if not maps:
         came = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items()) or "nothing"
         raise ValueError(f"{path}: expected an array of integers (N, H, W), got {came}")
-    return torch.from_numpy(maps.get("codes", next(iter(maps.values()))).astype(np.int64))
+    codes = maps.get("codes", next(iter(maps.values())))
+    if codes.size and codes.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{path}: codes must be below 2^63, got {codes.max()}")
+    return torch.from_numpy(codes.astype(np.int64))
 
 
 def load_labels(path: str | os.PathLike[str] | None = None, *, part: str = "train") -> Tensor:

@@ -6,8 +6,10 @@ which quantizer they are of.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,10 +72,10 @@ def encode_once(path: str | os.PathLike[str], model: Quantizer, data: Tensor) ->
     """`encode`, or what it gave the last time for this quantizer and these data: kept beside the quantizer."""
     levels, file = LEVELS[type(model).__name__], Path(path).with_suffix(".codes.npz")
     made_of = f"{fingerprint(model)} {hashlib.sha256(data.contiguous().numpy().tobytes()).hexdigest()[:16]}"
-    if file.exists():
-        with np.load(file, allow_pickle=False) as archive:
-            if "made_of" in archive.files and str(archive["made_of"]) == made_of:
-                return [torch.from_numpy(archive[level].astype(np.int64)) for level in levels]
+    damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # then it is made anew
+    with contextlib.suppress(*damaged), np.load(file, allow_pickle=False) as archive:
+        if str(archive["made_of"]) == made_of:
+            return [torch.from_numpy(archive[level].astype(np.int64)) for level in levels]
     codes = encode(model, data)
     small = np.uint16 if model.codebook_size <= 1 << 16 else np.int64
     arrays: dict[str, Any] = {level: c.numpy().astype(small) for level, c in zip(levels, codes, strict=True)}
@@ -132,11 +134,8 @@ def train_priors(
     check_integer(op, "steps", steps)
     model = load_quantizer(path)
     levels = LEVELS[type(model).__name__]
-    kinds = kinds or DEFAULT_PRIORS[type(model).__name__]
-    if len(kinds) != len(levels) or not all(kind in PRIORS for kind in kinds):
-        raise ValueError(f"{op}: kinds must be {len(levels)} of {', '.join(PRIORS)}, got {', '.join(kinds)}")
-    if "gpt" in kinds[1:]:
-        raise ValueError(f"{op}: kinds must have 'gpt' for the top map alone: pixelsnail sees the map above")
+    kinds = check_kinds(model, kinds)
+    classes = 0 if labels is None else int(labels.max()) + 1
     check_priors(path, model, resume=resume)
     codes = encode_once(path, model, data)
     logs = {}
@@ -149,6 +148,11 @@ def train_priors(
                     f"{file}: is another prior than asked for, a {type(prior).__name__} with "
                     f"channels={prior.config['channels']}, layers={prior.config['layers']}; ask for that, or remove it"
                 )
+            if prior.config["classes"] != classes:
+                raise ValueError(
+                    f"{file}: is a prior of {prior.config['classes']} classes, the labels given are of {classes}; give "
+                    "the same, or remove it"
+                )
             if read_checkpoint(file, ("step",), op)["step"] >= steps:
                 continue
         else:
@@ -158,7 +162,7 @@ def train_priors(
                 more["image_size"] = tuple(maps.shape[1:])
             prior = PRIORS[kind](
                 codes=model.codebook_size, cond_codes=model.codebook_size if i else 0,
-                classes=0 if labels is None else int(labels.max()) + 1, **more,
+                classes=classes, **more,
             )  # fmt: skip
         logs[level] = train_pixels(
             prior, maps, labels=labels, cond=codes[i - 1] if i else None, steps=steps, checkpoint=file,
@@ -167,12 +171,23 @@ def train_priors(
     return logs
 
 
+def check_kinds(model: nn.Module, kinds: Sequence[str] | None) -> Sequence[str]:
+    """The kinds of priors for a quantizer, the default ones where none are named; ValueError where they do not fit."""
+    name = type(model).__name__
+    levels, kinds = LEVELS[name], kinds or DEFAULT_PRIORS[name]
+    if len(kinds) != len(levels) or not all(kind in PRIORS for kind in kinds):
+        raise ValueError(f"train_priors: kinds must be {len(levels)} of {', '.join(PRIORS)}, got {', '.join(kinds)}")
+    if "gpt" in kinds[1:]:
+        raise ValueError("train_priors: kinds must have 'gpt' for the top map alone: pixelsnail sees the map above")
+    return kinds
+
+
 def load_quantizer(path: str | os.PathLike[str]) -> Quantizer:
     """The first stage, which must have been trained."""
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{os.fspath(path)}: no such file; train the quantizer first: "
-            f"python -m fastgen train vqvae2 --out {os.fspath(path)}"
+            f"python -m fastgen train vqvae2 --steps N --out {os.fspath(path)}"
         )
     return load_checkpoint(path, QUANTIZERS, "train_vqvae or train_speech_vqvae")[0]  # type: ignore[return-value]
 
@@ -184,7 +199,9 @@ def check_priors(path: str | os.PathLike[str], model: Quantizer, *, resume: bool
         if not file.exists():
             continue
         if not resume:
-            raise FileExistsError(f"{file}: exists; resume from it, or remove it")
+            raise FileExistsError(
+                f"{file}: exists; resume from it, or remove it: a quantizer that is trained further makes other codes"
+            )
         _check_source(file, model, level)
 
 
@@ -192,7 +209,8 @@ def _check_source(file: Path, model: Quantizer, level: str) -> None:
     if read_checkpoint(file, ("step",), "train_priors").get("source") != f"{fingerprint(model)} {level}":
         raise ValueError(
             f"{file}: is a prior over other codes than those of this quantizer, which has changed since or is another; "
-            f"remove it and train it again: python -m fastgen train prior --of {file.with_name(_stem(file, level))}"
+            "remove it and train it again: python -m fastgen train prior --steps N --of "
+            f"{file.with_name(_stem(file, level))}"
         )
 
 
@@ -216,7 +234,8 @@ def load_priors(path: str | os.PathLike[str]) -> tuple[Quantizer, list[PixelMode
         file = beside(path, level)
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file}: no such file; train the prior first: python -m fastgen train prior --of {os.fspath(path)}"
+                f"{file}: no such file; train the prior first: python -m fastgen train prior --steps N --of "
+                f"{os.fspath(path)}"
             )
         _check_source(file, model, level)
         prior, size = load_pixels(file)

@@ -136,3 +136,20 @@ def test_bad_input(case):
         actnorm(**(arguments(2, 4, (3,)) | change))
     with pytest.raises(ValueError, match="channels must be an integer >= 1, got 0"):
         ActNorm(0)
+
+
+def test_parameters_that_are_copied_in_stay():
+    source, layer = ActNorm(3), ActNorm(3)
+    source(torch.randn(64, 3) * 5 + 2)
+    layer.eval()(torch.randn(4, 3))
+    with torch.no_grad():
+        for to, value in zip(layer.state_dict().values(), source.state_dict().values(), strict=True):
+            to.copy_(value)
+    layer.train()(torch.randn(64, 3))
+    assert torch.equal(layer.log_scale, source.log_scale)
+
+
+def test_the_log_det_can_be_added_to():
+    _, log_det = ActNorm(3).eval()(torch.randn(4, 3))
+    log_det += torch.ones(4)
+    assert log_det.tolist() == [1] * 4

@@ -136,3 +136,19 @@ def test_options_from_a_file(folder, capsys):
     with pytest.raises(SystemExit):
         main(["train", "nade", "--steps", "2", "--holdout", "some", *out])
     assert "expected a number of examples, or a share, got 'some'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_evaluated(tmp_path, capsys):
+    archive, model, record = tmp_path / "x.npz", tmp_path / "a.pt", tmp_path / "r.json"
+    save_checkpoint(model, NADE(16, hidden=4), step=1, image_size=[1, 4, 4])
+    np.savez(archive, test=np.zeros((0, 4, 4), np.uint8))
+    assert main(["evaluate", str(model), "--data", str(archive)]) == 2
+    assert "must hold at least one image, got none" in capsys.readouterr().err
+    record.write_text("[1]")
+    assert main(["evaluate", str(model), "--data", str(archive), "--record", str(record)]) == 2
+    assert "expected a JSON object of figures, got a list" in capsys.readouterr().err
+    prior = tmp_path / "p.pt"
+    save_checkpoint(prior, GatedPixelCNN(codes=4, channels=8, layers=1, cond_codes=4), image_size=[4, 4])
+    np.savez(archive, codes=np.zeros((2, 4, 4), np.int64))
+    assert main(["evaluate", str(prior), "--data", str(archive)]) == 2
+    assert "a prior is evaluated with its quantizer" in capsys.readouterr().err

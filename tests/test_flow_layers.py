@@ -237,6 +237,14 @@ BAD = {
     ),
     "parts": (lambda: MultiScale([Squeeze()], []).inverse([]), ValueError, "z must be 1 parts, got 0"),
     "layer": (lambda: FlowSequence(nn.ReLU()), TypeError, "layer 0 must be a module with an inverse, got ReLU"),
+    "order": (lambda: Permutation(3)(torch.randn(2, 5)), ValueError, r"x must have shape \(B, 3, \*S\), got \(2, 5\)"),
+    "plain 1x1": (
+        lambda: InvertibleConv1x1(2, lu=False)(torch.ones(1, 64, 1)),
+        ValueError,
+        r"mix_channels: weight must have shape \(64, 64\), got \(2, 2\)",
+    ),
+    "integers": (lambda: InvertibleConv1x1(2, lu=False)(torch.ones(1, 2, 1).int()), TypeError, "x must be float"),
+    "actnorm": (lambda: ActNorm(3)(torch.randn(2, 5)), ValueError, r"x must have shape \(B, 3, \*S\), got \(2, 5\)"),
     "x": (lambda: FlowSequence()([1.0]), TypeError, "x must be a tensor, got list"),
 }
 

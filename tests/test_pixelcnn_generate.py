@@ -379,5 +379,38 @@ def test_calls_of_a_generator_that_do_not_fit():
         p.conv(p.input, torch.randn(2, 5, 1, 1))
     with pytest.raises(ValueError, match=r"mask must be one of .*got 'C'"):
         p.conv(p.input, torch.randn(2, 4, 1, 1), mask="C")
+    one, two = (p.conv(p.input, torch.randn(8, 4, 1, 1), halves=n) for n in (1, 2))
+    other = p.conv(p.input, torch.randn(6, 4, 1, 1))
+    for call, message in (
+        (lambda: p.gate(one), "gate needs a plane of two halves"),
+        (lambda: p.glu(one), "glu needs a plane of two halves"),
+        (lambda: p.add(one, two), "the same channels and halves, got 8 and 1, 8 and 2"),
+        (lambda: p.add(one, other), "the same channels and halves, got 8 and 1, 6 and 1"),
+        (lambda: p.conv(p.input, torch.randn(8, 4, 1, 1), add=two), "the same channels and halves"),
+        (lambda: p.conv(p.input, torch.randn(8, 4, 3, 3), mask="vertical_B"), "sees pixels to the right"),
+        (lambda: p.conv(p.input, torch.randn(7, 4, 1, 1), halves=2), "halves must be 1 or 2 and divide 7 outputs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
     with pytest.raises(ValueError, match="heads must divide 4 and 8 channels, got 3"):
         p.attention(p.input, 8, 3, lambda: (0, 0))
+
+
+def test_the_program_of_the_modules_head():
+    p = PixelProgram(features=1)
+    v = p.conv(p.input, torch.randn(10, 1, 3, 3), torch.randn(10), mask="vertical")
+    h = p.conv(p.input, torch.randn(10, 1, 1, 3), torch.randn(10), mask="A")
+    z = p.gate(
+        p.conv(
+            h, torch.randn(20, 10, 1, 3), torch.randn(20), mask="B",
+            add=p.conv(v, torch.randn(20, 10, 1, 1), halves=2), halves=2,
+        )
+    )  # fmt: skip
+    p.sample(p.conv(z, torch.randn(4, 10, 1, 1), torch.randn(4)), color=0)
+    u, drawn = torch.rand(2, 1, 4, 5), {}
+    for which in BACKENDS:
+        generator = PixelGenerator(p, torch.randn(4, 1, generator=torch.Generator().manual_seed(0)),
+                                   PixelDistribution("categorical", 4, 4), backend=which)  # fmt: skip
+        drawn[which] = generator.run(u, parameters=True)
+    torch.testing.assert_close(drawn["cpu"][1], drawn["reference"][1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(drawn["cpu"][0], drawn["reference"][0])

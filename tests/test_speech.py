@@ -125,3 +125,12 @@ def test_commands(tmp_path, capsys):
 def test_bad_input(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_clips_that_the_codes_do_not_divide_are_refused_before_the_training(tmp_path, capsys):
+    save_audio(tmp_path / "a.wav", torch.zeros(9000), 8000)
+    train = ["train", "speech_vqvae", "--data", str(tmp_path), "--out", str(tmp_path / "s.pt"), "--steps", "1"]
+    assert main([*train, "--length", "5000"]) == 2
+    assert "--length: must be a multiple of --downsample, 64, got 5000" in capsys.readouterr().err
+    assert main([*train, "--rate", "0"]) == 2
+    assert not (tmp_path / "s.pt").exists()

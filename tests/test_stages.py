@@ -129,11 +129,11 @@ def test_a_stage_says_what_it_needs(data, tmp_path, capsys):
     out = tmp_path / "a.pt"
     prior = ["train", "prior", "--of", str(out), "--data", str(data), "--steps", "1", "--prior-channels", "8"]
     assert main(prior) == 2
-    assert "train the quantizer first: python -m fastgen train vqvae2 --out" in capsys.readouterr().err
+    assert "train the quantizer first: python -m fastgen train vqvae2 --steps N --out" in capsys.readouterr().err
     assert main(["train", "vqvae", "--data", str(data), "--out", str(out), "--steps", "1", *SMALL]) == 0
     capsys.readouterr()
     assert main(["sample", "vqvae", str(out), "--out", str(tmp_path / "b.png")]) == 2
-    assert f"train the prior first: python -m fastgen train prior --of {out}" in capsys.readouterr().err
+    assert f"train the prior first: python -m fastgen train prior --steps N --of {out}" in capsys.readouterr().err
     assert main([*prior, "--priors", "gpt", "gpt"]) == 2
     assert "kinds must be 1 of gated_pixelcnn, pixelsnail, gpt, got gpt, gpt" in capsys.readouterr().err
     assert main([*prior, "--prior-layers", "1"]) == 0
@@ -145,3 +145,35 @@ def test_a_stage_says_what_it_needs(data, tmp_path, capsys):
     (tmp_path / "c.codes.pt").write_bytes(beside(out, "codes").read_bytes())
     assert main(["sample", "vqvae", str(tmp_path / "c.pt"), "--out", str(tmp_path / "b.png")]) == 2
     assert "other codes" in capsys.readouterr().err
+
+
+def test_labels_that_a_finished_prior_does_not_know_and_damaged_codes(tmp_path, capsys):
+    out = tmp_path / "q.pt"
+    train = [
+        "train", "vqvae", "--out", str(out), "--steps", "2", "--batch-size", "8", "--hidden-channels", "8",
+        "--residual-channels", "4", "--codebook-size", "6", "--code-dim", "4", "--then", "prior",
+        "--prior-channels", "8", "--prior-layers", "1",
+    ]  # fmt: skip
+    assert main([*train, "--priors", "gpt", "gpt"]) == 2
+    assert "kinds must be 1 of" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*train[:-6], "--priors", "gpt"]) == 2
+    assert "--priors: needs --then prior" in capsys.readouterr().err
+    assert main(train) == 0
+    assert main([*train, "--resume", "--class-labels"]) == 2
+    assert "is a prior of 0 classes, the labels given are of 10" in capsys.readouterr().err
+    codes = out.with_suffix(".codes.npz")
+    whole = codes.read_bytes()
+    codes.write_bytes(whole[:300])
+    assert main([*train, "--prior-steps", "3", "--resume"]) == 0
+    assert len(codes.read_bytes()) == len(whole)
+    capsys.readouterr()
+    assert main(["evaluate", str(out)]) == 0
+    assert "-log2 p(codes), codes: " in capsys.readouterr().out
+
+
+def test_the_stages_must_fit_each_other():
+    with pytest.raises(TypeError, match="quantizer must be a VQVAE or VQVAE2, got Linear"):
+        TwoStage(torch.nn.Linear(2, 2), [])
+    with pytest.raises(TypeError, match="priors must be PixelModels, got Linear"):
+        TwoStage(quantizer(VQVAE), [torch.nn.Linear(2, 2)])

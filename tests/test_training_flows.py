@@ -193,3 +193,27 @@ def test_real_images(kind, name, tmp_path):
     x = images[:4].long()
     with torch.no_grad():
         assert torch.equal(model.decode(model.encode(x)[0]), x)
+
+
+def test_a_singular_checkpoint_and_points_of_another_seed_are_refused(tmp_path, capsys):
+    out = tmp_path / "g.pt"
+    train = ["train", "glow", "--out", str(out), "--flow-steps", "1", "--hidden", "4", "--batch-size", "16"]
+    assert main([*train, "--levels", "4", "--steps", "1"]) == 2
+    assert "--levels: needs --data" in capsys.readouterr().err
+    assert main([*train, "--steps", "1", "--seed", "5"]) == 0
+    assert main([*train, "--steps", "2", "--resume"]) == 2
+    assert "its points were drawn with --seed 5: give that" in capsys.readouterr().err
+    assert main([*train, "--steps", "2", "--resume", "--seed", "5"]) == 0
+    content = torch.load(out)
+    next(v for k, v in content["state_dict"].items() if k.endswith(".sign")).zero_()
+    torch.save(content, out)
+    assert main(["sample", "flow", str(out), "--out", str(tmp_path / "s.png")]) == 2
+    assert "holds parameters that a layer refuses" in capsys.readouterr().err
+
+
+def test_a_flow_that_has_diverged_draws_nothing():
+    model = Glow((1, 4, 4), scales=1, steps=1, hidden=4).eval()
+    with pytest.raises(ValueError, match="values that are not finite"):
+        model.decode(torch.full((1, 16), float("nan")))
+    with pytest.raises(ValueError, match=r"uniforms must lie in \[0, 1\), got 7.0 to 7.0"):
+        model.encode(torch.zeros(1, 1, 4, 4).long(), uniforms=torch.full((1, 1, 4, 4), 7.0))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pixel_helpers import MODELS, small
 
+from fastgen import training_pixels
 from fastgen.__main__ import main
 from fastgen.checkpoints import save_checkpoint
 from fastgen.images import load_codes, load_images, load_labels
@@ -169,13 +170,19 @@ def test_loss_that_is_not_finite():
         train(model, pictures())
 
 
-def test_grid_of_samples(tmp_path):
+def test_grid_of_samples(tmp_path, monkeypatch):
     for options, images in (
         ({"levels": 4, "image_channels": 3}, torch.randint(0, 256, (3, 3, 6, 4), dtype=torch.uint8)),
         ({"codes": 9}, torch.randint(0, 9, (3, 6, 4))),
     ):
-        save_samples(tmp_path / "a.png", small("GatedPixelCNN", **options), images)
-        assert (tmp_path / "a.png").stat().st_size > 100
+        model, rows = small("GatedPixelCNN", **options), []
+        monkeypatch.setattr(training_pixels, "save_grid", lambda path, given, rows=rows: rows.extend(given))
+        save_samples(tmp_path / "a.png", model, images)
+        first, second, given, completed = rows
+        assert torch.equal(given, to_pixels(to_levels(images, model), model))
+        assert torch.equal(completed[:, :, :3], given[:, :, :3])
+        assert not torch.equal(completed[:, :, 3:], given[:, :, 3:])
+        assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", ["pixelcnn", "gated_pixelcnn", "pixelsnail"])
@@ -210,7 +217,7 @@ def test_command_line(name, tmp_path, capsys):
         (["train", name, *fresh, "--levels", "300"], "levels must lie in [2, 256], got 300"),
         (["train", name, *fresh[:1], str(tmp_path / "n.png"), *fresh[2:]], "is where the pictures go"),
         (draw, "the model needs --label"),
-        ([*draw, "--label", "10"], "labels must lie in [0, 10), got 10 to 10"),
+        ([*draw, "--label", "10"], "--label: must lie in [0, 10), got 10"),
         ([*draw, "--label", "1", "--temperature", "0"], "temperature must be finite and > 0"),
     ):
         assert main(arguments) == 2, arguments

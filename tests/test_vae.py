@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastgen.models import VAE
@@ -138,6 +139,8 @@ def test_learns_with_modules_of_ones_own_and_is_saved():
     (lambda: VAE(3).iwae_bound(torch.zeros(2, 3), 2, noise=torch.zeros(2, 2)), ValueError, r"noise must be \(2, 2, 40"),
     (lambda: VAE(3).importance_log_prob(torch.zeros(2, 3), 5, chunk=0), ValueError, "chunk must be"),
     (lambda: VAE(3).sample(-1), ValueError, "batch_size must be"),
+    (lambda: VAE(3).decode(torch.zeros(2, 39)), ValueError, r"z must be \(B, 40\), got \(2, 39\)"),
+    (lambda: VAE(16, image_size=4), ValueError, "image_size must be two multiples of 4, got 4"),
     (lambda: VAE(3).sample(2, temperature=0), ValueError, "temperature"),
     (lambda: VAE(3).sample(2, uniforms=torch.ones(2, 3)), ValueError, r"uniforms must lie in \[0, 1\)"),
     (lambda: VAE(3).sample(2, noise=torch.ones(2, 3)), ValueError, r"noise must be \(2, 40\)"),
@@ -145,3 +148,21 @@ def test_learns_with_modules_of_ones_own_and_is_saved():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_empty_batches():
+    for model in (VAE(6, latent=2, hidden=4), VAE(6, latent=2, hidden=4, distribution="gaussian")):
+        for x in (torch.zeros(0, 6), torch.zeros(2, 6)):
+            with torch.no_grad():
+                assert model.elbo(x).shape == model.importance_log_prob(x, 3, chunk=2).shape == (len(x),)
+            assert model.elbo(x).shape == model.iwae_bound(x, 3).shape == (len(x),)
+
+
+def test_float64_stays_float64():
+    model = VAE(6, latent=2, hidden=4).double()
+    x, noise = torch.ones(3, 6, dtype=torch.float64), torch.randn(1, 3, 2, dtype=torch.float64)
+    mean, log_deviation = model.encode(x)
+    z = mean + log_deviation.exp() * noise[0]
+    exact = F.logsigmoid(model.decode(z)[..., 0]).sum(1)
+    exact = exact + ((noise[0].square() - z.square()) / 2 + log_deviation).sum(1)
+    torch.testing.assert_close(model.iwae_bound(x, 1, noise=noise), exact, rtol=1e-13, atol=0)

@@ -121,6 +121,8 @@ def test_any_dtype_of_whole_numbers(dtype):
     (lambda m: m.sample(2, given=torch.full((2, 6), 3)), ValueError, r"given must lie in \[0, 2\)"),
     (lambda m: m.sample(2, known=torch.ones(6).bool()), ValueError, "known was given without"),
     (lambda m: type(m)(6, order=[0, 1, 2, 3, 4, 4]), ValueError, "order must be a permutation of 0 ... 5"),
+    (lambda m: m.sample(2, given=torch.zeros(2, 6).long(), known=torch.ones(3).bool()), ValueError, "known must broad"),
+    (lambda m: type(m)(6, order=5), TypeError, "order must be 6 whole numbers, got 5"),
     (lambda m: type(m)(6, order=[0, 1]), ValueError, "order must be a permutation of 0 ... 5"),
     (lambda m: type(m)(0), ValueError, "inputs must be"),
 ])  # fmt: skip
@@ -128,3 +130,14 @@ def test_any_dtype_of_whole_numbers(dtype):
 def test_bad_input(name, call, error, message):
     with pytest.raises(error, match=message):
         call(model_of(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_orders_of_any_whole_numbers_and_weights_that_are_none(name):
+    order = torch.tensor([5, 3, 1, 0, 2, 4])
+    model = type(model_of(name))(6, order=order.int())
+    assert torch.equal(model.order, order)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"weights must be finite, \w+ is not"):
+        model.sample(2)

@@ -90,7 +90,9 @@ class FlowModel(nn.Module):
     def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """From the prior's space (B, D): int64 (B, *shape) in [0, levels), or floating point where levels is 0.
 
-        `decode(encode(x)[0])` is x: exactly with levels, within rounding without.
+        `decode(encode(x)[0])` is x within what float32 rounding leaves of it: with levels, x itself, unless the scales
+        that the conditioners choose for it are so extreme that half a level is lost. ValueError where z leads to values
+        that are not finite, as those of a model that has diverged.
         """
         check_tensor(self._name, "z", z)
         if z.dim() != 2 or z.shape[1] != self.dims:
@@ -202,6 +204,9 @@ class FlowModel(nn.Module):
                 raise ValueError(
                     f"{self._name}: uniforms must have shape {tuple(x.shape)}, got {tuple(uniforms.shape)}"
                 )
+            if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+                low, high = float(uniforms.min()), float(uniforms.max())
+                raise ValueError(f"{self._name}: uniforms must lie in [0, 1), got {low} to {high}")
             u = uniforms.to(parameter)
         v = (x.to(parameter.dtype) + u) / self.levels
         if self.alpha == 0:
@@ -216,7 +221,9 @@ class FlowModel(nn.Module):
         if not self.levels:
             return v
         v = v + 0.5 if self.alpha == 0 else (torch.sigmoid(v) - self.alpha) / (1 - 2 * self.alpha)
-        return (v.nan_to_num() * self.levels).floor().clamp(0, self.levels - 1).long()
+        if not bool(torch.isfinite(v).all()):
+            raise ValueError(f"{self._name}.decode: z leads to values that are not finite; has the model diverged?")
+        return (v * self.levels).floor().clamp(0, self.levels - 1).long()
 
     def _part_shapes(self) -> list[tuple[int, ...]]:
         """Of each scale's z: half of what is left is factored out after every scale but the last."""

@@ -154,7 +154,7 @@ class PixelModel(nn.Module):
         parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
         kind = self.distribution.kind
         if kind == "logistic":
-            x = self._scaled(x)
+            x = self._scaled(x, parameters.dtype)
         log_p = distributions.log_prob(
             kind, parameters, x, levels=self.levels, log_scale_min=self.distribution.log_scale_min
         )
@@ -272,9 +272,9 @@ class PixelModel(nn.Module):
         levels = torch.arange(self.levels, device=self.head.out.weight.device)
         return self._scaled(levels)[:, None]
 
-    def _scaled(self, x: Tensor) -> Tensor:
-        """Levels to [-1, 1]."""
-        return x.to(self.head.out.weight.dtype) * (2 / (self.levels - 1)) - 1
+    def _scaled(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Levels to [-1, 1], in the weights' dtype by default; bfloat16 does not tell 256 of them apart."""
+        return x.to(dtype or self.head.out.weight.dtype) * (2 / (self.levels - 1)) - 1
 
     def _features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) values -> (B, inputs, H, W)."""
@@ -349,7 +349,7 @@ class PixelModel(nn.Module):
         if known.dtype != torch.bool:
             raise TypeError(f"{name}: known must be bool, got {known.dtype}")
         try:
-            known = known.expand(wanted).reshape(shape)
+            known = known.expand(shape if known.dim() == 4 else wanted).reshape(shape)
         except RuntimeError:
             raise ValueError(f"{name}: known must broadcast to {wanted}, got {tuple(known.shape)}") from None
         if bool((known & (given < 0)).any()):

@@ -36,6 +36,11 @@ class TwoStage(nn.Module):
 
     def __init__(self, quantizer: VQVAE | VQVAE2, priors: Sequence[PixelModel]) -> None:
         super().__init__()
+        if not isinstance(quantizer, VQVAE | VQVAE2):
+            raise TypeError(f"TwoStage: quantizer must be a VQVAE or VQVAE2, got {type(quantizer).__name__}")
+        if not all(isinstance(prior, PixelModel) for prior in priors):
+            came = ", ".join(type(prior).__name__ for prior in priors)
+            raise TypeError(f"TwoStage: priors must be PixelModels, got {came}")
         if len(priors) != quantizer.levels:
             raise ValueError(
                 f"TwoStage: priors must be {quantizer.levels}, one for each map of codes, got {len(priors)}"
@@ -55,7 +60,10 @@ class TwoStage(nn.Module):
         self.quantizer, self.priors, self.classes = quantizer, nn.ModuleList(priors), max(classes)
 
     def elbo(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W) -> (B,) nats: log p(x | codes), a density, plus log p(codes); labels (B,) int64."""
+        """x (B, C, H, W) -> (B,) nats: log p(x | codes), a density, plus log p(codes); labels (B,) int64.
+
+        In training mode the quantizer's codebook moves, and the priors are of other codes: call `eval()` first.
+        """
         out = self.quantizer(x)
         total = self.quantizer.log_likelihood(x, out.reconstruction)
         for i, (prior, codes) in enumerate(zip(self.priors, out.codes, strict=True)):
@@ -94,7 +102,11 @@ class TwoStage(nn.Module):
         """
         check_integer("TwoStage.sample", "batch_size", batch_size, 0)
         factor, levels = self.quantizer.factor, self.quantizer.levels
-        if len(image_size) != 2 or any(side < 1 or side % factor for side in image_size):
+        if (
+            not isinstance(image_size, tuple | list)
+            or len(image_size) != 2
+            or any(side < 1 or side % factor for side in image_size)
+        ):
             raise ValueError(f"TwoStage.sample: image_size must be two multiples of {factor}, got {image_size!r}")
         if uniforms is not None and len(uniforms) != levels:
             raise ValueError(f"TwoStage.sample: uniforms must be {levels} tensors, got {len(uniforms)}")

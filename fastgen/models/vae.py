@@ -139,7 +139,11 @@ class VAE(nn.Module):
         if not is_finite(log_scale_min):
             raise ValueError(f"VAE: log_scale_min must be finite, got {log_scale_min!r}")
         if image_size is not None:
-            if len(image_size) != 2 or any(side < 4 or side % 4 for side in image_size):
+            if (
+                not isinstance(image_size, tuple | list)
+                or len(image_size) != 2
+                or any(side < 4 or side % 4 for side in image_size)
+            ):
                 raise ValueError(f"VAE: image_size must be two multiples of 4, got {image_size!r}")
             if math.prod(image_size) != inputs:
                 raise ValueError(f"VAE: inputs must be the pixels of image_size {tuple(image_size)}, got {inputs}")
@@ -176,7 +180,14 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, Z) -> parameters (B, D, O) of p(x | z): O = 1 logit, or mean and log scale."""
-        return self.decoder(z).view(len(z), self.inputs, self.outputs)  # type: ignore[no-any-return]
+        check_tensor("VAE", "z", z, f"(B, {self.latent})")
+        if z.dim() != 2 or z.shape[1] != self.latent:
+            raise ValueError(f"VAE: z must be (B, {self.latent}), got {tuple(z.shape)}")
+        out: Tensor = self.decoder(z)
+        if out.numel() != len(z) * self.inputs * self.outputs:
+            wanted = (len(z), self.inputs * self.outputs)
+            raise ValueError(f"VAE: decoder must map z to {wanted}, got {tuple(out.shape)}")
+        return out.view(len(z), self.inputs, self.outputs)
 
     def elbo(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """A lower bound (B,) of log p(x) in nats, by one sample of z; for "gaussian" of the density.
@@ -326,8 +337,9 @@ class VAE(nn.Module):
         if tuple(noise.shape) != shape:
             raise ValueError(f"VAE: noise must be {shape}, got {tuple(noise.shape)}")
         z = mean + log_deviation.exp() * noise
-        ratio = (0.5 * (noise.square() - z.square()) + log_deviation).float().sum(-1)  # log p(z) - log q(z | x)
-        return self._log_likelihood(x, z.flatten(0, 1)).view(samples, -1) + ratio
+        ratio = 0.5 * (noise.square() - z.square()) + log_deviation  # log p(z) - log q(z | x)
+        ratio = ratio.to(torch.promote_types(ratio.dtype, torch.float32)).sum(-1)
+        return self._log_likelihood(x, z.flatten(0, 1)).view(samples, len(x)) + ratio
 
     def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z) (N,) for z (N, Z), row n of row n mod B of x (B, D)."""

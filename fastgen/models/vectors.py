@@ -46,7 +46,12 @@ class VectorModel(nn.Module):
         self.config: dict[str, Any] = {"inputs": inputs, "values": values}
         if order is None:
             order = torch.arange(inputs)
-        order = order.detach().cpu() if isinstance(order, Tensor) else torch.tensor(list(order))
+        try:
+            order = order.detach().cpu() if isinstance(order, Tensor) else torch.tensor(list(order))
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name}: order must be {inputs} whole numbers, got {order!r}") from None
+        if order.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+            order = order.long()
         if order.shape != (inputs,) or order.dtype != torch.int64 or not torch.equal(
             order.sort().values, torch.arange(inputs)
         ):  # fmt: skip
@@ -155,10 +160,17 @@ class VectorModel(nn.Module):
             check_tensor(name, "known", known, f"bool, {shape}")
             if known.dtype != torch.bool:
                 raise TypeError(f"{name}: known must be bool, got {known.dtype}")
-            fixed = torch.where(known.expand(shape), given, fixed)
-            check_classes(name, "given", given[known.expand(shape)], self.values)
+            try:
+                known = known.expand(shape)
+            except RuntimeError:
+                raise ValueError(f"{name}: known must broadcast to {shape}, got {tuple(known.shape)}") from None
+            fixed = torch.where(known, given, fixed)
+            check_classes(name, "given", given[known], self.values)
         elif known is not None:
             raise ValueError(f"{name}: known was given without the vectors, given=")
+        bad = next((n for n, p in self.named_parameters() if not bool(torch.isfinite(p).all())), None)
+        if bad is not None:
+            raise ValueError(f"{name}: weights must be finite, {bad} is not")
         u = uniforms.float().clamp(max=1 - 2**-24)[:, self.order]
         drawn = self.sample_in_order(u, fixed[:, self.order], temperature, backend)
         return drawn[:, self.order.argsort()]

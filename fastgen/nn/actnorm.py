@@ -36,7 +36,7 @@ class ActNorm(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
-        self._ready: bool | None = None  # what the buffer holds, so that a step need not read it from a device
+        self._ready = False  # the buffer was seen to hold True: a device is asked no more
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, *S) -> the same shape, log_det (B,)."""
@@ -49,13 +49,16 @@ class ActNorm(nn.Module):
 
     def prepare(self, x: Tensor) -> None:
         """In training, and if it has not been done: set scale and shift from x."""
-        if self._ready is None:
-            self._ready = bool(self.initialized)
-        if self.training and not self._ready:
+        if not self.training or self._ready:
+            return
+        if not bool(self.initialized):
             self._initialize(x)
+        self._ready = bool(self.initialized)
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[1] != len(self.shift):
+            raise ValueError(f"ActNorm: x must have shape (B, {len(self.shift)}, *S), got {tuple(x.shape)}")
         flat = x.detach().movedim(1, 0).flatten(1).double()
         mean, variance, count = flat.mean(1), flat.var(1, correction=0), flat.shape[1]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -80,8 +83,7 @@ class ActNorm(nn.Module):
         self.log_scale.copy_(scale.log())
         self.shift.copy_(-mean * scale)
         self.initialized.fill_(True)
-        self._ready = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._ready = None
+        self._ready = False

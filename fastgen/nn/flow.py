@@ -167,11 +167,17 @@ class Permutation(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, *S) -> the same shape, zeros (B,)."""
-        return x[:, self.order], zero_log_det(x)
+        return self._ordered(x, self.order), zero_log_det(x)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo `forward`."""
-        return z[:, self.order.argsort()], zero_log_det(z)
+        return self._ordered(z, self.order.argsort()), zero_log_det(z)
+
+    def _ordered(self, x: Tensor, order: Tensor) -> Tensor:
+        check_tensor("Permutation", "x", x)
+        if x.dim() < 2 or x.shape[1] != len(order):
+            raise ValueError(f"Permutation: x must have shape (B, {len(order)}, *S), got {tuple(x.shape)}")
+        return x[:, order]
 
 
 class Split(nn.Module):

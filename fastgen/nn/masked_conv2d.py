@@ -191,6 +191,7 @@ def check_input(name: str, what: str, value: Tensor | None, channels: int, x: Te
         check_tensor(name, what, value, f"(B, {channels}, H, W)")
         if value.dim() != 4 or value.shape[1] != channels:
             raise ValueError(f"{name}: {what} must be (B, {channels}, H, W), got {tuple(value.shape)}")
-        if any(n not in (1, m) for n, m in zip(value.shape, (len(x), channels, *x.shape[2:]), strict=True)):
+        wanted = (len(x), channels, *x.shape[2:])
+        if value.dim() != 4 or any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
             fits = f"({len(x)}, {channels}, {x.shape[2]}, {x.shape[3]})"
             raise ValueError(f"{name}: {what} must broadcast to {fits}, got {tuple(value.shape)}")

@@ -29,7 +29,7 @@ def actnorm_reference(x: Tensor, log_scale: Tensor, shift: Tensor, *, inverse: b
     v, factor, t = x.to(kind), per_channel(log_scale.to(kind), x), per_channel(shift.to(kind), x)
     y = (v - t) * torch.exp(-factor) if inverse else v * torch.exp(factor) + t
     log_det = x.shape[2:].numel() * log_scale.to(kind).sum()
-    return y.to(x.dtype), (-log_det if inverse else log_det).expand(x.shape[0])
+    return y.to(x.dtype), (-log_det if inverse else log_det).repeat(x.shape[0])
 
 
 lib.define("actnorm(Tensor x, Tensor before, Tensor factor, Tensor after) -> Tensor")
@@ -123,4 +123,4 @@ def actnorm(
     args = (x.contiguous(), log_scale.to(kind).contiguous(), shift.to(kind).contiguous())
     y = _Actnorm.apply(*args, inverse) if differentiates(*args) else _normalise(*args, inverse)  # type: ignore[no-untyped-call]
     log_det = x.shape[2:].numel() * args[1].sum()
-    return y, (-log_det if inverse else log_det).expand(x.shape[0])
+    return y, (-log_det if inverse else log_det).repeat(x.shape[0])

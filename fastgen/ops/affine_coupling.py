@@ -188,6 +188,8 @@ def affine_coupling(
     check(op, "params", params, x, (size[0], None, *size[2:]))
     width, parts = params.shape[1], 1 if scale == "none" else 2
     if mask is not None:
+        if swap:
+            raise ValueError(f"{op}: swap is for halves; with mask it must be False")
         mask = _broadcast_mask(op, mask, x)
     if width % parts or width > parts * x.shape[1] or (mask is not None and width != parts * x.shape[1]):
         count = f"{parts} * " if parts > 1 else ""

@@ -25,7 +25,7 @@ def bernoulli_perceptron_reference(z: Tensor, x: Tensor, weights: Sequence[Tenso
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         h = F.relu(F.linear(h, weight, bias))
     logits = F.linear(h, weights[-1], biases[-1])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, *x.shape)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(len(z) // max(1, len(x)), *x.shape)
     return (x * logits - F.softplus(logits)).sum(-1).flatten()
 
 
@@ -50,8 +50,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, list[Tensor], lis
     inputs = [z]
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         inputs.append(F.relu(F.linear(inputs[-1], weight, bias)))
-    logits = F.linear(inputs[-1], weights[-1], biases[-1]).view(-1, *x.shape)
-    by_row = grad.view(-1, len(x), 1)
+    logits = F.linear(inputs[-1], weights[-1], biases[-1]).view(len(z) // max(1, len(x)), *x.shape)
+    by_row = grad.view(len(z) // max(1, len(x)), len(x), 1)
     d = (by_row * (x - torch.sigmoid(logits))).flatten(0, 1)
     grad_weights: list[Tensor] = []
     grad_biases: list[Tensor] = []

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, check_tensor, differentiates, keep_dtype, quick_apply, without_autocast
+from fastgen.checks import check, check_tensor, differentiates, keep_dtype, quick_apply, refused, without_autocast
 
 
 def lu_weight(lower: Tensor, upper: Tensor, log_diagonal: Tensor, sign: Tensor, permutation: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def invertible_conv1x1_reference(
     else:
         log_scale, shift = log_scale.to(kind), shift.to(kind)
         log_det = log_det + log_scale.sum()
-    log_det = (x.shape[2:].numel() * log_det).expand(x.shape[0])
+    log_det = (x.shape[2:].numel() * log_det).repeat(x.shape[0])
     if inverse:
         weight = (torch.exp(-log_scale.double())[:, None] * lu_inverse(*factors)).to(kind)
         return mix_channels_reference(x, weight, -shift * torch.exp(-log_scale)), -log_det
@@ -152,9 +152,17 @@ class _InvertibleConv1x1(torch.autograd.Function):
 def mix_channels(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
     """y[b, o, ...] = bias[o] + sum_c weight[o, c] x[b, c, ...], differentiable.
 
-    x (B, C, *S); weight (C, C) and bias (C,) float32 (float64 for float64).
+    x (B, C, *S); weight (C, C) and bias (C,) float32 (float64 for float64). TypeError or ValueError where they are not.
     """
-    if resolve("mix_channels", backend, x.device) == "reference":
+    op = "mix_channels"
+    check_tensor(op, "x", x, "(B, C, *S)")
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must have shape (B, C, *S), got {tuple(x.shape)}")
+    check(op, "x", x, x, (None,) * x.dim())
+    like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    for name, v, size in (("weight", weight, (x.shape[1],) * 2), ("bias", bias, (x.shape[1],))):
+        check(op, name, v, like, size)
+    if resolve(op, backend, x.device) == "reference":
         return mix_channels_reference(x, weight, bias)
     args = (x.contiguous(), weight.contiguous(), bias.contiguous())
     if differentiates(*args):
@@ -239,6 +247,6 @@ def invertible_conv1x1(
     if x.dtype == torch.bfloat16:
         floats = [t if t is None else t.float() for t in floats]
     args = (x.contiguous(), *floats[:4], permutation.contiguous(), *floats[4:])
-    if differentiates(*args):
-        return _InvertibleConv1x1.apply(*args, inverse)[:2]  # type: ignore[no-any-return,no-untyped-call]
-    return torch.ops.fastgen.invertible_conv1x1(*args, inverse)[:2]  # type: ignore[no-any-return]
+    run = _InvertibleConv1x1.apply if differentiates(*args) else torch.ops.fastgen.invertible_conv1x1
+    with refused():
+        return run(*args, inverse)[:2]  # type: ignore[no-any-return,no-untyped-call]

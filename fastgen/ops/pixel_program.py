@@ -9,7 +9,7 @@ each pixel; nothing is computed again.
     p = PixelProgram(features=1)
     v = p.conv(p.input, weight, bias, mask="vertical")        # row phase
     h = p.conv(p.input, weight_h, bias_h, mask="A")           # pixel phase
-    z = p.gate(p.conv(h, weight_2, bias_2, mask="B", add=p.conv(v, link)))
+    z = p.gate(p.conv(h, weight_2, bias_2, mask="B", add=p.conv(v, link, halves=2), halves=2))
     p.sample(p.conv(z, head, head_bias), color=0)
 """
 
@@ -105,6 +105,11 @@ class PixelProgram:
         """masked_conv2d of plane x, of its channels from `offset` on, plus plane `add`. weight (O, C, KH, KW).
 
         halves: 2 where a gate comes next.
+
+        Raises
+        ------
+        ValueError
+            For a plane, weight, mask or sum that does not fit; the message says what came.
         """
         after = self.planes[x].channels - offset - weight.shape[1]
         if offset < 0 or after < 0:
@@ -114,6 +119,10 @@ class PixelProgram:
             )
         if mask not in MASKS:
             raise ValueError(f"PixelProgram: mask must be one of {MASKS}, got {mask!r}")
+        if halves not in (1, 2) or weight.shape[0] % halves:
+            raise ValueError(f"PixelProgram: halves must be 1 or 2 and divide {weight.shape[0]} outputs, got {halves}")
+        if add >= 0:
+            self._check_alike(weight.shape[0], halves, add)
         weight = F.pad(weight.detach().float(), (0, 0, 0, 0, offset, after))
         outs, _, height, width = weight.shape
         live = weight_mask(weight, mask, colors, halves)
@@ -121,6 +130,8 @@ class PixelProgram:
         above, left = height // 2, width // 2
         runs = [(dy, -left, width) for dy in range(-above, 0)]
         here = int(live[:, :, above].any(0).any(0).sum())  # live taps of the pixel's own row, from the left
+        if here > left + 1 and self.planes[x].phase == "pixel":
+            raise ValueError(f"PixelProgram: mask {mask!r} sees pixels to the right, which plane {x} has not yet")
         phases: list[tuple[Phase, list[tuple[int, int, int]]]] = [("row", runs)]
         if here:
             phases.append((self.planes[x].phase, [(0, -left, here)]))
@@ -145,12 +156,12 @@ class PixelProgram:
         return result if add < 0 else self.add(result, add)
 
     def gate(self, x: int) -> int:
-        """tanh of the first half times the sigmoid of the second."""
-        return self._unary("gate", x, self.planes[x].channels // 2)
+        """tanh of the first half times the sigmoid of the second; x was made with halves=2."""
+        return self._gated("gate", x)
 
     def glu(self, x: int) -> int:
-        """The first half times the sigmoid of the second."""
-        return self._unary("glu", x, self.planes[x].channels // 2)
+        """The first half times the sigmoid of the second; x was made with halves=2."""
+        return self._gated("glu", x)
 
     def relu(self, x: int) -> int:
         return self._unary("relu", x, self.planes[x].channels)
@@ -159,6 +170,7 @@ class PixelProgram:
         return self._unary("elu", x, self.planes[x].channels)
 
     def add(self, x: int, y: int) -> int:
+        self._check_alike(self.planes[x].channels, self.planes[x].halves, y)
         phase: Phase = "pixel" if "pixel" in (self.planes[x].phase, self.planes[y].phase) else "row"
         result = self._plane(self.planes[x].channels, phase, self.planes[x].halves)
         return self._emit("add", phase, result, x, y)
@@ -195,6 +207,19 @@ class PixelProgram:
     ) -> int:  # fmt: skip
         self.instructions.append(Instruction(kind, phase, dst, src, other, matrix, bias, dy, dx, extra))
         return dst
+
+    def _check_alike(self, channels: int, halves: int, plane: int) -> None:
+        other = self.planes[plane]
+        if (other.channels, other.halves) != (channels, halves):
+            raise ValueError(
+                f"PixelProgram: planes that are added must have the same channels and halves, got {channels} and "
+                f"{halves}, {other.channels} and {other.halves}"
+            )
+
+    def _gated(self, kind: str, x: int) -> int:
+        if self.planes[x].halves != 2:
+            raise ValueError(f"PixelProgram: {kind} needs a plane of two halves; make plane {x} with halves=2")
+        return self._unary(kind, x, self.planes[x].channels // 2)
 
     def _unary(self, kind: str, x: int, channels: int) -> int:
         phase = self.planes[x].phase
