@@ -31,11 +31,11 @@ def _neighbour(  # type: ignore[no-untyped-def]
 
     ALIGNED: sequences and the distances of taps are multiples of 16, so 16 neighbours share the second answer.
     """
-    down = (tap // kernel_width - above) * dilation
-    right = (tap % kernel_width - left) * dilation
+    down = tl.cast(tap // kernel_width - above, tl.int64) * dilation
+    right = tl.cast(tap % kernel_width - left, tl.int64) * dilation
     if FLIP:
         down, right = -down, -right
-    in_image = pixel % (height * width)
+    in_image = pixel % (tl.cast(height, tl.int64) * width)
     i = in_image // width + down
     j = in_image % width + right
     inside = (pixel < pixels) & (i >= 0) & (i < height) & (j >= 0) & (j < width)
@@ -69,7 +69,7 @@ def product(  # type: ignore[no-untyped-def]
             pixel, pixels, height, width, tap, above, left, kernel_width, dilation, not LAST, FLIP
         )  # fmt: skip
         seen = inside[:, None] & (channel < channels)[None, :]
-        at = x + _places(pixel, channel, height * width, channels, LAST) + ahead * (channels if LAST else 1)
+        at = x + _places(pixel, channel, tl.cast(height, tl.int64) * width, channels, LAST) + ahead * (channels if LAST else 1)
         v = tl.load(at, seen, other=0.0)
         known = (channel < channels)[:, None] & (column < columns)[None, :]
         at = weight + (tap * channels + channel).to(tl.int64)[:, None] * columns + column[None, :]
@@ -92,7 +92,7 @@ def both_halves(  # type: ignore[no-untyped-def]
         image, in_image = pixel // size, pixel % size
         at = cond + (image[:, None] * 2 * pairs + pair[None, :]) * cond_stride + in_image[:, None] * cond_step
         a += tl.load(at, live, other=0.0).to(tl.float32)
-        b += tl.load(at + pairs.to(tl.int64) * cond_stride, live, other=0.0).to(tl.float32)
+        b += tl.load(at + tl.cast(pairs, tl.int64) * cond_stride, live, other=0.0).to(tl.float32)
     return a, b
 
 
@@ -116,7 +116,7 @@ def store_sums(a, b, partial, pair, pairs):  # type: ignore[no-untyped-def]
     programs = tl.num_programs(0)
     at = partial + pair.to(tl.int64) * programs + tl.program_id(0)
     tl.store(at, tl.sum(a, 0), pair < pairs)
-    tl.store(at + pairs.to(tl.int64) * programs, tl.sum(b, 0), pair < pairs)
+    tl.store(at + tl.cast(pairs, tl.int64) * programs, tl.sum(b, 0), pair < pairs)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _conv(  # type: ignore[no-untyped-def]
         LAST, FLIP, PRECISION, ROWS, COLUMNS, CHUNK,
     )  # fmt: skip
     live = (pixel < pixels)[:, None] & (column < columns)[None, :]
-    at = _places(pixel, column, height * width, columns, False)
+    at = _places(pixel, column, tl.cast(height, tl.int64) * width, columns, False)
     if BIASED:
         sums += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)[None, :]
     if ADDED:
@@ -153,7 +153,7 @@ def _gated_conv(  # type: ignore[no-untyped-def]
     pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
-    size, pairs = height * width, columns // 2
+    size, pairs = tl.cast(height, tl.int64) * width, columns // 2
     sums = product(
         x, weight, pixel, column, pixels, height, width, channels, columns, taps, above, left, kernel_width, dilation,
         LAST, False, PRECISION, ROWS, COLUMNS, CHUNK,
@@ -194,7 +194,7 @@ def _gate_grad(  # type: ignore[no-untyped-def]
     if SPREAD:
         at = of_cond + (image * 2 * pairs + pair[None, :]) * size + in_image[:, None]
         tl.store(at, a.to(of_cond.dtype.element_ty), live)
-        tl.store(at + pairs.to(tl.int64) * size, b.to(of_cond.dtype.element_ty), live)
+        tl.store(at + tl.cast(pairs, tl.int64) * size, b.to(of_cond.dtype.element_ty), live)
     store_sums(a, b, partial, pair, pairs)
 
 
@@ -210,7 +210,7 @@ def _grad_weight(  # type: ignore[no-untyped-def]
     channel = tl.program_id(0) % channel_tiles * COLUMNS + tl.arange(0, COLUMNS)
     tap = tl.program_id(1)
     split = tl.program_id(2).to(tl.int64)
-    size = height * width
+    size = tl.cast(height, tl.int64) * width
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for tile in range(split * share, min((split + 1) * share, tl.cdiv(pixels, CHUNK))):
         pixel = tile * CHUNK + tl.arange(0, CHUNK)

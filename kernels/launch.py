@@ -40,7 +40,7 @@ def sum_rows(x: Tensor) -> Tensor:
 
 def precision_of(x: Tensor) -> str:
     """Products of float32 are exact unless PyTorch's own may be rounded to TF32; those of 16 bits always are."""
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def splits_for(programs: int, tiles: int, most: int = 64) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from .launch import on_device
 def live_taps(mask: str, kernel_size: tuple[int, int], colors: int) -> int:
     """How many taps are live, of some color at least: always the first ones in raster order."""
     of_pixel_itself = int(mask == "A" and colors > 1)
-    return int(mask_2d(mask, kernel_size).sum()) + of_pixel_itself
+    return int(mask_2d(mask, kernel_size, device=torch.device("cpu")).sum()) + of_pixel_itself
 
 
 def _shape(x: Tensor, weight: Tensor, mask: str, colors: int) -> Shape:

@@ -91,7 +91,7 @@ def _layer(  # type: ignore[no-untyped-def]
     pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     gate = tl.arange(0, GATES)
     column = tl.arange(0, 2 * GATES)
-    skip_weight = out_weight + channels.to(tl.int64) * gates
+    skip_weight = out_weight + tl.cast(channels, tl.int64) * gates
     if BACKWARD:
         g = tl.zeros([ROWS, GATES], tl.float32)
         g = _back(g, residual, out_weight, pixel, gate, pixels, steps, gates, channels, PRECISION, OUTS)

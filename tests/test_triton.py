@@ -209,6 +209,19 @@ def masked_conv2d_launches(dtype, channels, gated):
     return launches
 
 
+def test_sizes_of_one_compile():
+    """Triton makes a constant of an argument that is 1."""
+    cases = [
+        gated_causal_conv1d_launches(torch.bfloat16, 1, 1),
+        masked_conv2d_launches(torch.bfloat16, 1, True),
+        masked_conv2d_launches(torch.bfloat16, 1, False),
+        wavenet_layer_launches(torch.bfloat16, 1, 1, 1),
+    ]
+    for launches in cases:
+        for launch in launches:
+            assert_fits(launch.compile(90), 90)
+
+
 PRODUCTS = {
     "gated_causal_conv1d 32, unaligned": lambda d: gated_causal_conv1d_launches(d, 32, 1),
     "gated_causal_conv1d 128, aligned": lambda d: gated_causal_conv1d_launches(d, 128, 64),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastgen.models.wavenet import WaveNet
 
 CHUNK_WORK = 4_000_000_000  # multiply-adds in one call of the generation op: some tenths of a second on a slow core
+LONGEST = 16384  # steps in one call; on a GPU a launch, which loads all weights
 LAYER_WORK = 4000  # what a layer costs besides, and a narrow one's padding, in multiply-adds
 CHUNK_CONDITIONING = 16_000_000  # floats of per-layer conditioning in one call, where the loop does not compute it
 
@@ -77,7 +78,7 @@ def stream(
     pair = () if model.distribution == "categorical" else (2,)
     # fixed by the shapes alone, so that two runs make the same calls and give the same bits
     work = sum(t.numel() for t in loop.weights) + LAYER_WORK * len(model.layers)
-    call = max(1, min(16384, CHUNK_WORK // (work * batch_size)))
+    call = LONGEST if loop.backend == "cuda" else max(1, min(LONGEST, CHUNK_WORK // (work * batch_size)))
     if loop.local_weight is not None and loop.backend != "cuda":
         call = max(1, min(call, CHUNK_CONDITIONING // (loop.local_weight[..., 0].numel() * batch_size)))
 
