@@ -210,7 +210,9 @@ def generation_cases(tiny: bool) -> list[Case]:
         return []
     cases = []
     for layers, width, skip, kernel in ((20, 64, 128, 2), (30, 128, 256, 2), (20, 64, 128, 3)):
-        model = WaveNet(layers, layers // 10, residual_channels=width, skip_channels=skip, kernel_size=kernel).to(DEVICE)
+        model = WaveNet(layers, layers // 10, residual_channels=width, skip_channels=skip, kernel_size=kernel).to(
+            DEVICE
+        )
         operations = 2.0 * layers * width * (2 * width * kernel + width + skip) + 2.0 * skip * (skip + 256)
         for streams in (1, 16, 128, 1024):
             for dtype in (torch.bfloat16, torch.float32):

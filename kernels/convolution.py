@@ -69,7 +69,11 @@ def product(  # type: ignore[no-untyped-def]
             pixel, pixels, height, width, tap, above, left, kernel_width, dilation, not LAST, FLIP
         )  # fmt: skip
         seen = inside[:, None] & (channel < channels)[None, :]
-        at = x + _places(pixel, channel, tl.cast(height, tl.int64) * width, channels, LAST) + ahead * (channels if LAST else 1)
+        at = (
+            x
+            + _places(pixel, channel, tl.cast(height, tl.int64) * width, channels, LAST)
+            + ahead * (channels if LAST else 1)
+        )
         v = tl.load(at, seen, other=0.0)
         known = (channel < channels)[:, None] & (column < columns)[None, :]
         at = weight + (tap * channels + channel).to(tl.int64)[:, None] * columns + column[None, :]
