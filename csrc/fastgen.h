@@ -18,7 +18,8 @@
 namespace fastgen {
 
 // Memory that large results share one after another (buffers.cpp, once in each library).
-torch::stable::Tensor large_buffer(const torch::stable::Tensor& like, const std::vector<int64_t>& size);
+torch::stable::Tensor large_buffer(const torch::stable::Tensor& like, const std::vector<int64_t>& size,
+                                   bool of_bytes = false);
 
 namespace {
 
@@ -43,17 +44,6 @@ void dispatch_float(ScalarType dtype, const char* op, F&& f) {
     default:
       FASTGEN_CHECK(false, op, ": dtype must be float32, bfloat16 or float64");
   }
-}
-
-// Fresh large buffers cost more in page faults than the kernels that fill them: ask for huge pages.
-inline void prefer_huge_pages(const Tensor& tensor) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
-  const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1), last = end & ~(kHuge - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 // A tensor for a result, of the dtype of `like`; see buffers.cpp.

@@ -97,16 +97,16 @@ void keep_buffers(int64_t bytes, bool lasting) { pool().keep(bytes, lasting); }
 
 }  // namespace
 
-Tensor large_buffer(const Tensor& like, const std::vector<int64_t>& size) {
+Tensor large_buffer(const Tensor& like, const std::vector<int64_t>& size, bool of_bytes) {
   size_t count = 1;
   for (const int64_t n : size) count *= n;
-  const size_t bytes = count * like.element_size();
-  if (bytes < kLeast) return torch::stable::new_empty(like, size);
+  const size_t bytes = count * (of_bytes ? 1 : like.element_size());
+  const ScalarType type = of_bytes ? ScalarType::Byte : like.scalar_type();
+  if (bytes < kLeast) return torch::stable::new_empty(like, size, type);
   std::vector<int64_t> strides(size.size());
   for (int64_t i = std::ssize(size) - 1, step = 1; i >= 0; step *= size[i--]) strides[i] = step;
   void* p = pool().take((bytes + kPage - 1) / kPage * kPage);
-  return torch::stable::from_blob(p, size, strides, like.device(), like.scalar_type(),
-                                  [](void* data) { pool().give_back(data); });
+  return torch::stable::from_blob(p, size, strides, like.device(), type, [](void* data) { pool().give_back(data); });
 }
 
 }  // namespace fastgen

@@ -51,15 +51,12 @@ struct PackedMatrix {
   }
 };
 
-// Zeros for packed weights, on huge pages from the first byte on.
+// Zeros for packed weights: on huge pages from the first byte on, also where the process' own heap has small ones.
 inline Tensor packed_buffer(const Tensor& like, int64_t bytes) {
   constexpr int64_t kHuge = int64_t{2} << 20;
-  Tensor buffer =
-      torch::stable::new_empty(like, std::vector<int64_t>{round_up(bytes, kHuge) + kHuge}, ScalarType::Byte);
-  prefer_huge_pages(buffer);
+  Tensor buffer = large_buffer(like, {round_up(std::max<int64_t>(bytes, 1), kHuge)}, true);
   std::memset(buffer.data_ptr(), 0, buffer.numel());
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data_ptr());
-  return torch::stable::narrow(buffer, 0, round_up(address, kHuge) - address, bytes);
+  return torch::stable::narrow(buffer, 0, 0, bytes);
 }
 
 // weight(row, k) -> panels.
