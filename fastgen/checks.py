@@ -121,6 +121,13 @@ def differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def check_weights(name: str, module: torch.nn.Module) -> None:
+    """Parameters that are finite, before anything is drawn with them."""
+    bad = next((n for n, p in module.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    if bad is not None:
+        raise ValueError(f"{name}: weights must be finite, {bad} is not")
+
+
 def check_unit_range(op: str, name: str, x: Tensor) -> None:
     """Values in [-1, 1]; NaN is outside."""
     if x.numel() and not bool((x.detach().abs() <= 1).all()):

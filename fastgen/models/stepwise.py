@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastgen.checks import check_weights
 from fastgen.models.pixels import PixelModel
 from fastgen.ops.pixel_program import PixelProgram
 
@@ -43,9 +44,7 @@ class StepwiseModel(PixelModel):
             raise ValueError(f"{name}: dtype must be torch.float32, got {dtype}")
         if backend not in (None, "auto", "reference"):
             raise ValueError(f"{name}: backend must be 'auto' or 'reference', got {backend!r}")
-        bad = next((n for n, p in self.named_parameters() if not bool(torch.isfinite(p).all())), None)
-        if bad is not None:
-            raise ValueError(f"{name}: weights must be finite, {bad} is not")
+        check_weights(name, self)
         values = torch.zeros(uniforms.shape, dtype=torch.int64, device=uniforms.device)
         steps = self.stepper(len(uniforms), size, context)
         for i in range(size[0]):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.checks import check_classes, check_integer, check_positive, check_tensor
+from fastgen.checks import check_classes, check_integer, check_positive, check_tensor, check_weights
 from fastgen.ops import distributions
 
 
@@ -168,9 +168,7 @@ class VectorModel(nn.Module):
             check_classes(name, "given", given[known], self.values)
         elif known is not None:
             raise ValueError(f"{name}: known was given without the vectors, given=")
-        bad = next((n for n, p in self.named_parameters() if not bool(torch.isfinite(p).all())), None)
-        if bad is not None:
-            raise ValueError(f"{name}: weights must be finite, {bad} is not")
+        check_weights(name, self)
         u = uniforms.float().clamp(max=1 - 2**-24)[:, self.order]
         drawn = self.sample_in_order(u, fixed[:, self.order], temperature, backend)
         return drawn[:, self.order.argsort()]

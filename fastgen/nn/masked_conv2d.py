@@ -191,7 +191,10 @@ def check_input(name: str, what: str, value: Tensor | None, channels: int, x: Te
         check_tensor(name, what, value, f"(B, {channels}, H, W)")
         if value.dim() != 4 or value.shape[1] != channels:
             raise ValueError(f"{name}: {what} must be (B, {channels}, H, W), got {tuple(value.shape)}")
+        check_tensor(name, "x", x, "(B, C, H, W)")
+        if x.dim() != 4:
+            raise ValueError(f"{name}: x must be (B, C, H, W), got {tuple(x.shape)}")
         wanted = (len(x), channels, *x.shape[2:])
-        if value.dim() != 4 or any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
+        if any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
             fits = f"({len(x)}, {channels}, {x.shape[2]}, {x.shape[3]})"
             raise ValueError(f"{name}: {what} must broadcast to {fits}, got {tuple(value.shape)}")
