@@ -12,7 +12,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,31 +47,40 @@ def peak_extra_bytes(call: Callable[[], object]) -> int | None:
     return grown
 
 
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """No garbage collector, as in timeit: a collection lands on whoever's turn it is."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @pytest.fixture
-def contest(benchmark, request):
+def contest(benchmark):
     """contest(contestants, rounds, **facts): median seconds of each, fastgen's recorded by pytest-benchmark."""
 
     def run(contestants: dict[str, Callable[[], object]], rounds: int = 7, **facts: object) -> dict[str, float]:
         times: dict[str, list[float]] = {name: [] for name in contestants}
         repeats = {}
-        gc.collect()
-        gc.disable()  # as timeit does: a collection lands on whoever's turn it is
-        for name, call in contestants.items():
-            call()
-            start = time.perf_counter()
-            call()
-            repeats[name] = max(1, round(SHORTEST / (time.perf_counter() - start)))
-        for _ in range(rounds):
+        with without_collections():
             for name, call in contestants.items():
-                time.sleep(0.02)  # other pools' threads spin for a while after their work
-                if repeats[name] > 1:
-                    call()  # one's own threads wake up
+                call()
                 start = time.perf_counter()
-                for _ in range(repeats[name]):
-                    call()
-                times[name].append((time.perf_counter() - start) / repeats[name])
+                call()
+                repeats[name] = max(1, round(SHORTEST / (time.perf_counter() - start)))
+            for _ in range(rounds):
+                for name, call in contestants.items():
+                    time.sleep(0.02)  # other pools' threads spin for a while after their work
+                    if repeats[name] > 1:
+                        call()  # one's own threads wake up
+                    start = time.perf_counter()
+                    for _ in range(repeats[name]):
+                        call()
+                    times[name].append((time.perf_counter() - start) / repeats[name])
         medians = {name: statistics.median(t) for name, t in times.items()}
-        gc.enable()
         first = next(iter(contestants))
         benchmark.pedantic(contestants[first], rounds=3)
         benchmark.extra_info.update(facts, seconds=medians, threads=torch.get_num_threads())

@@ -99,8 +99,8 @@ def train_flow_command(options: argparse.Namespace) -> None:
 
 def _points_of(source: str | None) -> tuple[str | None, int]:
     """Density and seed of the points that a checkpoint's model was trained on; None where it was on images."""
-    density, _, seed = (source or "").partition(" ")
-    return density or None, int(seed or 0)
+    density, _, seed = (source or "").rpartition(" ")
+    return (density, int(seed)) if density and seed.isdecimal() else (source, 0)
 
 
 def sample_flow(options: argparse.Namespace) -> None:

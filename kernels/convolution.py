@@ -61,6 +61,7 @@ def product(  # type: ignore[no-untyped-def]
     """weight [tap][channel][column] -> sums [ROWS, COLUMNS] over live taps and channels."""
     inner = tl.arange(0, CHUNK)
     parts = tl.cdiv(channels, CHUNK)
+    size = tl.cast(height, tl.int64) * width
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(taps * parts):
         tap = step // parts
@@ -69,11 +70,7 @@ def product(  # type: ignore[no-untyped-def]
             pixel, pixels, height, width, tap, above, left, kernel_width, dilation, not LAST, FLIP
         )  # fmt: skip
         seen = inside[:, None] & (channel < channels)[None, :]
-        at = (
-            x
-            + _places(pixel, channel, tl.cast(height, tl.int64) * width, channels, LAST)
-            + ahead * (channels if LAST else 1)
-        )
+        at = x + _places(pixel, channel, size, channels, LAST) + ahead * (channels if LAST else 1)
         v = tl.load(at, seen, other=0.0)
         known = (channel < channels)[:, None] & (column < columns)[None, :]
         at = weight + (tap * channels + channel).to(tl.int64)[:, None] * columns + column[None, :]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastgen.__main__ import main
+from fastgen.commands_flows import _points_of
 from fastgen.densities import DENSITIES, EXTENT, draw, save_density
 from fastgen.images import load_images
 from fastgen.models import Glow, RealNVP
@@ -209,6 +210,13 @@ def test_a_singular_checkpoint_and_points_of_another_seed_are_refused(tmp_path, 
     torch.save(content, out)
     assert main(["sample", "flow", str(out), "--out", str(tmp_path / "s.png")]) == 2
     assert "holds parameters that a layer refuses" in capsys.readouterr().err
+
+
+def test_points_of_a_checkpoint():
+    assert _points_of("two_moons 5") == ("two_moons", 5)
+    assert _points_of("two_moons") == ("two_moons", 0)
+    assert _points_of("data of my own") == ("data of my own", 0)
+    assert _points_of(None) == (None, 0)
 
 
 def test_a_flow_that_has_diverged_draws_nothing():

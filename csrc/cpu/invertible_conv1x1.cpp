@@ -96,6 +96,7 @@ class Mixer {
       next.ask(kRows);
       rows<kRows>(o, from, from_ld, to, to_ld);
     }
+    next.ask(kRows);
     unroll<kRows - 1>([&](auto r) {
       if (channels_ - full_ == r + 1) rows<r + 1>(full_, from, from_ld, to, to_ld);
     });
