@@ -80,15 +80,17 @@ def check_then(options: argparse.Namespace, model: nn.Module, number: int | None
     from fastgen.training_stages import check_kinds
 
     if not options.then:
-        if options.priors:
-            raise ValueError("--priors: needs --then prior")
+        for flag, given in (("--priors", options.priors), ("--class-labels", options.class_labels)):
+            if given:
+                raise ValueError(f"{flag}: needs --then prior")
         return
     check_kinds(model, options.priors)
     if options.class_labels and number is not None:
         labels = load_labels(options.data)
-        if len(labels) != number or int(labels.min()) < 0:
-            came = f"{len(labels)} from {int(labels.min())} on"
-            raise ValueError(f"--class-labels: {number} labels >= 0 are expected, one for each image, got {came}")
+        if len(labels) != number:
+            raise ValueError(f"--class-labels: {number} labels are expected, one for each image, got {len(labels)}")
+        if int(labels.min()) < 0:
+            raise ValueError(f"--class-labels: labels must be >= 0, got {int(labels.min())}")
 
 
 def train_prior_command(options: argparse.Namespace, path: Path | None = None) -> None:
