@@ -121,11 +121,12 @@ def test_glow_step(contest, limits, benchmark):
     def leaves(layers, last):
         return [x, last, *(p for layer in layers for p in layer.parameters() if p is not last)]
 
-    calls = {"fastgen": lambda: gradients(fastgen_step, [x, params, *ours.parameters()], cotangent, total)}
+    of_ours = [x, params, *ours.parameters()]
+    calls = {"fastgen": lambda: gradients(fastgen_step, of_ours, cotangent, total)}
     for name, layers in peers.items():
         last = theirs if name == "normflows" else params
-        way = step(layers, inverse=name == "normflows")  # from data to noise
-        calls[name] = lambda way=way, layers=layers, last=last: gradients(way, leaves(layers, last), cotangent, total)
+        way, of_peer = step(layers, inverse=name == "normflows"), leaves(layers, last)  # from data to noise
+        calls[name] = lambda way=way, of_peer=of_peer: gradients(way, of_peer, cotangent, total)
     contest(calls, rounds=21)
     benchmark.extra_info.update(
         case="Glow step without conditioner, 64x48x16x16, forward + backward",

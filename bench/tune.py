@@ -51,6 +51,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if CUDA else "rehearsal"
     out = options.out or tuning.file_for(device)
     table = dict(json.loads(out.read_text())) if out.exists() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     for make in (search_cases, convolution_cases):
         for case in make(options.tiny):
             call = case.ways["fastgen"]
@@ -61,8 +62,7 @@ def main() -> None:
                 print(f"{case.name}: {key}: {gain:.2f}x by {chosen or 'nothing'}")
                 if gain > 1.03:
                     table[key] = table.get(key, {}) | chosen
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")  # what is measured is kept
     print(out)
 
 

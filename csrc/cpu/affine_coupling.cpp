@@ -72,6 +72,10 @@ inline Vec<Bits<T>> passes(const bool* mask, int count) {
   return __builtin_convertvector(bytes, Vec<Bits<T>>) != 0;
 }
 template <class T>
+inline Vec<T> minus_abs(Vec<T> v) {
+  return (Vec<T>)((Vec<Bits<T>>)v | std::numeric_limits<Bits<T>>::min());  // the sign's bit
+}
+template <class T>
 inline Vec<T> first_lanes(Vec<T> v, int count) {
   for (int i = count; i < kLanes<T>; ++i) v[i] = T(0);
   return v;
@@ -101,7 +105,7 @@ inline Scaling<T> scaling(Vec<T> s, T bound) {
     const Vec<T> t = tanh_of(s / bound), log = bound * t;
     return {log, exp_any(kInverse ? -log : log), T(1) - t * t};
   } else {  // sigmoid(s + 2), from z = e^-|s + 2|, which never overflows
-    const Vec<T> v = s + T(2), z = exp_any(v < T(0) ? v : -v), r = T(1) / (T(1) + z);
+    const Vec<T> v = s + T(2), z = exp_any(minus_abs<T>(v)), r = T(1) / (T(1) + z);
     const Vec<T> log = (v < T(0) ? v : splat(T(0))) - log1p_unit(z);
     const Vec<T> factor = kInverse ? T(1) + exp_any(-v) : v < T(0) ? z * r : r;
     return {log, factor, v < T(0) ? r : z * r};

@@ -198,7 +198,7 @@ void mix_backward(const Tensor& grad, const Tensor& x, const ComputeType<E>* wei
   using T = ComputeType<E>;
   const Pixels at(x);
   const int64_t channels = at.channels, stretches = (at.count() + kStretch - 1) / kStretch;
-  const int64_t groups = std::min(stretches, kGroups), tile = kTile<T>;
+  const int64_t groups = std::clamp(stretches, int64_t{1}, kGroups), tile = kTile<T>;
   const int64_t ld = round_up(channels, kLanes<T>), wide = kGradWide * kLanes<T>;
   const auto mixer = Mixer<T>::transposed(weight, channels);
   OwnVector<double> sums(groups * channels * (ld + 1));  // of a group: the weight's, the bias's
@@ -254,13 +254,13 @@ void mix_backward(const Tensor& grad, const Tensor& x, const ComputeType<E>* wei
       }
     }
   });
-  for (int64_t r = 0; r < channels; ++r)
-    for (int64_t c = 0; c <= channels; ++c) {
-      double total = 0;
-      for (int64_t group = 0; group < groups; ++group)
-        total += sums[group * channels * (ld + 1) + (c < channels ? r * ld + c : channels * ld + r)];
-      (c < channels ? grad_weight[r * channels + c] : grad_bias[r]) = static_cast<T>(total);
-    }
+  const int64_t of_group = channels * (ld + 1);
+  for (int64_t group = 1; group < groups; ++group)
+    for (int64_t k = 0; k < of_group; ++k) sums[k] += sums[group * of_group + k];
+  for (int64_t r = 0; r < channels; ++r) {
+    std::copy_n(&sums[r * ld], channels, grad_weight + r * channels);
+    grad_bias[r] = static_cast<T>(sums[channels * ld + r]);
+  }
 }
 
 Tensor mix_channels(Tensor x, Tensor weight, Tensor bias) {

@@ -297,8 +297,12 @@ inline VecF expm1_bounded(VecF x) {
 inline VecF exp_any(VecF x) {
   VecF shifted;
   const VecF q = exp_fraction(at_most(at_least(x, -104.0f), 89.0f), shifted);
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(1.0f + q, shifted - kShift);
+#else
   const VecI n = (VecI)shifted - 0x4b400000, half = n >> 1;  // 2^n itself may lie outside the range of floats
   return (1.0f + q) * (VecF)((half + 127) << 23) * (VecF)((n - half + 127) << 23);
+#endif
 }
 // ln(1 + x) for x in [0, 1], exact in the relative sense near zero: 2 artanh(x / (2 + x)).
 inline VecF log1p_unit(VecF x) {
