@@ -30,13 +30,13 @@ gpu-installed:
 	$(GPU_PYTHON) csrc/cuda/build.py fastgen/_cuda.so
 
 gpu-test: gpu-installed
-	FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_gpu.py $(ARGS)
+	FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_gpu_generation.py $(ARGS)
 
 SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda compute-sanitizer \
 	--error-exitcode 1
 gpu-check: gpu-installed
-	$(SANITIZED) $(GPU_PYTHON) -m pytest tests/test_gpu.py -k smallest
-	$(SANITIZED) --tool racecheck $(GPU_PYTHON) -m pytest tests/test_gpu.py -k generation_smallest
+	$(SANITIZED) $(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_gpu_generation.py -k smallest
+	$(SANITIZED) --tool racecheck $(GPU_PYTHON) -m pytest tests/test_gpu_generation.py -k smallest
 
 gpu-bench: gpu-installed
 	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)")
