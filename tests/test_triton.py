@@ -1,7 +1,6 @@
 """Triton kernels without a GPU: their results in Triton's interpreter, their machine code, their heuristics."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -312,29 +311,6 @@ def test_heuristics():
         assert tile_rows * columns <= 2048
         assert columns >= min(pixels, 2048)
         assert tile_rows & (tile_rows - 1) == 0
-
-
-def rehearsed(python, script, *args):
-    path = str(Path(__file__).parent.parent / "bench" / script)
-    done = python(path, "--tiny", *args, TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_a_rehearsal_of_the_benchmarks(python, tmp_path):
-    rehearsed(python, "gpu.py", "--out", str(tmp_path))
-    report = json.loads((tmp_path / "rehearsal.json").read_text())
-    assert {case["case"].split()[0] for case in report["cases"]} == {
-        "affine_coupling", "actnorm", "nearest_code", "vector_quantize", "gated_masked_conv2d", "wavenet_layer",
-    }  # fmt: skip
-    assert all(t > 0 for case in report["cases"] for t in case["seconds"].values())
-
-
-def test_a_rehearsal_of_tuning(python, tmp_path):
-    printed = rehearsed(python, "tune.py", "--out", str(tmp_path / "table.json"))
-    tried = {line.split(": ")[1].split()[0] for line in printed.splitlines() if "x by " in line}
-    assert tried == {"scan", "conv", "gated_conv", "grad_weight", "layer", "layer_backward"}
-    assert {key.split()[0] for key in json.loads((tmp_path / "table.json").read_text())} <= tried
 
 
 def test_tiles_that_were_tuned_are_taken(tmp_path, monkeypatch):
