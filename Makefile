@@ -39,7 +39,7 @@ gpu-check: gpu-installed
 	$(SANITIZED) --tool racecheck $(GPU_PYTHON) -m pytest tests/test_gpu_generation.py -k smallest
 
 gpu-bench: gpu-installed
-	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)")
+	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 gpu-tune: gpu-installed
 	$(GPU_PYTHON) bench/tune.py

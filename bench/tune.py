@@ -1,7 +1,7 @@
 """Tiles of the Triton kernels, measured: python bench/tune.py [--out FILE] -> the table that their launchers read.
 
 Takes the benchmarks' cases, and for each kernel's launches tries one option after the other, twice over; what is at
-least 3 % faster than the heuristic is written. Other sizes: add them to the cases of bench/gpu.py.
+least 3 % faster than the heuristic is written. Other sizes: add them to the listing of bench/gpu_cases.py.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 import triton
 from fastgen.kernels import tuning
-from gpu import CUDA, convolution_cases, search_cases, seconds
+from gpu import CUDA, seconds
+from gpu_cases import listing
 
 CHOICES = {
     "ROWS": (16, 32, 64, 128, 256), "COLUMNS": (16, 32, 64, 128, 256), "CHUNK": (16, 32, 64, 128),
     "CODES": (32, 64, 128, 256), "OUTS": (16, 32, 64, 128), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5),
 }  # fmt: skip
+OPS = ("nearest_code", "gated_masked_conv2d", "masked_conv2d", "wavenet_layer", "gated_causal_conv1d")
 TOO_LARGE = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError)
 
 
@@ -52,8 +54,8 @@ def main() -> None:
     out = options.out or tuning.file_for(device)
     table = dict(json.loads(out.read_text())) if out.exists() else {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    for make in (search_cases, convolution_cases):
-        for case in make(options.tiny):
+    for _, make in (entry for entry in listing(options.tiny) if entry[0].split()[0] in OPS):
+        for case in make():
             call = case.ways["fastgen"]
             tuning.asked.clear()
             call()
