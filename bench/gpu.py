@@ -31,7 +31,7 @@ import triton
 from gpu_cases import Case, Entry, listing
 from gpu_generation import generation_listing
 from gpu_peers import DEVICE, installed
-from gpu_report import judged, plot_cases, plot_sampling, ratios, text
+from gpu_report import judged, plot_cases, plot_sampling, ratios, sampling, text
 
 CUDA = DEVICE == "cuda"
 LONG = 0.1  # seconds: what takes longer is called three times
@@ -43,8 +43,9 @@ def synchronize() -> None:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """The median, with caches cleared before each call on a GPU; the first call compiles."""
-    call()
+    """The median, with caches cleared before each call; the first call compiles. In a rehearsal that alone."""
+    if CUDA:
+        call()
     times = []
     for _ in range(3 if CUDA else 1):
         synchronize()
@@ -114,7 +115,7 @@ def measure(case: Case, limits: dict[str, float], failed: Callable[[str, Excepti
     of_limit = least / times["fastgen"] if "fastgen" in times else None
     return {
         "case": case.name, "seconds": times, "bytes": case.bytes, "operations": case.operations, "least": least,
-        "of_limit": of_limit, "peak_bytes": peaks, **case.facts,
+        "of_limit": of_limit, "peak_bytes": peaks, **case.facts, **sampling(case.facts, times),
     }  # fmt: skip
 
 
@@ -152,6 +153,8 @@ def main() -> int:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
+    if not CUDA:
+        torch.set_num_threads(1)
     report: dict[str, Any] = machine() | {"limits": measured_limits(options.tiny), "cases": [], "errors": []}
     options.out.mkdir(parents=True, exist_ok=True)
     target = options.out / (re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-") + ".json")

@@ -96,6 +96,21 @@ def verify(what: str, ours: object, own: object, exact: object) -> None:
             raise AssertionError(f"{what}: result {i} is off by {errors[0]:.1e}, PyTorch's own by {errors[1]:.1e}")
 
 
+def verified(peer: Peer, truth: Tensor) -> Op:
+    """Its call, which raises if the first result is another: then the peer alone is not measured."""
+    unseen = [truth]
+
+    def run(*args: Tensor | None) -> object:
+        results = peer.call(*args)
+        if unseen:
+            if not (error := off(flat(results)[0], unseen[0])) <= peer.tolerance:
+                raise AssertionError(f"{peer.name} computes something else, by {error:.1e}")
+            unseen.clear()
+        return results
+
+    return run
+
+
 def op_cases(
     name: str, op: Op, reference: Op, args: list[Tensor | None], options: dict[str, Any], forward: Work,
     both: Work | None = None, peers: Sequence[Peer] = (),
@@ -104,14 +119,12 @@ def op_cases(
     eager = partial(reference, **options)
     calls: dict[str, tuple[Op, list[Tensor | None]]] = {
         "fastgen": (partial(op, backend="triton", **options), args), "eager": (eager, args),
-        "torch.compile": (compiled(eager), args), **{peer.name: (peer.call, peer.args) for peer in peers},
+        "torch.compile": (compiled(eager), args),
     }  # fmt: skip
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact = flat(eager(*map(wide, args)))
     verify(name, calls["fastgen"][0](*args), eager(*args), exact)
-    for peer in peers:
-        if (error := off(flat(peer.call(*peer.args))[0], exact[0])) > peer.tolerance:
-            raise AssertionError(f"{name}: {peer.name} computes something else, by {error:.1e}")
+    calls |= {peer.name: (verified(peer, exact[0]), peer.args) for peer in peers}
     yield Case(f"{name} forward", {way: partial(f, *a) for way, (f, a) in calls.items()}, *forward)
     if both is None:
         return
@@ -131,6 +144,7 @@ def normal(*size: int, scale: float = 1.0, dtype: torch.dtype) -> Tensor:
 
 def coupling_cases(name: str, size: tuple[int, ...], dtype: torch.dtype, scale: str, inverse: bool) -> Iterator[Case]:
     x, params = normal(*size, dtype=dtype), normal(*size, scale=0.3, dtype=dtype)
+    params += 0.2  # no log-determinant near zero, of which every error would be a large part
     options = {"scale": scale, "inverse": inverse, "layout": "shift_scale" if scale == "sigmoid" else "scale_shift"}
     one = x.numel() * x.element_size()
     # x and params in, y out; backward: its gradient, half of x and the scales in, two gradients out
@@ -275,7 +289,7 @@ Entry = tuple[str, Callable[[], Iterator[Case]]]
 def listing(tiny: bool) -> list[Entry]:
     """Names, and what makes the cases of each."""
     dtype = torch.float32 if tiny else torch.bfloat16
-    searches = [(40, 30, 16)] if tiny else [(65536, 8192, 256), (65536, 1024, 64), (8192, 1024, 128)]
+    searches = [(20, 30, 16)] if tiny else [(65536, 8192, 256), (65536, 1024, 64), (8192, 1024, 128)]
     images = (1, 4, 5, 3) if tiny else (64, 128, 32, 5)
     layers = [(1, 40, 4, 3, 2, 16)] if tiny else [(16, 16384, 128, 256, 2, 16), (16, 16384, 128, 256, 2, 1)]
     size = (2, 4, 8, 8) if tiny else (64, 128, 128, 128)  # 256 MiB in bfloat16

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,18 @@ def installed(module: str) -> bool:
 
 
 def coupling_peers(scale: str, x: Tensor, params: Tensor) -> list[Peer]:
-    """Of the forward direction, each beside the scale that it has."""
+    """Of the forward direction, each beside the scale that it has; one that cannot be made raises when called."""
+    try:
+        return make_coupling_peers(scale, x, params)
+    except Exception as error:
+        return [Peer("peer", partial(fail, error), [x, params])]
+
+
+def fail(error: Exception, *_: Any) -> NoReturn:
+    raise error
+
+
+def make_coupling_peers(scale: str, x: Tensor, params: Tensor) -> list[Peer]:
     given, channels = Given(), x.shape[1]
     if scale == "exp" and installed("normflows"):
         import normflows

@@ -46,8 +46,7 @@ def measured(target: Target, report: dict[str, Any]) -> float | None:
     if target.measure == OF_COPY:
         return float(case["bytes"] / ours / limits["copy_bytes"])
     if target.measure in (SAMPLES, REAL_TIME):
-        rate = case["samples"] / ours
-        return float(rate if target.measure == SAMPLES else rate / case["streams"] / case["rate"])
+        return float(case["samples_per_second" if target.measure == SAMPLES else "times_real_time"]["fastgen"])
     return seconds[target.measure] / ours if target.measure in seconds else None
 
 
@@ -83,28 +82,45 @@ def case_table(cases: list[CaseReport]) -> str:
     return markdown(head, rows)
 
 
+def sampling(facts: dict[str, Any], seconds: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Rates of each way, of a case that draws samples."""
+    if "samples" not in facts:
+        return {}
+    rates = {way: facts["samples"] / t for way, t in seconds.items()}
+    each = {way: rate / facts["streams"] for way, rate in rates.items()}
+    return {
+        "samples_per_second": rates, "of_each_stream": each,
+        "times_real_time": {way: rate / facts["rate"] for way, rate in each.items()},
+    }  # fmt: skip
+
+
 def sampling_rows(cases: list[CaseReport]) -> list[tuple[CaseReport, str, float]]:
     """Case, way, samples/s."""
-    return [(c, way, c["samples"] / t) for c in cases if "samples" in c for way, t in c["seconds"].items()]
+    return [(c, way, rate) for c in cases for way, rate in c.get("samples_per_second", {}).items()]
 
 
 def sampling_table(cases: list[CaseReport]) -> str:
     rows = [
         [
             f"{c['network']}, {'PyTorch loop' if way == 'eager' else way}", c["dtype"], str(c["streams"]),
-            f"{rate:,.0f}", f"{rate / c['streams']:,.0f}", f"{rate / c['streams'] / c['rate']:.2f}",
+            f"{rate:,.0f}", f"{c['of_each_stream'][way]:,.0f}", f"{c['times_real_time'][way]:.2f}",
         ]
         for c, way, rate in sampling_rows(cases)
     ]  # fmt: skip
     return markdown(["network", "weights", "streams", "samples/s", "of each stream", "times 16-kHz real time"], rows)
 
 
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
 def target_table(targets: list[dict[str, Any]]) -> str:
     met = {None: "not measured", True: "yes", False: "no"}
+    known = (OF_MATRIX, OF_COPY, SAMPLES, REAL_TIME)
     rows = [
         [
-            t["case"], t["measure"], f"{t['least']:.3g}", "" if t["measured"] is None else f"{t['measured']:.3g}",
-            met[t["met"]],
+            t["case"], t["measure"] if t["measure"] in known else f"x as fast as {t['measure']}", number(t["least"]),
+            number(t["measured"]), met[t["met"]],
         ]
         for t in targets
     ]  # fmt: skip
