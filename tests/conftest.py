@@ -25,6 +25,11 @@ import fastgen.backend
 
 sys.path.append(str(Path(__file__).parent))  # for the helpers that several tests import
 
+from op_helpers import DEVICE, KERNELS
+
+if DEVICE == "cuda":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # its products are then deterministic
+
 REQUIRED = {name.strip() for name in os.environ.get("FASTGEN_REQUIRE", "").split(",") if name.strip()}
 CPU_FEATURE = {"generic": None} | {isa: isa for isa in fastgen.backend.ISAS[1:]}
 
@@ -58,6 +63,12 @@ def missing(name: str, reason: str) -> None:
     pytest.skip(f"{name}: {reason}")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "on_device: tensors are made on the device that is tested")
+    if KERNELS == "triton":  # PyTorch's own operations need not be deterministic
+        config.addinivalue_line("filterwarnings", "ignore:.*deterministic")
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> Iterator[None]:
     """Same seeds for every test, whatever ran before; thread count and default dtype as they were."""
@@ -67,6 +78,21 @@ def _deterministic() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _for_triton(_deterministic: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Memory that a Triton kernel leaves unwritten is NaN, and PyTorch's own products are not rounded to TF32."""
+    if KERNELS != "triton":
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is allocated
+    if DEVICE != "cpu" and request.node.get_closest_marker("on_device"):
+        torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,10 +20,17 @@ elif DEVICE == "cuda":
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 else:
     DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+EXACT = torch.float64 if KERNELS == "cpu" else torch.float32  # the most precise that the kernels take
+EXAMPLES = 60 if KERNELS == "cpu" else 6  # of hypothesis: new shapes are new kernels to compile
 # what may come on top of a multiple of the reference's own error, which in a small sum can be near zero by chance
 FLOOR = {torch.float64: 3e-15, torch.float32: 1.5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 INF = torch.tensor(torch.inf, dtype=torch.float64)
 Arguments = dict[str, Tensor | None]
+
+
+def cpu_only(reason: str) -> pytest.MarkDecorator:
+    """A test that means something with the C++ kernels alone."""
+    return pytest.mark.skipif(KERNELS != "cpu", reason=f"with C++ kernels only: {reason}")
 
 
 def run(
@@ -39,7 +47,7 @@ def run(
     out = op(**{k: leaves.get(k) for k in args}, backend=which, **options)
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(o.shape, generator=generator).to(rounded).to(o) for o in out]
+    cotangents = [torch.randn(o.shape, generator=generator, device="cpu").to(rounded).to(o) for o in out]
     pairs = [(o, c) for o, c in zip(out, cotangents, strict=True) if o.requires_grad]
     grads = torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [c for _, c in pairs])
     names = [f"out[{i}]" for i in range(len(out))] + [f"grad {k}" for k in leaves]

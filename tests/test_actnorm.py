@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from op_helpers import DTYPES, compare
+from op_helpers import DEVICE, DTYPES, KERNELS, compare, cpu_only
 
 from fastgen.nn import ActNorm
 from fastgen.ops import actnorm
 from fastgen.ops.actnorm import actnorm_reference
+
+pytestmark = pytest.mark.on_device
 
 SIZES = [
     (1, 1, ()),
@@ -35,6 +37,7 @@ def test_values_and_gradients(sizes, inverse, dtype):
     compare(actnorm, arguments(*sizes), dtype, inverse=inverse)
 
 
+@cpu_only("float64")
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("size", [(), (3,), (2, 5)])
 def test_gradcheck_and_jacobian(size, inverse):
@@ -53,7 +56,7 @@ def test_same_bits_whatever_the_threads():
     results = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        y, _ = actnorm(**args, backend="cpu")
+        y, _ = actnorm(**args, backend=KERNELS)
         results.append((y, *torch.autograd.grad(y.square().sum(), list(args.values()))))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -67,7 +70,7 @@ def test_opcheck_compile_export_autocast(ran):
     torch._dynamo.reset()
     compiled = torch.compile(lambda **a: actnorm(**a), fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(**args), actnorm_reference(**args))
-    with torch.autocast("cpu", torch.bfloat16), ran("actnorm", "cpu"):
+    with torch.autocast(DEVICE, torch.bfloat16), ran("actnorm", KERNELS):
         y, _ = actnorm(x, log_scale.bfloat16(), shift, backend=None)
     assert y.dtype == torch.float32
     with ran("actnorm", "reference"):
@@ -129,6 +132,7 @@ BAD = {
 }
 
 
+@cpu_only("arguments are checked alike everywhere")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     change, kind, message = BAD[case]

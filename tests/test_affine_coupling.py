@@ -4,13 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_helpers import DEVICE, DTYPES, KERNELS, compare, run
+from op_helpers import DEVICE, DTYPES, EXACT, EXAMPLES, KERNELS, compare, cpu_only, run
 
 import fastgen
 from fastgen import backend
 from fastgen.nn import checkerboard
 from fastgen.ops import affine_coupling
 from fastgen.ops.affine_coupling import LAYOUTS, SCALES, affine_coupling_reference
+
+pytestmark = pytest.mark.on_device
 
 
 def arguments(batch, channels, size=(), active=None, scale="exp", spread=1.0):
@@ -100,7 +102,7 @@ def test_what_is_behind_the_mask_stays_out():
         assert (dirty["grad params"][mask.expand(2, 8, 5, 5)] == 0).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(data=st.data())
 def test_any_shape_and_option(data):
     size = tuple(data.draw(st.lists(st.integers(1, 40), max_size=2)))
@@ -120,13 +122,15 @@ def test_any_shape_and_option(data):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_inverse_undoes_and_log_det_is_the_jacobians(scale, masked):
-    args = arguments(2, 4, (3,), active=4 if masked else None, scale=scale)
+    args = {k: v.to(EXACT) for k, v in arguments(2, 4, (3,), active=4 if masked else None, scale=scale).items()}
+    tolerance = 1e-9 if KERNELS == "cpu" else 1e-4
+    close = {"atol": tolerance, "rtol": tolerance}
     options = {"scale": scale, "bound": 1.5, "mask": torch.tensor([[1], [0], [1], [0]]) if masked else None}
     for backward in (False, True):
         y, log_det = affine_coupling(**args, inverse=backward, **options)
         x, undone = affine_coupling(y, args["params"], inverse=not backward, **options)
-        torch.testing.assert_close(x, args["x"])
-        torch.testing.assert_close(undone, -log_det)
+        torch.testing.assert_close(x, args["x"], **close)
+        torch.testing.assert_close(undone, -log_det, **close)
         for b in range(2):
 
             def of_one(x, b=b, backward=backward):
@@ -134,7 +138,7 @@ def test_inverse_undoes_and_log_det_is_the_jacobians(scale, masked):
                 return affine_coupling(x[None], params, inverse=backward, **options)[0][0]
 
             jacobian = torch.autograd.functional.jacobian(of_one, args["x"][b]).reshape(12, 12)
-            torch.testing.assert_close(log_det[b], torch.linalg.slogdet(jacobian)[1], atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(log_det[b], torch.linalg.slogdet(jacobian)[1], **close)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -145,13 +149,13 @@ def test_large_scales_take_the_stable_form(scale):
     if scale == "exp":
         args["params"][:, :12].clamp_(-80, 80)
     compare(affine_coupling, args, torch.float32, scale=scale, mask=torch.zeros(12).bool())
-    _, log_det = affine_coupling(**floats(args), scale=scale, backend="cpu")
+    _, log_det = affine_coupling(**floats(args), scale=scale, backend=KERNELS)
     assert bool(log_det.isfinite())
 
 
 def test_saturated_sigmoids_keep_their_small_log():
     x, s = torch.randn(1, 64), torch.full((1, 64), 15.0)
-    _, log_det = affine_coupling(x, torch.cat([s, x], 1), scale="sigmoid", backend="cpu")
+    _, log_det = affine_coupling(x, torch.cat([s, x], 1), scale="sigmoid", backend=KERNELS)
     exact = 64 * torch.nn.functional.logsigmoid(torch.tensor(17.0, dtype=torch.float64))
     torch.testing.assert_close(log_det.double()[0], exact, rtol=1e-5, atol=0)
 
@@ -161,7 +165,7 @@ def test_overflow_and_nan_are_what_eager_gives():
     params = torch.cat([s, torch.zeros(1, 8)], 1)
     x = torch.full((1, 8), 2.0)
     for inverse in (False, True):
-        got = affine_coupling(x, params, scale="exp", backend="cpu", inverse=inverse)[0]
+        got = affine_coupling(x, params, scale="exp", backend=KERNELS, inverse=inverse)[0]
         exact = affine_coupling_reference(x, params, scale="exp", inverse=inverse)[0]
         torch.testing.assert_close(got, exact, equal_nan=True, rtol=1e-5, atol=1e-37)
 
@@ -169,16 +173,16 @@ def test_overflow_and_nan_are_what_eager_gives():
 def test_log_det_has_the_same_bits_in_any_batch():
     args = floats(arguments(1000, 6, (9, 11)))
     for scale in SCALES[:3]:
-        y, log_det = affine_coupling(**args, scale=scale, backend="cpu")
-        again = affine_coupling(**args, scale=scale, backend="cpu")
+        y, log_det = affine_coupling(**args, scale=scale, backend=KERNELS)
+        again = affine_coupling(**args, scale=scale, backend=KERNELS)
         assert torch.equal(y, again[0])
         assert torch.equal(log_det, again[1])
         for part in (slice(0, 1), slice(499, 500), slice(3, 20)):
-            alone = affine_coupling(**{k: v[part].clone() for k, v in args.items()}, scale=scale, backend="cpu")
+            alone = affine_coupling(**{k: v[part].clone() for k, v in args.items()}, scale=scale, backend=KERNELS)
             assert torch.equal(alone[0], y[part])
             assert torch.equal(alone[1], log_det[part])
         torch.set_num_threads(1)
-        single = affine_coupling(**args, scale=scale, backend="cpu")
+        single = affine_coupling(**args, scale=scale, backend=KERNELS)
         torch.set_num_threads(2)
         assert torch.equal(single[1], log_det)
 
@@ -186,7 +190,7 @@ def test_log_det_has_the_same_bits_in_any_batch():
 def test_large_tensors_written_past_the_caches():
     args = floats(arguments(3, 24, (512, 300)))
     for inverse in (False, True):
-        got = run(affine_coupling, args, torch.float32, "cpu", torch.float32, scale="sigmoid", inverse=inverse)
+        got = run(affine_coupling, args, torch.float32, KERNELS, torch.float32, scale="sigmoid", inverse=inverse)
         exact = run(affine_coupling, args, torch.float32, "reference", torch.float32, scale="sigmoid", inverse=inverse)
         for name, value in got.items():
             torch.testing.assert_close(value, exact[name], atol=1e-3 if name == "out[1]" else 1e-5, rtol=1e-5)
@@ -194,24 +198,25 @@ def test_large_tensors_written_past_the_caches():
 
 def test_strides_expansion_and_untouched_inputs():
     args = floats(arguments(3, 6, (5, 9)))
-    plain = affine_coupling(**args, scale="exp", backend="cpu")
+    plain = affine_coupling(**args, scale="exp", backend=KERNELS)
     strided = {k: v.permute(3, 0, 2, 1).clone().permute(1, 3, 2, 0) for k, v in args.items()}
-    for a, b in zip(affine_coupling(**strided, scale="exp", backend="cpu"), plain, strict=True):
+    for a, b in zip(affine_coupling(**strided, scale="exp", backend=KERNELS), plain, strict=True):
         assert torch.equal(a, b)
     one = args | {"x": args["x"][:1].expand(3, -1, -1, -1)}
-    got, exact = affine_coupling(**one, scale="exp", backend="cpu"), affine_coupling_reference(**one, scale="exp")
+    got, exact = affine_coupling(**one, scale="exp", backend=KERNELS), affine_coupling_reference(**one, scale="exp")
     torch.testing.assert_close(got, exact)
     before = {k: v.clone() for k, v in args.items()}
-    run(affine_coupling, args, torch.float32, "cpu", scale="exp")
+    run(affine_coupling, args, torch.float32, KERNELS, scale="exp")
     assert all(torch.equal(args[k], before[k]) for k in args)
 
 
+@cpu_only("float64")
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gradcheck(scale, inverse):
     args = tuple(v.requires_grad_() for v in arguments(2, 3, (2,), active=2, scale=scale).values())
     assert torch.autograd.gradcheck(
-        lambda x, p: affine_coupling(x, p, scale=scale, inverse=inverse, bound=0.8, backend="cpu"), args
+        lambda x, p: affine_coupling(x, p, scale=scale, inverse=inverse, bound=0.8, backend=KERNELS), args
     )
 
 
@@ -225,7 +230,7 @@ def test_one_gradient_alone():
                         affine_coupling(**args, scale="tanh", inverse=inverse, backend=which)[output].sum(), leaf,
                         allow_unused=True,
                     )[0]
-                    for which in ("cpu", "reference")
+                    for which in (KERNELS, "reference")
                 ]  # fmt: skip
                 grads = [torch.zeros_like(leaf) if g is None else g for g in grads]
                 torch.testing.assert_close(*grads, msg=f"{name} of output {output}")
@@ -234,12 +239,12 @@ def test_one_gradient_alone():
 def test_second_derivative_and_forward_mode_raise():
     args = floats(arguments(1, 4))
     x = args["x"].requires_grad_()
-    y, _ = affine_coupling(x, args["params"], scale="exp", backend="cpu")
+    y, _ = affine_coupling(x, args["params"], scale="exp", backend=KERNELS)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
     with pytest.raises(RuntimeError, match="forward"):
-        torch.func.jvp(lambda x: affine_coupling(x, args["params"], scale="exp", backend="cpu"), (x,), (x,))
+        torch.func.jvp(lambda x: affine_coupling(x, args["params"], scale="exp", backend=KERNELS), (x,), (x,))
 
 
 def test_opcheck():
@@ -283,7 +288,7 @@ def test_export_and_meta():
 
 
 def test_functional_grad_and_vmap():
-    args = arguments(3, 4, (5,))
+    args = {k: v.to(EXACT) for k, v in arguments(3, 4, (5,)).items()}
 
     def loss(params, op):
         y, log_det = op(args["x"], params, scale="exp")
@@ -294,17 +299,17 @@ def test_functional_grad_and_vmap():
 
 
 def test_autocast_keeps_x_exact():
-    args = floats(arguments(2, 4, (5,)))
-    with torch.autocast("cpu", torch.bfloat16):
-        y, log_det = affine_coupling(args["x"], args["params"].bfloat16(), scale="exp", backend="cpu")
+    x, params = floats(arguments(2, 4, (5,))).values()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y, log_det = affine_coupling(x, params.bfloat16(), scale="exp", backend=KERNELS)
     assert y.dtype == log_det.dtype == torch.float32
-    assert torch.equal(y, affine_coupling(args["x"], args["params"].bfloat16().float(), scale="exp", backend="cpu")[0])
+    assert torch.equal(y, affine_coupling(x, params.bfloat16().float(), scale="exp", backend=KERNELS)[0])
 
 
 def test_backend_that_runs(ran):
     args = floats(arguments(1, 4, (5,)))
-    for which in (None, "cpu"):
-        with ran("affine_coupling", "cpu"):
+    for which in (None, KERNELS):
+        with ran("affine_coupling", KERNELS):
             affine_coupling(**args, scale="exp", backend=which)
     with ran("affine_coupling", "reference"):
         affine_coupling(**args, scale="exp", backend="reference")
@@ -330,6 +335,7 @@ BAD = {
 }
 
 
+@cpu_only("arguments are checked alike everywhere")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     change, kind, message = BAD[case]

@@ -4,15 +4,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DEVICE, DTYPES, KERNELS
+from op_helpers import DTYPES, EXAMPLES, KERNELS, cpu_only
 
 from fastgen.ops import code_statistics, update_codebook_
 from fastgen.ops.code_statistics import code_statistics_reference
 
+pytestmark = pytest.mark.on_device
+no_kernel = cpu_only("update_codebook_ has no Triton kernel")
+
 
 def check(x, indices, num_codes):
-    results = code_statistics(x.to(DEVICE), indices.to(DEVICE), num_codes, backend=KERNELS)
-    counts, sums = (t.cpu() for t in results)
+    counts, sums = code_statistics(x, indices, num_codes, backend=KERNELS)
     exact_counts, exact = code_statistics_reference(x.double(), indices, num_codes)
     assert counts.dtype == sums.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
     assert torch.equal(counts.double(), exact_counts)
@@ -30,7 +32,7 @@ def test_matches_reference(size, dtype, ran):
         check(torch.randn(n, d).to(dtype), indices, k)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(n=st.integers(0, 400), k=st.integers(1, 50), d=st.integers(1, 40), seed=st.integers(0, 99))
 def test_matches_reference_anywhere(n, k, d, seed):
     torch.manual_seed(seed)
@@ -39,20 +41,21 @@ def test_matches_reference_anywhere(n, k, d, seed):
 
 def test_all_rows_of_one_code_lose_no_digits():
     x = torch.full((100000, 3), 0.1)
-    _, sums = code_statistics(x, torch.zeros(100000, dtype=torch.int64), 4, backend="cpu")
+    _, sums = code_statistics(x, torch.zeros(100000, dtype=torch.int64), 4, backend=KERNELS)
     assert float((sums[0].double() / (x[0].double() * 100000) - 1).abs().max()) < 1e-6
 
 
 def test_threads_and_strides_do_not_change_a_bit():
     x, indices = torch.randn(5000, 19), torch.randint(-1, 37, (5000,))
-    plain = code_statistics(x, indices, 37, backend="cpu")
+    plain = code_statistics(x, indices, 37, backend=KERNELS)
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         for other in (x, x.T.contiguous().T, torch.stack([x, x], 1)[:, 1]):
-            for a, b in zip(plain, code_statistics(other, indices, 37, backend="cpu"), strict=True):
+            for a, b in zip(plain, code_statistics(other, indices, 37, backend=KERNELS), strict=True):
                 assert torch.equal(a, b)
 
 
+@no_kernel
 @pytest.mark.parametrize("which", ["cpu", "reference"])
 @pytest.mark.parametrize("cosine", [False, True])
 def test_update_matches_the_formula(which, cosine):
@@ -71,6 +74,7 @@ def test_update_matches_the_formula(which, cosine):
     torch.testing.assert_close(embed.double(), expected, atol=1e-6, rtol=1e-5)
 
 
+@no_kernel
 @pytest.mark.parametrize("which", ["cpu", "reference"])
 def test_codes_stay_while_nothing_has_been_seen(which):
     size, average, embed = torch.ones(3), torch.randn(3, 2), torch.randn(3, 2)
@@ -80,6 +84,7 @@ def test_codes_stay_while_nothing_has_been_seen(which):
     assert float(size.sum()) == 0
 
 
+@no_kernel
 def test_opcheck_and_compile():
     x, indices = torch.randn(30, 4), torch.randint(5, (30,))
     torch.library.opcheck(torch.ops.fastgen.code_statistics.default, (x, None, indices, 5))
@@ -103,6 +108,7 @@ BAD = {
 }
 
 
+@cpu_only("arguments are checked alike everywhere")
 @pytest.mark.parametrize("which", ["cpu", "reference"])
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input(message, which):

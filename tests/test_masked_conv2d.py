@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DEVICE, DTYPES, KERNELS, compare, run
+from op_helpers import DEVICE, DTYPES, EXACT, EXAMPLES, KERNELS, compare, cpu_only, run
 
 import fastgen
 from fastgen import backend
@@ -13,12 +13,14 @@ from fastgen.ops import gated_masked_conv2d, masked_conv2d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d_reference
 from fastgen.ops.masked_conv2d import MASKS, mask_2d, masked_conv2d_reference, weight_mask
 
+pytestmark = pytest.mark.on_device
+
 OPS = {"plain": masked_conv2d, "gated": gated_masked_conv2d}
 
 
 def arguments(batch, channels, height, width, outs, kernel=(3, 3), cond="none", seed=0):
     """float64 arguments of gated_masked_conv2d (outs: both halves); without `cond` those of masked_conv2d."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
@@ -38,7 +40,7 @@ def floats(args):
 
 
 @pytest.fixture(autouse=True)
-def _needs_cpu_kernels(need):
+def _needs_kernels(need):
     need("gated_masked_conv2d", KERNELS)
 
 
@@ -66,7 +68,7 @@ def test_matches_reference(shape, mask, dtype):
     compare(gated_masked_conv2d, arguments(*sizes, cond), dtype, mask=mask, colors=colors)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 4), colors=st.integers(1, 3), groups=st.integers(1, 14), height=st.integers(1, 20),
     width=st.integers(1, 40), outs=st.integers(1, 20), kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -88,6 +90,7 @@ def test_every_instruction_set(isa, run_under):
     run_under(isa, "matches_reference or behind or bits", "masked_conv2d")
 
 
+@cpu_only("threads")
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_any_number_of_threads(threads, batch):
@@ -240,7 +243,7 @@ def test_two_runs_give_the_same_bits():
 def test_inputs_are_left_alone():
     args = floats(arguments(2, 5, 6, 7, 6, (3, 3), "position"))
     before = {k: v.clone() for k, v in args.items()}
-    run(gated_masked_conv2d, args, torch.float32, "cpu", mask="B")
+    run(gated_masked_conv2d, args, torch.float32, KERNELS, mask="B")
     assert all(torch.equal(args[k], before[k]) for k in args)
 
 
@@ -251,26 +254,27 @@ def test_nan_reaches_only_what_sees_it():
         got = gated_masked_conv2d(**args, mask=mask, backend=KERNELS).isnan().any(1)[0]
         expected = torch.zeros(20, 30, dtype=torch.bool)
         expected[6:9, 10:13] = mask_2d(mask, (3, 3)).flip(0, 1)
-        assert torch.equal(got.cpu(), expected)
+        assert torch.equal(got, expected)
 
 
 def test_second_derivative_raises():
-    args = arguments(1, 2, 3, 4, 4)
+    args = floats(arguments(1, 2, 3, 4, 4))
     args["x"].requires_grad_()
-    out = gated_masked_conv2d(**args, mask="B", backend="cpu").square().sum()
+    out = gated_masked_conv2d(**args, mask="B", backend=KERNELS).square().sum()
     (grad,) = torch.autograd.grad(out, args["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
+@cpu_only("float64")
 @pytest.mark.parametrize("mask", MASKS)
 def test_gradcheck(mask):
     for cond in ("position", "image"):
         args = {k: v.requires_grad_() for k, v in arguments(2, 2, 4, 3, 4, (3, 3), cond).items()}
-        gated = lambda *v: gated_masked_conv2d(*v, mask=mask, colors=2, backend="cpu")  # noqa: E731
+        gated = lambda *v: gated_masked_conv2d(*v, mask=mask, colors=2, backend=KERNELS)  # noqa: E731
         assert torch.autograd.gradcheck(gated, tuple(args.values()))
     plain = tuple(args[k] for k in ("x", "weight", "bias"))
-    assert torch.autograd.gradcheck(lambda *v: masked_conv2d(*v, mask=mask, colors=2, backend="cpu"), plain)
+    assert torch.autograd.gradcheck(lambda *v: masked_conv2d(*v, mask=mask, colors=2, backend=KERNELS), plain)
 
 
 def test_opcheck():
@@ -314,7 +318,7 @@ def test_export_and_meta():
 
 
 def test_functional_grad():
-    args = arguments(2, 3, 5, 6, 4)
+    args = {k: v.to(EXACT) for k, v in arguments(2, 3, 5, 6, 4).items()}
 
     def loss(weight, op):
         return op(args["x"], weight, args["bias"], mask="B").square().sum()
@@ -328,15 +332,15 @@ def test_functional_grad():
 
 @pytest.mark.parametrize("op", OPS)
 def test_forward_mode_is_refused_not_wrong(op):
-    args = arguments(1, 2, 4, 4, 4)
+    args = floats(arguments(1, 2, 4, 4, 4))
     with pytest.raises(RuntimeError, match="forward"):
-        torch.func.jvp(lambda x: OPS[op](**(args | {"x": x}), mask="B", backend="cpu"), (args["x"],), (args["x"],))
+        torch.func.jvp(lambda x: OPS[op](**(args | {"x": x}), mask="B", backend=KERNELS), (args["x"],), (args["x"],))
 
 
 def test_autocast():
     args = floats(arguments(2, 3, 6, 7, 4))
-    with torch.autocast("cpu", torch.bfloat16):
-        z = gated_masked_conv2d(**args, mask="B", backend="cpu")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        z = gated_masked_conv2d(**args, mask="B", backend=KERNELS)
     assert z.dtype == torch.bfloat16
     exact = gated_masked_conv2d_reference(**args, mask="B")
     assert float((z - exact).norm() / exact.norm()) < 0.02
@@ -346,8 +350,8 @@ def test_autocast():
 def test_backend_that_runs(op, ran):
     args = floats(arguments(1, 3, 4, 5, 4))
     name = {"plain": "masked_conv2d", "gated": "gated_masked_conv2d"}[op]
-    for which in (None, "cpu"):
-        with ran(name, "cpu"):
+    for which in (None, KERNELS):
+        with ran(name, KERNELS):
             OPS[op](**args, mask="A", backend=which)
     with ran(name, "reference"):
         OPS[op](**args, mask="A", backend="reference")
@@ -382,6 +386,7 @@ BAD_GATE = {
 }
 
 
+@cpu_only("arguments are checked alike everywhere")
 @pytest.mark.parametrize(("op", "case"), [(op, case) for op in OPS for case in BAD] + [("gated", c) for c in BAD_GATE])
 def test_bad_input(op, case):
     change, kind, message = (BAD | BAD_GATE)[case]

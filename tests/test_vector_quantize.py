@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DEVICE, DTYPES, KERNELS
+from op_helpers import DEVICE, DTYPES, EXACT, EXAMPLES, KERNELS
 
 from fastgen.ops import nearest_code, vector_quantize
 from fastgen.ops.vector_quantize import quantize, quantize_reference, rotate
+
+pytestmark = pytest.mark.on_device
 
 ESTIMATORS = ("straight_through", "rotation")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-12}
@@ -22,7 +24,7 @@ def results(x, codebook, mask, metric, estimator, which, dtype, rounded):
     else:
         out = quantize("test", x, codebook, mask=mask, metric=metric, estimator=estimator, backend=which)
     generator = torch.Generator().manual_seed(5)
-    cotangent = torch.randn(x.shape, generator=generator).to(rounded).to(x)
+    cotangent = torch.randn(x.shape, generator=generator, device="cpu").to(rounded).to(x)
     total = (out.quantized * cotangent).sum() + 3 * out.commitment + 7 * out.codebook_error
     grads = torch.autograd.grad(total, (x, codebook))
     return dict(out._asdict(), grad_x=grads[0], grad_codebook=grads[1])
@@ -55,17 +57,17 @@ def test_matches_reference(size, masked, metric, estimator, dtype, ran):
         compare(*size, masked, metric, estimator, dtype)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     n=st.integers(0, 90), k=st.integers(1, 60), d=st.integers(1, 40), masked=st.booleans(),
     metric=st.sampled_from(["euclidean", "cosine"]), estimator=st.sampled_from(ESTIMATORS), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_matches_reference_anywhere(n, k, d, masked, metric, estimator, seed):
     torch.manual_seed(seed)
-    compare(n, k, d, masked, metric, estimator, torch.float64)
+    compare(n, k, d, masked, metric, estimator, EXACT)
 
 
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 def test_loss_is_that_of_the_paper(which):
     x, codebook = torch.randn(50, 6).requires_grad_(), torch.randn(9, 6).requires_grad_()
     quantized, indices, loss = vector_quantize(x, codebook, beta=0.3, backend=which)
@@ -102,7 +104,7 @@ def test_one_search_and_little_saved():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = quantize("test", x, codebook, backend="cpu")
+        out = quantize("test", x, codebook, backend=KERNELS)
     assert sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in saved}.values()) <= 500 * (2 * 64 + 8)
     calls = []
     original = torch.ops.fastgen.nearest_code, torch.ops.fastgen.vector_quantize
@@ -120,7 +122,7 @@ def test_bits_do_not_depend_on_the_run_or_the_threads():
     for threads in (1, 2, 2, 5):
         torch.set_num_threads(threads)
         torch.manual_seed(3)
-        runs.append(results(x, codebook, None, "euclidean", "rotation", "cpu", torch.float32, torch.float32))
+        runs.append(results(x, codebook, None, "euclidean", "rotation", KERNELS, torch.float32, torch.float32))
     for other in runs[1:]:
         for name, value in other.items():
             assert torch.equal(value, runs[0][name]), name
@@ -129,7 +131,7 @@ def test_bits_do_not_depend_on_the_run_or_the_threads():
 def test_strided_input_and_gradient():
     x, codebook = torch.randn(40, 9), torch.randn(12, 9)
     wide = torch.stack([x, x], 1).requires_grad_()
-    out = quantize("test", wide[:, 1], codebook, backend="cpu")
+    out = quantize("test", wide[:, 1], codebook, backend=KERNELS)
     grad = torch.randn(9, 40).T
     (got,) = torch.autograd.grad(out.quantized, wide, grad)
     assert torch.equal(got[:, 1], grad)
@@ -139,7 +141,7 @@ def test_strided_input_and_gradient():
 
 def test_bfloat16_rows_with_a_float32_codebook():
     x, codebook = torch.randn(80, 8).bfloat16().requires_grad_(), torch.randn(20, 8)
-    out = quantize("test", x, codebook, backend="cpu")
+    out = quantize("test", x, codebook, backend=KERNELS)
     assert out.quantized.dtype == torch.bfloat16
     assert torch.equal(out.indices, nearest_code(x.float(), codebook)[0])
     assert torch.equal(out.quantized, codebook[out.indices].bfloat16())
@@ -156,7 +158,7 @@ def test_opcheck_compile_and_export():
     q = torch.ops.fastgen.vector_quantize(x, codebook, mask, False, True)[0]
     grads = torch.randn(30, 5), torch.ones(())
     torch.library.opcheck(torch.ops.fastgen.vector_quantize_backward.default, (*grads, x, q, mask, True))
-    for which in ("cpu", "reference"):
+    for which in (KERNELS, "reference"):
         torch._dynamo.reset()
         compiled = torch.compile(
             lambda x, c, b: vector_quantize(x, c, estimator="rotation", backend=b), fullgraph=True, dynamic=True
@@ -182,7 +184,7 @@ def test_opcheck_compile_and_export():
     assert torch.equal(program.module()(*args)[0], vector_quantize(*args)[0])
 
 
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 def test_bad_input(which):
     x, codebook = torch.randn(6, 3), torch.randn(4, 3)
     for mask in (torch.ones(5, dtype=torch.bool), torch.ones(6), torch.ones(6, 1, dtype=torch.bool)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DEVICE, DTYPES, KERNELS, compare, run
+from op_helpers import DEVICE, DTYPES, EXACT, EXAMPLES, KERNELS, Arguments, compare, cpu_only, run
 
 import fastgen
 from fastgen import backend
@@ -15,10 +15,12 @@ from fastgen.ops import gated_causal_conv1d, wavenet_layer
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d_reference
 from fastgen.ops.wavenet_layer import wavenet_layer_reference
 
+pytestmark = pytest.mark.on_device
+
 
 def arguments(batch, channels, steps, gate, kernel, skip, cond="none", seed=0):
     """float64 arguments of wavenet_layer; the first four with `cond` are those of gated_causal_conv1d."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
@@ -31,6 +33,10 @@ def arguments(batch, channels, steps, gate, kernel, skip, cond="none", seed=0):
         "out_bias": normal(channels + skip),
         "cond": None if cond == "none" else normal(batch, 2 * gate, steps if cond == "local" else 1),
     }
+
+
+def most_exact(args: Arguments) -> Arguments:
+    return {k: v if v is None else v.to(EXACT) for k, v in args.items()}
 
 
 def gate_arguments(args):
@@ -77,7 +83,7 @@ def test_gate_alone(shape, cond, dtype):
     compare(gated_causal_conv1d, args | {"bias": None}, dtype, dilation=dilation)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 4), channels=st.integers(1, 40), steps=st.integers(1, 300), gate=st.integers(1, 40),
     kernel=st.integers(1, 4), skip=st.integers(0, 40), dilation=st.integers(1, 130),
@@ -88,6 +94,7 @@ def test_matches_reference_anywhere(batch, channels, steps, gate, kernel, skip, 
     compare(wavenet_layer, args, dtype, dilation=dilation)
 
 
+@cpu_only("threads")
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_any_number_of_threads(threads):
     before = torch.get_num_threads()
@@ -111,8 +118,8 @@ def test_every_instruction_set(isa, run_under):
 
 
 def test_strided_and_expanded_inputs():
-    args = arguments(3, 6, 40, 5, 2, 4, "local")
-    plain = wavenet_layer(**args, dilation=2, backend="cpu")
+    args = most_exact(arguments(3, 6, 40, 5, 2, 4, "local"))
+    plain = wavenet_layer(**args, dilation=2, backend=KERNELS)
     strided = args | {
         "x": args["x"].permute(2, 0, 1).contiguous().permute(1, 2, 0),
         "weight": args["weight"].permute(2, 1, 0).contiguous().permute(2, 1, 0),
@@ -120,14 +127,14 @@ def test_strided_and_expanded_inputs():
         "cond": torch.stack([args["cond"]] * 2, -1)[..., 0],
     }
     assert not any(strided[k].is_contiguous() for k in ("x", "weight", "out_weight", "cond"))
-    for a, b in zip(plain, wavenet_layer(**strided, dilation=2, backend="cpu"), strict=True):
+    for a, b in zip(plain, wavenet_layer(**strided, dilation=2, backend=KERNELS), strict=True):
         assert torch.equal(a, b)
     one = args["x"][:1].expand(3, -1, -1)
-    got = wavenet_layer(**(args | {"x": one}), backend="cpu")[0]
+    got = wavenet_layer(**(args | {"x": one}), backend=KERNELS)[0]
     torch.testing.assert_close(got, wavenet_layer_reference(**(args | {"x": one}))[0])
 
 
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0)])
 def test_empty(batch, steps, which):
     args = {k: v if v is None else v.float() for k, v in arguments(batch, 4, steps, 3, 2, 5).items()}
@@ -163,7 +170,7 @@ def test_every_element_is_written_poison():
 def test_inputs_are_left_alone():
     args = {k: v.float() for k, v in arguments(2, 5, 61, 4, 2, 6, "local").items()}
     before = {k: v.clone() for k, v in args.items()}
-    run(wavenet_layer, args, torch.float32, "cpu", dilation=2)
+    run(wavenet_layer, args, torch.float32, KERNELS, dilation=2)
     assert all(torch.equal(args[k], before[k]) for k in args)
 
 
@@ -171,10 +178,10 @@ def test_inputs_are_left_alone():
 def test_causal(kernel):
     """A changed x_t changes nothing before t, and something at t and at each of the taps' distances."""
     args = {k: v if v is None else v.float() for k, v in arguments(1, 4, 64, 4, kernel, 4).items()}
-    a = wavenet_layer(**args, dilation=5, backend="cpu")[1]
+    a = wavenet_layer(**args, dilation=5, backend=KERNELS)[1]
     changed = args["x"].clone()
     changed[..., 30] += 1
-    b = wavenet_layer(**(args | {"x": changed}), dilation=5, backend="cpu")[1]
+    b = wavenet_layer(**(args | {"x": changed}), dilation=5, backend=KERNELS)[1]
     where = (a != b).any(1)[0].nonzero()[:, 0].tolist()
     assert where == [30 + 5 * k for k in range(kernel)]
 
@@ -182,7 +189,7 @@ def test_causal(kernel):
 def test_nan_stays_in_its_column():
     args = {k: v if v is None else v.float() for k, v in arguments(1, 4, 100, 4, 2, 4).items()}
     args["x"][0, 2, 50] = float("nan")
-    residual, skip = wavenet_layer(**args, dilation=5, backend="cpu")
+    residual, skip = wavenet_layer(**args, dilation=5, backend=KERNELS)
     assert skip.isnan().any(1)[0].nonzero()[:, 0].tolist() == [50, 55]
     exact = wavenet_layer_reference(**args, dilation=5)
     assert torch.equal(residual.isnan(), exact[0].isnan())
@@ -192,8 +199,8 @@ def test_saturated_gates():
     """Far in the tails tanh and sigmoid are their limits, and the gradients finite."""
     args = arguments(1, 3, 40, 4, 2, 3)
     args["bias"] = torch.tensor([50.0, -50, 1e4, -1e4, 90, -90, 1e4, -1e4], dtype=torch.float64)
-    for dtype in (torch.float32, torch.float64):
-        result = run(wavenet_layer, args, dtype, "cpu", dilation=1)
+    for dtype in {torch.float32, EXACT}:
+        result = run(wavenet_layer, args, dtype, KERNELS, dilation=1)
         exact = run(wavenet_layer, args, torch.float64, "reference", dilation=1)
         for name, value in result.items():
             assert torch.isfinite(value).all(), name
@@ -205,40 +212,41 @@ def test_small_pre_activations_keep_their_precision(size):
     """The gate is right in the relative sense, however small tanh's argument."""
     x = torch.linspace(-size, size, 64).reshape(1, 1, -1)
     weight = torch.tensor([[[1.0]], [[0.5 / max(size, 1.0)]]])
-    z = gated_causal_conv1d(x, weight, backend="cpu")
+    z = gated_causal_conv1d(x, weight, backend=KERNELS)
     exact = gated_causal_conv1d_reference(x.double(), weight.double())
-    assert float(((z.double() - exact) / exact).abs().max()) < 1e-6
+    assert float(((z.double() - exact) / exact).abs().max()) < (1e-6 if KERNELS == "cpu" else 2e-6)
 
 
 def test_second_derivative_raises():
-    args = arguments(1, 2, 9, 2, 2, 2)
+    args = most_exact(arguments(1, 2, 9, 2, 2, 2))
     args["x"].requires_grad_()
-    out = wavenet_layer(**args, backend="cpu")[0].square().sum()
+    out = wavenet_layer(**args, backend=KERNELS)[0].square().sum()
     (grad,) = torch.autograd.grad(out, args["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
 def test_forward_mode_is_refused_not_wrong():
-    args = arguments(1, 2, 9, 2, 2, 2)
+    args = most_exact(arguments(1, 2, 9, 2, 2, 2))
     for call in (
-        lambda x: wavenet_layer(**(args | {"x": x}), backend="cpu")[0],
-        lambda x: gated_causal_conv1d(**(gate_arguments(args) | {"x": x}), backend="cpu"),
+        lambda x: wavenet_layer(**(args | {"x": x}), backend=KERNELS)[0],
+        lambda x: gated_causal_conv1d(**(gate_arguments(args) | {"x": x}), backend=KERNELS),
     ):
         with pytest.raises(RuntimeError, match="forward mode"):
             torch.func.jvp(call, (args["x"],), (args["x"],))
 
 
+@cpu_only("float64")
 def test_gradcheck():
     args = {k: v.requires_grad_() for k, v in arguments(2, 3, 9, 2, 2, 2, "local").items()}
     names = list(args)
 
     def call(*values):
-        return wavenet_layer(**dict(zip(names, values, strict=True)), dilation=2, backend="cpu")
+        return wavenet_layer(**dict(zip(names, values, strict=True)), dilation=2, backend=KERNELS)
 
     assert torch.autograd.gradcheck(call, tuple(args.values()))
     gate = {k: args[k] for k in ("x", "weight", "bias", "cond")}
-    assert torch.autograd.gradcheck(lambda *v: gated_causal_conv1d(*v, dilation=2, backend="cpu"), tuple(gate.values()))
+    assert torch.autograd.gradcheck(lambda *v: gated_causal_conv1d(*v, dilation=2), tuple(gate.values()))
 
 
 def test_opcheck():
@@ -285,7 +293,7 @@ def test_export_and_meta():
 
 
 def test_functional_grad_and_vmap():
-    args = {k: v for k, v in arguments(2, 3, 20, 4, 2, 5).items() if v is not None}
+    args = most_exact(arguments(2, 3, 20, 4, 2, 5))
 
     def loss(weight, op):
         return op(args["x"], weight, args["bias"], dilation=2).square().sum()
@@ -296,20 +304,20 @@ def test_functional_grad_and_vmap():
 
 def test_autocast():
     args = {k: v.float() for k, v in arguments(2, 3, 20, 4, 2, 5).items() if v is not None}
-    with torch.autocast("cpu", torch.bfloat16):
-        residual, _ = wavenet_layer(**args, backend="cpu")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        residual, _ = wavenet_layer(**args, backend=KERNELS)
     assert residual.dtype == torch.bfloat16
     exact = wavenet_layer_reference(**args)[0]
     assert float((residual - exact).norm() / exact.norm()) < 0.02
 
 
 def test_backend_that_runs(monkeypatch):
-    """auto and "cpu" call the kernel, "reference" does not."""
+    """auto and the backend by name call the kernel, "reference" does not."""
     calls = []
     real = torch.ops.fastgen.gated_causal_conv1d
     monkeypatch.setattr(torch.ops.fastgen, "gated_causal_conv1d", lambda *a: calls.append(1) or real(*a))
     args = {k: v if v is None else v.float() for k, v in gate_arguments(arguments(1, 2, 5, 2, 2, 1)).items()}
-    for which, expected in ((None, 1), ("cpu", 2), ("reference", 2)):
+    for which, expected in ((None, 1), (KERNELS, 2), ("reference", 2)):
         gated_causal_conv1d(**args, backend=which)
         assert len(calls) == expected
     with fastgen.use_backend("reference"):
@@ -340,6 +348,7 @@ BAD = {
 }
 
 
+@cpu_only("arguments are checked alike everywhere")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     change, kind, message = BAD[case]
@@ -348,6 +357,7 @@ def test_bad_input(case):
         wavenet_layer(**args)
 
 
+@cpu_only("arguments are checked alike everywhere")
 def test_bad_out():
     args = arguments(2, 3, 9, 4, 2, 2)
     good = (torch.empty(2, 3, 9).double(), torch.empty(2, 2, 9).double())
@@ -363,11 +373,11 @@ def test_bad_out():
         wavenet_layer(**args, out=good)
 
 
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 def test_out_shares_no_memory(which):
     """Results that would overwrite each other, or an input that is still to be read; halves of a buffer are fine."""
-    args = arguments(2, 3, 9, 4, 2, 3)
-    buffer = torch.empty(5, 2, 3, 9).double()
+    args = most_exact(arguments(2, 3, 9, 4, 2, 3))
+    buffer = torch.empty(5, 2, 3, 9).to(EXACT)
     for out, message in (
         ((buffer[0], buffer[0]), r"out\[0\] must not share memory with another argument, got that of out\[1\]"),
         ((args["x"], buffer[0]), r"out\[0\] .*got that of x"),
