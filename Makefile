@@ -3,7 +3,8 @@
 # make check  lint, format and types
 # make gpu    on a machine with a GPU, with the python (GPU_PYTHON) that has a CUDA torch, triton, numpy,
 #             pytest and hypothesis:
-#             gpu-test, gpu-check (compute-sanitizer) and gpu-bench, each also alone; OUT is where the figures go
+#             gpu-test, gpu-check (compute-sanitizer) and gpu-bench, each also alone; OUT is where the figures go,
+#             ONLY a regular expression for the names of what is measured
 # make gpu-tune  there too: measure the kernels' tiles and write the table that they read (minutes)
 # make bench  the benchmarks, and the README's table from them
 
@@ -39,7 +40,7 @@ gpu-check: gpu-installed
 	$(SANITIZED) --tool racecheck $(GPU_PYTHON) -m pytest tests/test_gpu_generation.py -k smallest
 
 gpu-bench: gpu-installed
-	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+	$(GPU_PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)") $(if $(ONLY),--only "$(ONLY)")
 
 gpu-tune: gpu-installed
 	$(GPU_PYTHON) bench/tune.py
