@@ -295,13 +295,10 @@ def listing(tiny: bool) -> list[Entry]:
     size = (2, 4, 8, 8) if tiny else (64, 128, 128, 128)  # 256 MiB in bfloat16
     makers: list[tuple[str, Callable[..., Iterator[Case]], tuple[Any, ...]]] = []
     for n in searches:
-        of = "N{} K{} D{}".format(*n)
-        makers += [
-            (f"nearest_code {of}", search_cases, (dtype, *n)),
-            (f"vector_quantize {of}", quantize_cases, (dtype, *n)),
-        ]
+        makers.append(("nearest_code N{} K{} D{}".format(*n), search_cases, (dtype, *n)))
     for n in searches[:2]:
-        makers.append(("code_statistics N{} K{} D{}".format(*n), statistics_cases, (dtype, *n)))
+        makers.append(("vector_quantize N{} K{} D{}".format(*n), quantize_cases, (dtype, *n)))
+    makers.append(("code_statistics N{} K{} D{}".format(*searches[0]), statistics_cases, (dtype, *searches[0])))
     makers.append(("VectorQuantize N{} K{} D{}".format(*searches[-1]), quantizer_cases, searches[-1]))
     for gated in (True, False):
         batch, channels, side, kernel = images
