@@ -114,8 +114,8 @@ def measure(case: Case, limits: dict[str, float], failed: Callable[[str, Excepti
     least = max(case.bytes / limits["copy_bytes"], case.operations / limits["bf16_operations"], case.chain)
     of_limit = least / times["fastgen"] if "fastgen" in times else None
     return {
-        "case": case.name, "seconds": times, "bytes": case.bytes, "operations": case.operations, "least": least,
-        "of_limit": of_limit, "peak_bytes": peaks, **case.facts, **sampling(case.facts, times),
+        "case": case.name, "seconds": times, "bytes": case.bytes, "operations": case.operations, "chain": case.chain,
+        "least": least, "of_limit": of_limit, "peak_bytes": peaks, **case.facts, **sampling(case.facts, times),
     }  # fmt: skip
 
 
