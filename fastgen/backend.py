@@ -157,6 +157,7 @@ def _load_cuda() -> str | None:
 cpu_isa, _cpu_reason = _load_cpu()
 _cuda_reason = _load_cuda()
 CUDA_OPS = ("wavenet_generate", "pixelcnn_generate")  # that have CUDA kernels
+NO_ROOM = "a block of this GPU has too little shared memory for this network"
 
 
 @functools.cache
@@ -246,24 +247,34 @@ def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dty
     BackendError
         If an explicitly chosen backend cannot run; names the op, the reason and what to do.
     """
-    name = (_forced.name or _environment) if backend is None else _check_name(backend, f"{op}: backend")
-    if name != "auto":
-        reason = why_not(op, name)
-        if reason is None:
-            reason = _refuses(name, device, dtype)
-        if reason is not None:
-            raise BackendError(
-                f"fastgen.{op}: backend {name!r} was requested but cannot run: {reason}. "
-                f"Use backend='reference' or 'auto'{REBUILD if name == 'cpu' else ''} "
-                "(`python -m fastgen info` lists what is live)"
-            )
-        return name
-    preferred = "cpu" if device.type in ("cpu", "meta") else "cuda" if op in CUDA_OPS else "triton"
-    reason = why_not(op, preferred)
+    asked = _asked(op, backend)
+    name = asked
+    if name == "auto":
+        name = "cpu" if device.type in ("cpu", "meta") else "cuda" if op in CUDA_OPS else "triton"
+    reason = why_not(op, name)
     if reason is None:
-        reason = _refuses(preferred, device, dtype)
-    if reason is None:
-        return preferred
+        reason = _refuses(name, device, dtype)
+    return name if reason is None else instead(op, asked, name, device, reason)
+
+
+def _asked(op: str, backend: str | None) -> str:
+    return (_forced.name or _environment) if backend is None else _check_name(backend, f"{op}: backend")
+
+
+def instead(op: str, backend: str | None, name: str, device: torch.device, reason: str) -> str:
+    """What runs `op` where backend `name` cannot, for `reason`: the reference, with a warning.
+
+    Raises
+    ------
+    BackendError
+        If `name` was asked for, not found by "auto".
+    """
+    if _asked(op, backend) != "auto":
+        raise BackendError(
+            f"fastgen.{op}: backend {name!r} was requested but cannot run: {reason}. "
+            f"Use backend='reference' or 'auto'{REBUILD if name == 'cpu' else ''} "
+            "(`python -m fastgen info` lists what is live)"
+        )
     if not torch.compiler.is_compiling():
         _warn_once(f"fastgen: {op} runs on the PyTorch reference on {device.type}: {reason}")
     return "reference"

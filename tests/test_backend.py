@@ -281,3 +281,13 @@ def test_use_backend_holds_for_its_own_thread() -> None:
         assert chosen() == "reference"
     assert chosen() == before
     assert seen == {"main": "reference", "other": "cuda"}
+
+
+def test_what_turns_out_not_to_run() -> None:
+    """As where no plan of a kernel fits a GPU: chosen by name an error, else the reference, with a warning."""
+    backend._warned.discard("no room for this network")
+    gpu = torch.device("cuda")
+    with pytest.raises(backend.BackendError, match="'cuda' was requested but cannot run: no room for this network"):
+        backend.instead(OP, "cuda", "cuda", gpu, "no room for this network")
+    with pytest.warns(RuntimeWarning, match="reference on cuda: no room for this network"):
+        assert backend.instead(OP, "auto", "cuda", gpu, "no room for this network") == "reference"

@@ -18,8 +18,8 @@ def _needs_cpu_kernels(need):
     need("pixelcnn_generate", "cpu")
 
 
-def recorded(monkeypatch, model, batch, size, **options):
-    """What the op gets when the model samples, and the matrices that were packed, in one row-by-row call."""
+def recorded(monkeypatch, model, batch, size, first_row=0, **options):
+    """What the op gets when the model samples, from a row on, its results, and the matrices that were packed."""
     op, pack = torch.ops.fastgen.pixelcnn_generate, torch.ops.fastgen.pixelcnn_pack
     seen = {}
 
@@ -28,8 +28,13 @@ def recorded(monkeypatch, model, batch, size, **options):
         return pack(matrices, shapes, bf16)
 
     def generating(*args):
-        seen.update(zip(NAMES, args, strict=True), memory=args[18].clone())
-        return op(*args)
+        given = dict(zip(NAMES, args, strict=True))
+        given["parameters"] = torch.empty(*given["values"].shape, given["outputs"])
+        if first_row:
+            op(*(given | {"last_row": first_row}).values())
+            given["first_row"] = first_row
+        seen.update(given, memory=given["memory"].clone())
+        return op(*given.values())
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.fastgen, "pixelcnn_pack", packing)
@@ -40,9 +45,9 @@ def recorded(monkeypatch, model, batch, size, **options):
     return seen
 
 
-def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=4, threads=64, order="forward",
+def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=4, threads=64, spilled=False, order="forward",
           fill=0xFF):  # fmt: skip
-    """The emulated kernel draws what the reference program draws, from the same parameters."""
+    """The emulated kernel draws what the CPU's kernel draws, from the same parameters."""
     arrays = {f"matrix.{i}": m for i, m in enumerate(seen["matrices"])}
     for name in ("shapes", "planes", "instructions"):
         arrays[name] = torch.tensor(seen[name])
@@ -61,13 +66,20 @@ def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=4, threa
         "levels": seen["table"].shape[0], "features": seen["table"].shape[1], "context_plane": seen["context_plane"],
         "context_channels": 0 if context is None else context.shape[3], "temperature": seen["temperature"],
         "log_scale_min": seen["log_scale_min"], "bf16": int(seen["bf16"]), "threads": threads, "cluster": cluster,
-        "images_each": images_each, "columns": columns, "order": ORDERS[order][0],
+        "images_each": images_each, "columns": columns, "spilled": int(spilled), "order": ORDERS[order][0],
         "seed": ORDERS[order][1], "fill": fill,
     }  # fmt: skip
     done = run(built("pixelcnn.cpp", mode), folder, *(f"{k}={v}" for k, v in options.items()))
     assert done.returncode == 0, done.stderr[-3000:]
-    values = torch.frombuffer(bytearray((folder / "out.values").read_bytes()), dtype=torch.int64)
-    assert torch.equal(values.view(seen["values"].shape), seen["values"])
+    values, parameters = (
+        torch.frombuffer(bytearray((folder / f"out.{name}").read_bytes()), dtype=seen[name].dtype)
+        .view(seen[name].shape)[:, :, seen["first_row"] :]
+        for name in ("values", "parameters")
+    )
+    assert torch.equal(values, seen["values"][:, :, seen["first_row"] :])
+    expected = seen["parameters"][:, :, seen["first_row"] :]
+    tolerance = 2e-3 if seen["bf16"] else 2e-5  # vectors are rounded to 16 bits there
+    torch.testing.assert_close(parameters, expected, rtol=tolerance, atol=tolerance)
 
 
 def gated(**options):
@@ -82,10 +94,13 @@ MODELS = {
     "gated, bfloat16": lambda: (gated(levels=4), {"dtype": torch.bfloat16}),
     "plain": lambda: (PixelCNN(channels=8, layers=2), {}),
     "attention": lambda: (PixelSNAIL(channels=8, levels=4), {}),
+    "logistic": lambda: (gated(levels=16, distribution="logistic", mixtures=3), {"temperature": 0.7}),
+    "logistic, colors": lambda: (gated(image_channels=3, levels=8, distribution="logistic", mixtures=2), {}),
 }
 HOW = {
     "one block": {}, "a cluster": {"cluster": 3, "images_each": 2},
     "more images": {"cluster": 2, "images_each": 3, "columns": 16},
+    "scores in memory": {"cluster": 2, "spilled": True},
 }  # fmt: skip
 
 
@@ -97,17 +112,24 @@ def test_draws_what_the_cpu_draws(name, how, monkeypatch, tmp_path):
     check(tmp_path, seen, "address", **HOW[how])
 
 
+@pytest.mark.parametrize("name", ["gated, colors", "attention"])
+def test_from_a_row_on(name, monkeypatch, tmp_path):
+    model, options = MODELS[name]()
+    check(tmp_path, recorded(monkeypatch, model, 2, (4, 3), first_row=2, **options), "address", cluster=2)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_in_any_order_of_threads(order, monkeypatch, tmp_path):
     seen = recorded(monkeypatch, gated(), 3, (3, 4))
     check(tmp_path, seen, order=order, cluster=2, images_each=2, fill=0x41)
 
 
-@pytest.mark.parametrize("name", ["gated, colors", "attention"])
-def test_no_races(name, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["gated, colors", "attention", "logistic"])
+@pytest.mark.parametrize("spilled", [False, True])
+def test_no_races(name, spilled, monkeypatch, tmp_path):
     model, options = MODELS[name]()
     seen = recorded(monkeypatch, model, 2, (2, 2), **options)
-    check(tmp_path, seen, "thread", cluster=2, images_each=2, threads=32, order="random 1")
+    check(tmp_path, seen, "thread", cluster=2, images_each=2, threads=32, spilled=spilled, order="random 1")
 
 
 def test_completion(monkeypatch, tmp_path):

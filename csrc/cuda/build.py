@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# machine code for 8.0 (and 8.6, 8.9) and for 9.0, which has clusters; later GPUs compile the latter's PTX
-ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+# machine code for 8.0 (and 8.6, 8.9) and for 9.0, which has clusters; later GPUs compile PTX
+ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 

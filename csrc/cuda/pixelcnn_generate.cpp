@@ -22,6 +22,16 @@ Tensor pixelcnn_pack_cuda(std::vector<Tensor> matrices, std::vector<int64_t> sha
   return packed;
 }
 
+// Whether a block of the GPU on which the packed weights lie has the memory for their windows.
+bool pixelcnn_fits(Tensor packed, std::vector<int64_t> shapes) {
+  const OnDevice restored;
+  Device device{};
+  check(device_of(packed.get_device_index(), &device), "pixelcnn_generate", "the device");
+  Job job{};
+  job.most_inputs = most_inputs_of(matrices_of(shapes));
+  return job.shared_bytes(4, kThreads) <= device.shared_bytes;
+}
+
 void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<int64_t> planes,
                        std::vector<int64_t> instructions, bool bf16, Tensor biases, std::optional<Tensor> context,
                        int64_t context_plane, Tensor table, int64_t distribution, int64_t outputs, double log_scale_min,
@@ -80,15 +90,22 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.memory = static_cast<float*>(memory.data_ptr());
   job.values = static_cast<int64_t*>(values.data_ptr());
   job.parameters = parameters ? static_cast<float*>(parameters->data_ptr()) : nullptr;
-  FASTGEN_CHECK(job.shared_bytes(4, kThreads) <= device.shared_bytes, op, ": images of ", job.height, " x ", job.width,
-                " pixels need ", job.shared_bytes(4, kThreads), " bytes of a block's shared memory, this GPU has ",
-                device.shared_bytes, "; use backend='reference'");
+  job.spilled = job.shared_bytes(4, kThreads) > device.shared_bytes;
+  FASTGEN_CHECK(job.shared_bytes(4, kThreads) <= device.shared_bytes, op, ": this network needs ",
+                job.shared_bytes(4, kThreads), " bytes of a block's shared memory, this GPU has ", device.shared_bytes,
+                "; use backend='reference'");
   const int columns = job.shared_bytes(kMostColumns, kThreads) <= device.shared_bytes ? kMostColumns : 4;
   // as few images in a group as leave no group waiting for another
   job.images_each = 1;
   for (job.cluster = device.largest_cluster; job.cluster > 1 && active(job, columns, bf16) == 0;) job.cluster /= 2;
   const int64_t groups = std::max(1, active(job, columns, bf16));
   job.images_each = static_cast<int>((job.images + groups - 1) / groups);
+  Tensor scratch;
+  if (job.spilled) {
+    const int64_t blocks = (job.images + job.images_each - 1) / job.images_each * job.cluster;
+    scratch = torch::stable::new_empty(memory, std::vector<int64_t>{blocks * job.scores_of_block(kThreads)});
+    job.scratch = static_cast<float*>(scratch.data_ptr());
+  }
   check(launch(job, columns, bf16, stream), op, "the launch");
 }
 
@@ -101,4 +118,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CUDA, m) {
   m.impl("pixelcnn_generate", TORCH_BOX(&fastgen::pixelcnn::pixelcnn_generate));
+  m.impl("pixelcnn_fits", TORCH_BOX(&fastgen::pixelcnn::pixelcnn_fits));
 }

@@ -21,7 +21,8 @@ class Images {
         count_(static_cast<int>(first_ + job.images_each < job.images ? job.images_each : job.images - first_)) {
     Shared shared;
     windows_ = shared.take<W>(kColumns * job.most_inputs * Vectors<W>::kParts);
-    scores_ = shared.take<float>((threads() / 32) * job.scores);
+    const int64_t scores = job.scores_of_block(threads());
+    scores_ = job.spilled ? job.scratch + block() * scores : shared.take<float>(scores);
     for (int64_t i = thread(); i < kColumns * job.most_inputs * Vectors<W>::kParts; i += threads()) windows_[i] = 0;
     sync_block();
   }

@@ -36,6 +36,7 @@ struct Job {
   int64_t images, colors, height, width, first_row, last_row, memory_size, bias_size, instruction_count;
   int64_t most_inputs;  // of a matrix, padded
   int64_t scores;       // for each warp: pixels, where there is attention
+  bool spilled;         // the scores lie in global memory, at `scratch`
   bool logistic, own_biases, own_context;
   int64_t outputs, levels, features, context_plane, context_channels;
   float temperature, log_scale_min;
@@ -46,13 +47,14 @@ struct Job {
   const float *biases, *table, *uniforms, *context;
   const int64_t* given;
   const uint8_t* known;
-  float *memory, *parameters;
+  float *memory, *parameters, *scratch;
   int64_t* values;  // -1: the network's outputs were not finite
 
   // Of shared memory in a block: windows, and the scores of an attention.
   int64_t shared_bytes(int64_t columns, int threads) const {
-    return round_up(columns * most_inputs * 4, 16) + round_up((threads / 32) * scores * 4, 16);
+    return round_up(columns * most_inputs * 4, 16) + (spilled ? 0 : round_up(scores_of_block(threads) * 4, 16));
   }
+  FASTGEN_HOST_DEVICE int64_t scores_of_block(int threads) const { return (threads / 32) * scores; }
 };
 
 // shapes: of each matrix its rows, halves, taps, and channels of a tap.

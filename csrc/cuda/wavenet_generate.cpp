@@ -52,12 +52,25 @@ Tensor wavenet_pack_cuda(std::vector<Tensor> weights, std::vector<int64_t> shape
 }
 
 // For tests: what `choose` takes for a device with `device` = (shared bytes, multiprocessors, largest cluster), each of
-// whose multiprocessors holds one block -> (cluster, tile, tiles, resident).
+// whose multiprocessors holds one block -> (cluster, tile, tiles, resident, spilled).
 std::vector<int64_t> wavenet_plan(std::vector<int64_t> shape, int64_t streams, bool bf16, std::vector<int64_t> device) {
   const Device d{device[0], static_cast<int>(device[1]), static_cast<int>(device[2])};
   const Plan p = choose(shape_from(shape), streams, bf16 ? 2 : 4, d,
                         [&](const Plan& plan) { return d.multiprocessors / plan.cluster; });
-  return {p.cluster, p.tile, p.tiles, p.resident};
+  return {p.cluster, p.tile, p.tiles, p.resident, p.spilled};
+}
+
+// The plan for the GPU on which the packed weights lie, which becomes the current one.
+Plan plan_for(const Tensor& packed, const Shape& s, int64_t streams, bool bf16, Device* device) {
+  check(device_of(packed.get_device_index(), device), "wavenet_generate", "the device");
+  return choose(s, streams, bf16 ? 2 : 4, *device, [&](const Plan& candidate) { return active(candidate, s, bf16); });
+}
+
+// Whether that GPU's blocks have the memory for one stream.
+bool wavenet_fits(Tensor packed, std::vector<int64_t> shape, bool bf16) {
+  const OnDevice restored;
+  Device device{};
+  return plan_for(packed, shape_from(shape), 1, bf16, &device).cluster > 0;
 }
 
 void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int64_t> /*dilations*/, bool bf16,
@@ -69,9 +82,7 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
   const Shape s = shape_from(shape);
   const OnDevice restored;
   Device device{};
-  check(device_of(packed.get_device_index(), &device), "wavenet_generate", "the device");
-  const Plan plan =
-      choose(s, streams, bf16 ? 2 : 4, device, [&](const Plan& candidate) { return active(candidate, s, bf16); });
+  const Plan plan = plan_for(packed, s, streams, bf16, &device);
   FASTGEN_CHECK(plan.cluster > 0, "wavenet_generate: a block of this GPU has ", device.shared_bytes,
                 " bytes of shared memory, too few for one stream of this network; use backend='reference'");
   Job job(s, plan);
@@ -79,6 +90,13 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
   FASTGEN_CHECK(packed.numel() == parts.bytes, "wavenet_generate: packed weights of ", parts.bytes,
                 " bytes are expected, got ", packed.numel());
   const auto* data = static_cast<const uint8_t*>(packed.data_ptr());
+  job.streams = streams;
+  Tensor scratch;
+  if (plan.spilled) {
+    const std::vector<int64_t> bytes{job.groups() * plan.cluster * job.scratch_bytes};
+    scratch = torch::stable::new_empty(history, bytes, ScalarType::Byte);
+    job.scratch = static_cast<unsigned char*>(scratch.data_ptr());
+  }
   job.weights = data;
   job.floats = reinterpret_cast<const float*>(data + parts.floats);
   job.dilations = reinterpret_cast<const int64_t*>(data + parts.dilations);
@@ -86,7 +104,6 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
   job.distribution = static_cast<Distribution>(distribution);
   job.temperature = static_cast<float>(temperature);
   job.log_scale_min = static_cast<float>(log_scale_min);
-  job.streams = streams;
   job.steps = steps;
   job.position = position;
   job.history_rows = history.size(1);
@@ -123,4 +140,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgen, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CUDA, m) {
   m.impl("wavenet_generate", TORCH_BOX(&fastgen::wavenet::wavenet_generate));
+  m.impl("wavenet_fits", TORCH_BOX(&fastgen::wavenet::wavenet_fits));
 }

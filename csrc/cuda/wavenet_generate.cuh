@@ -52,11 +52,14 @@ class Block {
         *reinterpret_cast<Group<W>*>(own + i) = *reinterpret_cast<const Group<W>*>(weights_ + i);
       weights_ = own;
     }
-    pending_ = shared.take<float>(int64_t{share_.layers()} * N * 2 * job.shape.gate);
+    const int64_t pending = int64_t{share_.layers()} * N * 2 * job.shape.gate;
+    unsigned char* spilled = kResident || !job.scratch ? nullptr : job.scratch + block() * job.scratch_bytes;
+    pending_ = spilled ? reinterpret_cast<float*>(spilled) : shared.take<float>(pending);
     x_ = shared.take<float>(2 * N * job.lengths.x);
     input_ = vectors(shared, 2, job.lengths.x);
     past_ = vectors(shared, 1, job.lengths.past);
-    z_ = vectors(shared, share_.layers(), job.lengths.z);
+    z_ = vectors(shared, share_.layers(), job.lengths.z,
+                 spilled ? reinterpret_cast<W*>(spilled + round_up(pending * sizeof(float), 16)) : nullptr);
     sum_ = shared.take<float>(N * job.shape.skip);
     skips_ = vectors(shared, share_.head, job.lengths.s);
     hidden_ = vectors(shared, share_.head, job.lengths.s);
@@ -78,10 +81,10 @@ class Block {
  private:
   static constexpr int N = 4 * M, kAhead = 4;
 
-  // Zeros, so that a product may read what no stream has.
-  FASTGEN_DEVICE Vectors<W> vectors(Shared& shared, int count, int length) const {
+  // Zeros, so that a product may read what no stream has; in shared memory, or at `data`.
+  FASTGEN_DEVICE Vectors<W> vectors(Shared& shared, int count, int length, W* data = nullptr) const {
     const int64_t size = int64_t{count} * N * length * Vectors<W>::kParts;
-    W* data = shared.take<W>(size);
+    if (!data) data = shared.take<W>(size);
     for (int64_t i = thread(); i < size; i += threads()) data[i] = 0;
     return {data, length};
   }

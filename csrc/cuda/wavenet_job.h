@@ -14,10 +14,11 @@ constexpr int kLargestTile = 8;  // streams
 
 enum class Distribution { kCategorical = 0, kLogisticMixture = 1, kGaussianMixture = 2 };
 
-// cluster: blocks of a group; tiles: of `tile` streams each that it takes; resident: weights on the chip.
+// cluster: blocks of a group; tiles: of `tile` streams each that it takes; resident: weights on the chip; spilled: what
+// grows with the number of layers lies in global memory.
 struct Plan {
   int cluster, tile, tiles;
-  bool resident;
+  bool resident, spilled;
 
   int vectors() const { return tile > 4 ? 2 : 1; }  // fours of vectors that a product takes
 };
@@ -37,13 +38,22 @@ struct Job {
   const float *gate_bias, *cond, *uniforms;
   int64_t gate_bias_stride;
   float *history, *parameters;
+  unsigned char* scratch;  // of each block `scratch_bytes`, where the plan is spilled; else null
+  int64_t scratch_bytes;
   const int64_t* given_class;
   const float* given_value;
   int64_t *classes, *last_class;
   float *values, *last_value;
 
   Job(const Shape& shape, const Plan& plan)
-      : shape(shape), cluster(plan.cluster), tile(plan.tile), tiles(plan.tiles), layout(shape), lengths(layout) {}
+      : shape(shape),
+        cluster(plan.cluster),
+        tile(plan.tile),
+        tiles(plan.tiles),
+        layout(shape),
+        lengths(layout),
+        scratch(nullptr),
+        scratch_bytes(plan.spilled ? most_of_layers(plan) : 0) {}
 
   // Of shared memory in the block that needs most; weight_bytes: of a weight that lies there, or 0.
   int64_t shared_bytes(const Plan& plan, int64_t weight_bytes) const {
@@ -51,13 +61,12 @@ struct Job {
     int64_t most = 0;
     for (int rank = 0; rank < cluster; ++rank) {
       const Share share(layout, shape, rank, cluster);
-      const int64_t head = share.head, layers = share.layers();
-      int64_t bytes = 0;
+      const int64_t head = share.head;
+      int64_t bytes = plan.spilled ? 0 : of_layers(plan, share.layers());
       for (const int64_t array :
            {4 * tiles * n * shape.residual, 4 * tiles * n * shape.skip, 8 * tiles * n, 4 * tiles * n,
-            int64_t{24} * tiles, share.size * weight_bytes, 4 * layers * n * 2 * shape.gate, 8 * n * lengths.x,
-            8 * n * lengths.x, 4 * n * lengths.past, 4 * layers * n * lengths.z, 4 * n * shape.skip,
-            4 * head * n * lengths.s, 4 * head * n * lengths.s, 4 * head * n * shape.outputs})
+            int64_t{24} * tiles, share.size * weight_bytes, 8 * n * lengths.x, 8 * n * lengths.x, 4 * n * lengths.past,
+            4 * n * shape.skip, 4 * head * n * lengths.s, 4 * head * n * lengths.s, 4 * head * n * shape.outputs})
         bytes += round_up(array, 16);
       most = std::max(most, bytes);
     }
@@ -65,21 +74,36 @@ struct Job {
   }
 
   int64_t groups() const { return (streams + tiles * tile - 1) / (tiles * tile); }
+
+ private:
+  // What a block keeps of each of its layers: pending sums, and z.
+  int64_t of_layers(const Plan& plan, int64_t layers) const {
+    const int64_t n = layers * 4 * plan.vectors();
+    return round_up(4 * n * 2 * shape.gate, 16) + round_up(4 * n * lengths.z, 16);
+  }
+  int64_t most_of_layers(const Plan& plan) const {
+    int64_t most = 0;
+    for (int rank = 0; rank < cluster; ++rank)
+      most = std::max(most, of_layers(plan, Share(layout, shape, rank, cluster).layers()));
+    return most;
+  }
 };
 
 // The smallest cluster on whose chips the weights fit, or the largest, which reads them from memory: then every step
-// costs their traffic. `active(plan)`: how many such clusters the GPU can hold at once; 0 if none.
+// costs their traffic; and if need be that of what a block keeps of its layers. `active(plan)`: how many such clusters
+// the GPU can hold at once; 0 if none.
 template <class F>
 Plan choose(const Shape& shape, int64_t streams, int64_t weight_bytes, const Device& device, F&& active) {
   const auto fits = [&](const Plan& p) {
     return Job(shape, p).shared_bytes(p, p.resident ? weight_bytes : 0) <= device.shared_bytes && active(p) > 0;
   };
   const int most = std::max(1, std::min(device.largest_cluster, shape.layers + 1));
-  Plan plan{0, 1, 1, true};
+  Plan plan{0, 1, 1, true, false};
   for (int cluster = 1; cluster <= most && plan.cluster == 0; ++cluster)
-    if (fits({cluster, 1, 1, true})) plan.cluster = cluster;
-  for (int cluster = most; cluster >= 1 && plan.cluster == 0; --cluster)
-    if (fits({cluster, 1, 1, false})) plan = {cluster, 1, 1, false};
+    if (fits({cluster, 1, 1, true, false})) plan.cluster = cluster;
+  for (const bool spilled : {false, true})
+    for (int cluster = most; cluster >= 1 && plan.cluster == 0; --cluster)
+      if (fits({cluster, 1, 1, false, spilled})) plan = {cluster, 1, 1, false, spilled};
   if (plan.cluster == 0) return plan;  // not even the vectors of one stream fit
   // as many streams in a group as leave no group waiting for another: a product takes four as fast as one
   const int64_t groups = std::max(1, active(plan)), each = (streams + groups - 1) / groups;

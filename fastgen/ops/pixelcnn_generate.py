@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import NO_ROOM, instead, lib, resolve
 from fastgen.checks import check_classes, check_positive, check_tensor, refused
 from fastgen.ops import distributions
 from fastgen.ops.pixel_program import BLOCK, KINDS, Instruction, PixelProgram
@@ -45,6 +45,7 @@ class PixelDistribution:
 
 lib.define("pixelcnn_pack(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor")
 lib.define("pixelcnn_pack_cuda(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor")
+lib.define("pixelcnn_fits(Tensor packed, int[] shapes) -> bool")
 lib.define(
     "pixelcnn_generate(Tensor packed, int[] shapes, int[] planes, int[] instructions, bool bf16, Tensor biases, "
     "Tensor? context, int context_plane, Tensor table, int distribution, int outputs, float log_scale_min, "
@@ -100,15 +101,17 @@ class PixelGenerator:
             for matrix, halves in zip(program.matrices, program.matrix_halves, strict=True)
             for n in (matrix.shape[0], halves, matrix.shape[1], matrix.shape[2])
         ]
-        if self.backend == "reference":
-            self._matrices = [m.to(dtype).float() for m in program.matrices]
-        elif self.backend == "cuda":
+        if self.backend == "cuda":
             matrices = [m.detach().cpu() for m in program.matrices]
             packed = torch.ops.fastgen.pixelcnn_pack_cuda(matrices, self._shapes, dtype == torch.bfloat16)
             self._packed = packed.to(table.device)
-        else:
+            if not torch.ops.fastgen.pixelcnn_fits(self._packed, self._shapes):
+                self.backend = instead("pixelcnn_generate", backend, "cuda", table.device, NO_ROOM)
+        elif self.backend == "cpu":
             bf16 = dtype == torch.bfloat16
             self._packed = torch.ops.fastgen.pixelcnn_pack(program.matrices, self._shapes, bf16)
+        if self.backend == "reference":
+            self._matrices = [m.to(dtype).float() for m in program.matrices]
 
     def updated(self, program: PixelProgram, table: Tensor) -> PixelGenerator:
         """This generator with the biases and the table of a program whose matrices are the same."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import NO_ROOM, instead, lib, resolve
 from fastgen.checks import check_classes, check_integer, check_positive, check_tensor, check_unit_range, is_finite
 from fastgen.ops import distributions
 
@@ -87,6 +87,7 @@ def _layout(w: WaveNetWeights, dilations: list[int]) -> Layout:
 lib.define("wavenet_pack(Tensor[] weights, bool bf16) -> Tensor")
 lib.define("wavenet_pack_cuda(Tensor[] weights, int[] shape, int[] dilations, bool bf16) -> Tensor")
 lib.define("wavenet_plan(int[] shape, int streams, bool bf16, int[] device) -> int[]")
+lib.define("wavenet_fits(Tensor packed, int[] shape, bool bf16) -> bool")
 lib.define(
     "wavenet_generate(Tensor packed, int[] shape, int[] dilations, bool bf16, int distribution, float log_scale_min, "
     "float temperature, Tensor gate_bias, Tensor? cond, Tensor uniforms, Tensor? given, int position, "
@@ -165,16 +166,18 @@ class Generator:
         self._sample_dtype = torch.int64 if distribution == "categorical" else torch.float32
         self.log_scale_min = log_scale_min
         self.dtype = dtype
-        if self.backend == "reference":
-            self._rounded = self.weights.rounded(dtype)
-        elif self.backend == "cuda":
+        if self.backend == "cuda":
             network = [*self.weights] if self.local_weight is None else [*self.weights, self.local_weight]
             packed = torch.ops.fastgen.wavenet_pack_cuda(
                 [w.detach().cpu() for w in network], self._shape(), self.dilations, dtype == torch.bfloat16
             )
             self._packed = packed.to(weights.conv.device)
-        else:
+            if not torch.ops.fastgen.wavenet_fits(self._packed, self._shape(), dtype == torch.bfloat16):
+                self.backend = instead("wavenet_generate", backend, "cuda", self._packed.device, NO_ROOM)
+        elif self.backend == "cpu":
             self._packed = torch.ops.fastgen.wavenet_pack(list(self.weights), dtype == torch.bfloat16)
+        if self.backend == "reference":
+            self._rounded = self.weights.rounded(dtype)
 
     def _shape(self) -> list[int]:
         w = self.weights

@@ -37,6 +37,7 @@ void run() {
   job.instruction_count = instructions.size() / fastgen::kInstructionInts;
   job.most_inputs = most_inputs_of(matrices);
   job.scores = job.height * job.width;
+  job.spilled = option("spilled");
   job.logistic = option("logistic");
   job.own_biases = option("own_biases");
   job.own_context = option("own_context");
@@ -65,6 +66,8 @@ void run() {
   job.values = values.data();
   fastgen::emulator::Launch how{};
   how.blocks = static_cast<int>((job.images + job.images_each - 1) / job.images_each) * job.cluster;
+  std::vector<float> scratch(job.spilled ? how.blocks * job.scores_of_block(threads) : 0, NAN);
+  job.scratch = scratch.data();
   how.cluster = job.cluster;
   how.threads = threads;
   how.shared_bytes = job.shared_bytes(4 * M, threads);

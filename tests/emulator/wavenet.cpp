@@ -36,7 +36,8 @@ void run() {
   auto history = read<float>("history"), last_value = read<float>("last_value"),
        given_value = read<float>("given_value");
   auto last_class = read<int64_t>("last_class"), given_class = read<int64_t>("given_class");
-  const Plan plan{option<int>("cluster"), option<int>("tile"), option<int>("tiles"), kResident};
+  const Plan plan{option<int>("cluster"), option<int>("tile"), option<int>("tiles"), kResident,
+                  option("spilled") != 0};
   Job job(s, plan);
   job.distribution = static_cast<Distribution>(option<int>("distribution"));
   job.temperature = option<float>("temperature");
@@ -68,6 +69,8 @@ void run() {
   fastgen::emulator::Launch how{};
   how.blocks = static_cast<int>(job.groups()) * job.cluster;
   how.shared_bytes = job.shared_bytes(plan, kResident ? sizeof(W) : 0);
+  std::vector<unsigned char> scratch(how.blocks * job.scratch_bytes + 16, 0xFF);
+  job.scratch = plan.spilled ? scratch.data() : nullptr;
   how.cluster = job.cluster;
   how.threads = threads;
   set_order(how);
