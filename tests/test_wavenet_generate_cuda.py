@@ -76,8 +76,8 @@ def emulate(program, folder, weights, dilations, state, args, *, distribution="c
         "position": state.position, "gate_bias_stride": int(len(args["gate_bias"]) > 1),
         "local": 0 if local is None else local.shape[2],
         "distribution": distributions.KINDS.index(distribution), "temperature": temperature, "log_scale_min": -7.0,
-        "threads": threads, "cluster": cluster, "tiles": tiles, "tile": tile, "resident": int(resident), "spilled": int(spilled),
-        "bf16": int(bf16), "order": ORDERS[order][0], "seed": ORDERS[order][1], "fill": fill,
+        "threads": threads, "cluster": cluster, "tiles": tiles, "tile": tile, "resident": int(resident),
+        "spilled": int(spilled), "bf16": int(bf16), "order": ORDERS[order][0], "seed": ORDERS[order][1], "fill": fill,
     }  # fmt: skip
     done = run(program, folder, *(f"{k}={v}" for k, v in options.items()))
     assert done.returncode == 0, done.stderr[-3000:]
