@@ -52,17 +52,23 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   const std::vector<Matrix> matrices = matrices_of(shapes);
   FASTGEN_CHECK(packed.numel() == matrices.back().at * (bf16 ? 2 : 4), op, ": packed weights of another size");
   // the program goes to the GPU in one piece: planes, instructions, matrices
+  const std::vector<Instruction> kept = fused(instructions, matrices);
   std::vector<int64_t> program = planes;
-  program.insert(program.end(), instructions.begin(), instructions.end());
-  for (const Matrix& m : matrices) program.insert(program.end(), {m.rows, m.inputs, m.at});
+  const auto append = [&](const auto& items) {
+    const auto* numbers = reinterpret_cast<const int64_t*>(items.data());
+    program.insert(program.end(), numbers, numbers + items.size() * sizeof(items[0]) / 8);
+    return static_cast<int64_t>(program.size());
+  };
+  const int64_t behind = append(kept);
+  append(matrices);
   const auto size = static_cast<int64_t>(program.size());
   Tensor there = torch::stable::new_empty(values, std::vector<int64_t>{size}, ScalarType::Long);
   check(copy_to_device(there.data_ptr(), program.data(), size * 8, stream), op, "the program");
   const auto* numbers = static_cast<const int64_t*>(there.data_ptr());
   job.planes = reinterpret_cast<const Plane*>(numbers);
   job.instructions = reinterpret_cast<const Instruction*>(numbers + planes.size());
-  job.matrices = reinterpret_cast<const Matrix*>(numbers + planes.size() + instructions.size());
-  job.instruction_count = static_cast<int64_t>(instructions.size()) / kInstructionInts;
+  job.matrices = reinterpret_cast<const Matrix*>(numbers + behind);
+  job.instruction_count = static_cast<int64_t>(kept.size());
   job.most_inputs = most_inputs_of(matrices);
   for (size_t i = 0; i < instructions.size(); i += kInstructionInts)
     if (instructions[i] == static_cast<int64_t>(Kind::kAttention)) job.scores = job.height * job.width;

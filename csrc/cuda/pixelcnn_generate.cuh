@@ -22,6 +22,7 @@ class Images {
     Shared shared;
     windows_ = shared.take<W>(kColumns * job.most_inputs * Vectors<W>::kParts);
     const int64_t scores = job.scores_of_block(threads());
+    partial_ = shared.take<float>(split_floats(M, threads()));
     scores_ = job.spilled ? job.scratch + block() * scores : shared.take<float>(scores);
     for (int64_t i = thread(); i < kColumns * job.most_inputs * Vectors<W>::kParts; i += threads()) windows_[i] = 0;
     sync_block();
@@ -85,23 +86,27 @@ class Images {
     if (kind == Kind::kAttention) return attend(i, y, x0);
     each(x0, x1, job_.planes[i.dst].channels, [&](int64_t image, int64_t x, int64_t c) {
       const float* from = at(i.src, image, y, x);
-      const float* pair = from + c / kChannelBlock * 2 * kChannelBlock + c % kChannelBlock;
       float v = 0;
-      if (kind == Kind::kGate)
-        v = gate(pair[0], pair[kChannelBlock]);
-      else if (kind == Kind::kGlu)
-        v = pair[0] / (1 + expf(-pair[kChannelBlock]));
-      else if (kind == Kind::kRelu)
-        v = from[c] > 0 || from[c] != from[c] ? from[c] : 0.0f;
-      else if (kind == Kind::kElu)
-        v = from[c] > 0 ? from[c] : expm1f(from[c]);
-      else
+      if (kind == Kind::kAdd)
         v = from[c] + at(i.other, image, y, x)[c];
+      else if (kind == Kind::kRelu || kind == Kind::kElu)
+        v = activated(kind, from[c], 0);
+      else
+        v = activated(kind, from[row_of_pair(c)], from[row_of_pair(c) + kChannelBlock]);
       at(i.dst, image, y, x)[c] = v;
     });
   }
 
-  // dst = bias + other + matrix * window of src: for kColumns pixels or images at a time, this block's share of rows.
+  // b: the second half of a gate.
+  FASTGEN_DEVICE static float activated(Kind kind, float a, float b) {
+    if (kind == Kind::kGate) return gate(a, b);
+    if (kind == Kind::kGlu) return a / (1 + expf(-b));
+    if (kind == Kind::kRelu) return a > 0 || a != a ? a : 0.0f;
+    return a > 0 ? a : expm1f(a);
+  }
+
+  // dst = bias + other + matrix * window of src, or an activation of that: for kColumns pixels or images at a time,
+  // this block's share of rows.
   FASTGEN_DEVICE void convolve(const Instruction& i, int64_t y, int64_t x0, int64_t x1) {
     const Matrix& m = job_.matrices[i.matrix];
     const Tiles tiles = m.tiles();
@@ -116,13 +121,35 @@ class Images {
                     k < inputs ? at(i.src, image, y + i.dy, x + i.dx)[k] : 0.0f);
       }
       sync_block();
-      const auto finish = [&](int row, int n, float v) {
-        const int64_t image = (begin + n) / (x1 - x0), x = x0 + (begin + n) % (x1 - x0);
+      const W* w = static_cast<const W*>(job_.weights) + m.at;
+      const Kind then = static_cast<Kind>(i.then);
+      const auto image_of = [&](int n) { return (begin + n) / (x1 - x0); };
+      const auto result = [&](int n) { return at(i.dst, image_of(n), y, x0 + (begin + n) % (x1 - x0)); };
+      const auto whole = [&](int64_t row, int n, float v) {
+        const int64_t image = image_of(n);
         if (i.bias >= 0) v += job_.biases[(job_.own_biases ? first_ + image : 0) * job_.bias_size + i.bias + row];
-        if (i.other >= 0) v += at(i.other, image, y, x)[row];
-        at(i.dst, image, y, x)[row] = v;
+        if (i.other >= 0) v += at(i.other, image, y, x0 + (begin + n) % (x1 - x0))[row];
+        return v;
       };
-      product<M>(tiles, static_cast<const W*>(job_.weights) + m.at, windows, live, finish, rank_, job_.cluster);
+      if (m.pairs)
+        split_product<M, true>(tiles, w, windows, live, rank_, job_.cluster, partial_,
+                               [&](int unit, int n, float a, float b) {
+                                 const int64_t row = row_of_pair(unit);
+                                 float* to = result(n);
+                                 a = whole(row, n, a);
+                                 b = whole(row + kChannelBlock, n, b);
+                                 if (i.then >= 0) {
+                                   to[unit] = activated(then, a, b);
+                                 } else {
+                                   to[row] = a;
+                                   to[row + kChannelBlock] = b;
+                                 }
+                               });
+      else
+        split_product<M>(tiles, w, windows, live, rank_, job_.cluster, partial_, [&](int row, int n, float v) {
+          v = whole(row, n, v);
+          result(n)[row] = i.then >= 0 ? activated(then, v, 0) : v;
+        });
       sync_block();
     }
   }
@@ -248,7 +275,7 @@ class Images {
   const int64_t first_;
   const int count_;
   W* windows_;
-  float* scores_;
+  float *partial_, *scores_;
 };
 
 }  // namespace fastgen::pixelcnn

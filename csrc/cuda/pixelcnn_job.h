@@ -23,13 +23,18 @@ struct Plane {
 // What the fields mean depends on the kind: see fastgen/ops/pixel_program.py.
 struct Instruction {
   int64_t kind, per_pixel, dst, src, other, matrix, bias, dy, dx, extra;
+  int64_t then;  // the kind of an activation of the convolution's result, or -1
 };
 
 struct Matrix {
-  int64_t rows, inputs, at;  // stored rows; the first weight
+  int64_t rows, inputs, at, pairs;  // stored rows; the first weight; whether the rows are a gate's halves
 
-  FASTGEN_HOST_DEVICE Tiles tiles() const { return {rows, inputs, false}; }
+  FASTGEN_HOST_DEVICE Tiles tiles() const { return {pairs ? rows / 2 : rows, inputs, pairs != 0}; }
 };
+// The stored row of a unit of a pair's first half; that of its second is kChannelBlock further.
+FASTGEN_HOST_DEVICE inline int64_t row_of_pair(int64_t unit) {
+  return unit / kChannelBlock * 2 * kChannelBlock + unit % kChannelBlock;
+}
 
 struct Job {
   int cluster, images_each;  // blocks that draw the same images, and how many
@@ -52,7 +57,8 @@ struct Job {
 
   // Of shared memory in a block: windows, and the scores of an attention.
   int64_t shared_bytes(int64_t columns, int threads) const {
-    return round_up(columns * most_inputs * 4, 16) + (spilled ? 0 : round_up(scores_of_block(threads) * 4, 16));
+    return round_up(columns * most_inputs * 4, 16) + columns / 4 * 2 * threads * 4 +
+           (spilled ? 0 : round_up(scores_of_block(threads) * 4, 16));
   }
   FASTGEN_HOST_DEVICE int64_t scores_of_block(int threads) const { return (threads / 32) * scores; }
 };
@@ -63,17 +69,51 @@ inline std::vector<Matrix> matrices_of(const std::vector<int64_t>& shapes) {
   int64_t at = 0;
   for (size_t i = 0; i < shapes.size(); i += kMatrixInts) {
     const int64_t rows = stored_rows(shapes[i], shapes[i + 1]);
-    matrices.push_back({rows, shapes[i + 2] * round_up(shapes[i + 3], kChannelBlock), at});
+    matrices.push_back({rows, shapes[i + 2] * round_up(shapes[i + 3], kChannelBlock), at, shapes[i + 1] == 2});
     at += matrices.back().tiles().size();
   }
-  matrices.push_back({0, 0, at});  // the end
+  matrices.push_back({0, 0, at, 0});  // the end
   return matrices;
+}
+
+// The instructions (kInstructionInts numbers each), of which an activation is part of the convolution before it where
+// nothing else reads what that gives: one meeting of the blocks less.
+inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const std::vector<Matrix>& matrices) {
+  std::vector<Instruction> all;
+  for (size_t i = 0; i < numbers.size(); i += kInstructionInts) {
+    const int64_t* n = numbers.data() + i;
+    all.push_back({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], -1});
+  }
+  std::vector<Instruction> kept;
+  for (size_t i = 0; i < all.size(); ++i) {
+    kept.push_back(all[i]);
+    if (i + 1 == all.size() || static_cast<Kind>(all[i].kind) != Kind::kConv) continue;
+    const Instruction& next = all[i + 1];
+    const Kind kind = static_cast<Kind>(next.kind);
+    const bool of_pairs = kind == Kind::kGate || kind == Kind::kGlu, of_one = kind == Kind::kRelu || kind == Kind::kElu;
+    bool joins = next.src == all[i].dst && next.per_pixel == all[i].per_pixel &&
+                 (matrices[all[i].matrix].pairs ? of_pairs : of_one);
+    for (size_t j = 0; j < all.size(); ++j)
+      if (j != i && j != i + 1) joins = joins && all[j].src != all[i].dst && all[j].other != all[i].dst;
+    if (!joins) continue;
+    kept.back().then = next.kind;
+    kept.back().dst = next.dst;
+    ++i;
+  }
+  return kept;
 }
 
 inline int64_t most_inputs_of(const std::vector<Matrix>& matrices) {
   int64_t most = 0;
   for (const Matrix& m : matrices) most = std::max(most, m.tiles().padded());
   return most;
+}
+
+// Where the weight of a stored row and an input lies in a matrix.
+inline int64_t place(const Matrix& m, int64_t row, int64_t input) {
+  if (!m.pairs) return m.tiles().at(row, 0, input);
+  const int64_t unit = row / (2 * kChannelBlock) * kChannelBlock + row % kChannelBlock;
+  return m.tiles().at(unit, row / kChannelBlock % 2, input);
 }
 
 // weights: (rows, taps, channels) each; out: zeros.
@@ -88,7 +128,7 @@ void pack(const std::vector<const float*>& weights, const std::vector<int64_t>& 
       for (int64_t tap = 0; row >= 0 && tap < taps; ++tap)
         for (int64_t c = 0; c < channels; ++c)
           convert(weights[m][(row * taps + tap) * channels + c],
-                  out + matrices[m].at + matrices[m].tiles().at(r, 0, tap * padded + c));
+                  out + matrices[m].at + place(matrices[m], r, tap * padded + c));
     }
   }
 }

@@ -82,27 +82,67 @@ FASTGEN_DEVICE void multiply_tile(const float* w, int64_t steps, const Vectors<f
     }
 }
 
-// finish(unit, vector, sum), or finish(unit, vector, sum, second sum) where units are pairs, by one thread for each
-// unit and each of the first `live` of 4 M vectors. All threads of a block take part; of `ranks` blocks, each does a
-// share.
+// finish(unit, vector, sum), or finish(unit, vector, sum, second sum) where units are pairs, by the lanes of a warp
+// that has a tile's sums, for each of its units and each of the first `live` vectors.
+template <int M, bool kPairs, class F>
+FASTGEN_DEVICE void finish_tile(const Tiles& m, int64_t tile, const float (&sums)[2][M], int live, F&& finish) {
+  const int lane = thread() % 32;
+  const int64_t unit = tile * (kPairs ? kTileRows / 2 : kTileRows) + lane / 4;
+  for (int i = 0; i < M; ++i) {
+    const int n = 4 * i + lane % 4;
+    if (n >= live) continue;
+    if constexpr (kPairs) {
+      if (unit < m.units) finish(static_cast<int>(unit), n, sums[0][i], sums[1][i]);
+    } else {
+      for (int h = 0; h < 2; ++h)
+        if (unit + 8 * h < m.units) finish(static_cast<int>(unit) + 8 * h, n, sums[h][i]);
+    }
+  }
+}
+
+// A warp for each tile; of at most 4 M vectors. All threads of a block take part.
 template <int M, bool kPairs = false, class W, class F>
-FASTGEN_DEVICE void product(const Tiles& m, const W* w, const Vectors<W>& x, int live, F&& finish, int rank = 0,
-                            int ranks = 1) {
-  const int warps = threads() / 32, lane = thread() % 32;
-  for (int64_t tile = rank * warps + thread() / 32; tile < m.count(); tile += ranks * warps) {
+FASTGEN_DEVICE void product(const Tiles& m, const W* w, const Vectors<W>& x, int live, F&& finish) {
+  for (int64_t tile = thread() / 32; tile < m.count(); tile += threads() / 32) {
     float sums[2][M] = {};
     multiply_tile<M>(w + tile * kTileRows * m.padded(), m.padded() / kTileInputs, x, live, sums);
-    const int64_t unit = tile * (kPairs ? kTileRows / 2 : kTileRows) + lane / 4;
-    for (int i = 0; i < M; ++i) {
-      const int n = 4 * i + lane % 4;
-      if (n >= live) continue;
-      if constexpr (kPairs) {
-        if (unit < m.units) finish(static_cast<int>(unit), n, sums[0][i], sums[1][i]);
-      } else {
-        for (int h = 0; h < 2; ++h)
-          if (unit + 8 * h < m.units) finish(static_cast<int>(unit) + 8 * h, n, sums[h][i]);
-      }
+    finish_tile<M, kPairs>(m, tile, sums, live, finish);
+  }
+}
+
+// The same, where `ranks` blocks share the tiles and several warps a tile's inputs, so that each weight's way from
+// memory is waited for once. partial: shared memory, split_floats(M, threads()) of it.
+FASTGEN_HOST_DEVICE inline int64_t split_floats(int m, int threads) { return int64_t{threads} * 2 * m; }
+
+template <int M, bool kPairs = false, class W, class F>
+FASTGEN_DEVICE void split_product(const Tiles& m, const W* w, const Vectors<W>& x, int live, int rank, int ranks,
+                                  float* partial, F&& finish) {
+  const int warps = threads() / 32, warp = thread() / 32, lane = thread() % 32;
+  const int64_t steps = m.padded() / kTileInputs, own = (m.count() - rank + ranks - 1) / ranks;
+  int parts = 1;
+  while (2 * parts * own <= warps && 2 * parts <= steps) parts *= 2;
+  const int part = warp % parts, at_once = warps / parts;
+  for (int64_t begin = 0; begin < own; begin += at_once) {
+    const int64_t nth = begin + warp / parts, tile = rank + ranks * nth;
+    const bool works = warp / parts < at_once && nth < own;
+    float sums[2][M] = {};
+    if (works) {
+      const int64_t from = steps * part / parts;
+      const Vectors<W> inputs{x.data + from * kTileInputs * Vectors<W>::kParts, x.length};
+      multiply_tile<M>(w + (tile * m.padded() + from * kTileInputs) * kTileRows, steps * (part + 1) / parts - from,
+                       inputs, live, sums);
     }
+    if (parts > 1) {
+      float* of_warp = partial + int64_t{warp} * 2 * M * 32 + lane;
+      for (int h = 0; h < 2; ++h)
+        for (int i = 0; i < M; ++i) of_warp[(h * M + i) * 32] = sums[h][i];
+      sync_block();
+      for (int p = 1; part == 0 && p < parts; ++p)
+        for (int h = 0; h < 2; ++h)
+          for (int i = 0; i < M; ++i) sums[h][i] += of_warp[((p * 2 + h) * M + i) * 32];
+    }
+    if (works && part == 0) finish_tile<M, kPairs>(m, tile, sums, live, finish);
+    if (parts > 1) sync_block();
   }
 }
 

@@ -34,7 +34,8 @@ void run() {
   job.last_row = option("last_row");
   job.memory_size = option("memory_size");
   job.bias_size = option("bias_size");
-  job.instruction_count = instructions.size() / fastgen::kInstructionInts;
+  const std::vector<Instruction> kept = fused(instructions, matrices);
+  job.instruction_count = kept.size();
   job.most_inputs = most_inputs_of(matrices);
   job.scores = job.height * job.width;
   job.spilled = option("spilled");
@@ -49,7 +50,7 @@ void run() {
   job.temperature = option<float>("temperature");
   job.log_scale_min = option<float>("log_scale_min");
   job.planes = reinterpret_cast<const Plane*>(planes.data());
-  job.instructions = reinterpret_cast<const Instruction*>(instructions.data());
+  job.instructions = kept.data();
   job.matrices = matrices.data();
   job.weights = packed.data();
   job.biases = biases.data();

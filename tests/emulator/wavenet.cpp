@@ -36,8 +36,7 @@ void run() {
   auto history = read<float>("history"), last_value = read<float>("last_value"),
        given_value = read<float>("given_value");
   auto last_class = read<int64_t>("last_class"), given_class = read<int64_t>("given_class");
-  const Plan plan{option<int>("cluster"), option<int>("tile"), option<int>("tiles"), kResident,
-                  option("spilled") != 0};
+  const Plan plan{option<int>("cluster"), option<int>("tile"), option<int>("tiles"), kResident, option("spilled") != 0};
   Job job(s, plan);
   job.distribution = static_cast<Distribution>(option<int>("distribution"));
   job.temperature = option<float>("temperature");
