@@ -3,14 +3,15 @@
 # make check  lint, format and types
 # make gpu    on a machine with a GPU, with the python (GPU_PYTHON) that has a CUDA torch, triton, numpy,
 #             pytest and hypothesis:
-#             gpu-test, gpu-check (compute-sanitizer) and gpu-bench, each also alone; OUT is where the figures go,
-#             ONLY a regular expression for the names of what is measured
+#             gpu-test (in GPU_JOBS processes), gpu-check (compute-sanitizer) and gpu-bench, each also alone; OUT is
+#             where the figures go, ONLY a regular expression for the names of what is measured
 # make gpu-tune  there too: measure the kernels' tiles and write the table that they read (minutes)
 # make bench  the benchmarks, and the README's table from them
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 JOBS ?= 2
+GPU_JOBS ?= 12
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
@@ -30,8 +31,16 @@ gpu-installed:
 	FASTGEN_BUILD=none $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(GPU_PYTHON) csrc/cuda/build.py fastgen/_cuda.so
 
+ON_GPU = FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest
+GPU_TESTS = $(patsubst %,tests/test_%.py,gpu gpu_generation triton_paths affine_coupling actnorm nearest_code \
+	vector_quantize code_statistics wavenet_layer masked_conv2d)
+# all but what fills the GPU in GPU_JOBS processes, since most of the time goes into compiling kernels
 gpu-test: gpu-installed
-	FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_gpu_generation.py $(ARGS)
+	+$(MAKE) --jobs $(GPU_JOBS) --keep-going --output-sync $(patsubst %,gpu-shard-%,$(shell seq $(GPU_JOBS)))
+	$(ON_GPU) tests/test_gpu.py -k beyond $(ARGS)
+
+gpu-shard-%:
+	FASTGEN_TEST_SHARD=$*/$(GPU_JOBS) $(ON_GPU) $(GPU_TESTS) -k "not beyond" $(ARGS)
 
 SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda compute-sanitizer \
 	--error-exitcode 1

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .functions import sigmoid, tanh
-from .launch import precision_of, splits_for
+from .launch import MOST_SHARED, fitted, precision_of, shared_memory, splits_for, staged
 from .tuning import tuned
 
 
@@ -253,13 +253,20 @@ def power_within(n: int, least: int, most: int) -> int:
     return int(min(most, max(least, triton.next_power_of_2(n))))
 
 
-def tile_for(rows: int, columns: int, inner: int, bits: int) -> dict[str, int]:
+def shared_by(tile: dict[str, int], bits: int, limit: int) -> int:
+    operands = (tile["ROWS"] + tile["COLUMNS"]) * tile["CHUNK"] * bits // 8
+    return staged(operands, tile["num_stages"], limit)
+
+
+def tile_for(rows: int, columns: int, inner: int, bits: int, limit: int = MOST_SHARED) -> dict[str, int]:
     """ROWS, COLUMNS and CHUNK of a product, and how it is run: what tensor cores want and shared memory holds."""
     tile = {
         "ROWS": power_within(rows, 16, 128), "COLUMNS": power_within(columns, 16, 128),
         "CHUNK": power_within(inner, 16, 1024 // bits),
     }  # fmt: skip
-    return tile | {"num_warps": 8 if tile["ROWS"] * tile["COLUMNS"] > 4096 else 4, "num_stages": 3}
+    few = 4096 if bits == 16 else 1024  # results, whose operands four warps have registers for
+    tile |= {"num_warps": 8 if tile["ROWS"] * tile["COLUMNS"] > few else 4, "num_stages": 3}
+    return fitted(tile, limit, lambda t: shared_by(t, bits, limit))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -302,7 +309,8 @@ def conv(
     """
     _, channels, columns = weight.shape
     pixels = x.numel() // channels
-    options = tuned("conv", x, (pixels, columns, channels), tile_for(pixels, columns, channels, 8 * x.element_size()))
+    sizes = pixels, columns, channels
+    options = tuned("conv", x, sizes, tile_for(*sizes, 8 * x.element_size(), shared_memory(x)))
     _conv[(triton.cdiv(pixels, options["ROWS"]), triton.cdiv(columns, options["COLUMNS"]))](
         x, weight, bias, added, out, pixels, shape.height, shape.width, channels, columns, shape.taps,
         *shape.tap_arguments(), BIASED=bias is not None, ADDED=added is not None, LAST=last, FLIP=flip,
@@ -319,8 +327,8 @@ def gated_conv(
     """
     _, channels, columns = weight.shape
     pixels = x.numel() // channels
-    options = tile_for(pixels, columns, channels, 8 * x.element_size())
-    options = tuned("gated_conv", x, (pixels, columns, channels), options)
+    sizes = pixels, columns, channels
+    options = tuned("gated_conv", x, sizes, tile_for(*sizes, 8 * x.element_size(), shared_memory(x)))
     tiles = triton.cdiv(pixels, options["ROWS"])
     partial = x.new_empty(columns, tiles if grad is not None else 0, dtype=torch.float32)
     spread = is_spread(cond, shape)
@@ -355,7 +363,8 @@ def grad_weight(
 ) -> Tensor:
     """-> (taps, rows, C) float32, of grad [image][pixel][rows] and x [image][pixel][C], or channels before pixels."""
     pixels = x.numel() // channels
-    options = tuned("grad_weight", x, (rows, channels, pixels), tile_for(rows, channels, pixels, 8 * x.element_size()))
+    sizes = rows, channels, pixels
+    options = tuned("grad_weight", x, sizes, tile_for(*sizes, 8 * x.element_size(), shared_memory(x)))
     channel_tiles = triton.cdiv(channels, options["COLUMNS"])
     programs = triton.cdiv(rows, options["ROWS"]) * channel_tiles
     share, splits = splits_for(programs * max(shape.taps, 1), triton.cdiv(pixels, options["CHUNK"]))

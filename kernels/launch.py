@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -10,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+MOST_SHARED = 227 << 10  # bytes of shared memory for a program, on Hopper and Blackwell
+BARRIERS = 2048  # bytes of it beside the tiles
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -41,6 +46,32 @@ def sum_rows(x: Tensor) -> Tensor:
 def precision_of(x: Tensor) -> str:
     """Products of float32 are exact unless PyTorch's own may be rounded to TF32; those of 16 bits always are."""
     return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that a program may take on x's device."""
+    return _shared_memory(x.device) if x.is_cuda else MOST_SHARED
+
+
+def staged(bytes_of_tile: int, stages: int, limit: int) -> int:
+    """Shared memory of a loop over tiles. Tensor cores before Hopper's take the last one from registers."""
+    return bytes_of_tile * (stages if limit >= MOST_SHARED else max(1, stages - 1))
+
+
+def fitted(
+    tile: dict[str, int], limit: int, needed: Callable[[dict[str, int]], int], smaller: str = "CHUNK"
+) -> dict[str, int]:
+    """The tile with as many stages, and then of one side as much, as leave `needed` bytes of it within the limit."""
+    while needed(tile) + BARRIERS > limit:
+        less = {"num_stages": tile["num_stages"] - 1} if tile["num_stages"] > 2 else {smaller: tile[smaller] // 2}
+        tile = tile | less
+    return tile
 
 
 def splits_for(programs: int, tiles: int, most: int = 64) -> tuple[int, int]:

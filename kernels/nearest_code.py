@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgen.ops.nearest_code import PRECISIONS
 
-from .launch import INTERPRETED, on_device
+from .launch import INTERPRETED, MOST_SHARED, fitted, on_device, shared_memory, staged
 from .tuning import tuned
 
 NO_DIRECTION = tl.constexpr(1e-30)  # vectors no longer than this are zero to the cosine
@@ -327,10 +327,18 @@ def keep_for(codes: int) -> int:
     return 4 if codes <= 2048 else 8
 
 
-def scan_options(chunk_bytes: int) -> dict[str, int]:
+def shared_by(tile: dict[str, int], chunk_bytes: int, whole: bool, limit: int) -> int:
+    """Rows that are held whole are in shared memory once."""
+    rows, codes = tile["ROWS"] * chunk_bytes, tile["CODES"] * chunk_bytes
+    stages = tile["num_stages"]
+    return rows + staged(codes, stages, limit) if whole else staged(rows + codes, stages, limit)
+
+
+def scan_options(chunk_bytes: int, whole: bool = True, limit: int = MOST_SHARED) -> dict[str, int]:
     """Tile of the scan, and how it is run: as many rows as leave their leaders in registers."""
     rows, codes = (16, 16) if INTERPRETED else (128, 64)
-    return {"ROWS": rows, "CODES": codes, "num_warps": 8, "num_stages": 3 if chunk_bytes <= 256 else 2}
+    tile = {"ROWS": rows, "CODES": codes, "num_warps": 8, "num_stages": 3 if chunk_bytes <= 256 else 2}
+    return fitted(tile, limit, lambda t: shared_by(t, chunk_bytes, whole, limit), smaller="ROWS")
 
 
 def splits_for(rows: int, codes: int, tile_rows: int, tile_codes: int, processors: int) -> tuple[int, int]:
@@ -387,7 +395,8 @@ def nearest_code(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precis
         codes, code_norm, code_lost, code_length, offset = _rounded(codebook, centre, dtype, cosine, True)
         short, norm, lost, length, _ = _rounded(x, centre, dtype, cosine, False)
         chunk, width, keep = min(chunk_for(dim), 512 // dtype.itemsize), short.shape[1], keep_for(count)
-        options = tuned("scan", short, (rows, count, width), scan_options(chunk * dtype.itemsize))
+        heuristic = scan_options(chunk * dtype.itemsize, width == chunk, shared_memory(x))
+        options = tuned("scan", short, (rows, count, width), heuristic)
         tile_rows, tile_codes = options["ROWS"], options["CODES"]
         tiles, splits = splits_for(rows, count, tile_rows, tile_codes, processors(x))
         value, behind = (x.new_empty(rows, splits, keep, dtype=torch.float32) for _ in range(2))

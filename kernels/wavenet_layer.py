@@ -36,7 +36,7 @@ from .gated_causal_conv1d import (
     shape_of,
     through_taps,
 )
-from .launch import on_device, precision_of
+from .launch import MOST_SHARED, fitted, on_device, precision_of, shared_memory, staged
 from .tuning import tuned
 
 MOST_GATES = 256  # of a sample, on chip
@@ -123,14 +123,24 @@ def _layer(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def options_for(gates: int, channels: int, bits: int) -> dict[str, int]:
-    """Tile of a program: as many samples as leave both halves of their gates in registers."""
+def shared_by(tile: dict[str, int], bits: int, limit: int) -> int:
+    """Of the larger product."""
+    gate = (tile["ROWS"] + 2 * tile["GATES"]) * tile["CHUNK"]
+    outs = (tile["ROWS"] + tile["GATES"]) * tile["OUTS"]
+    return staged(max(gate, outs) * bits // 8, tile["num_stages"], limit)
+
+
+def options_for(
+    gates: int, channels: int, bits: int, limit: int = MOST_SHARED, *, backward: bool = False
+) -> dict[str, int]:
+    """Tile of a program: as many samples as leave both halves of their gates, and a gradient's, in registers."""
     across = power_within(gates, 16, MOST_GATES)
-    rows = min(128, (16384 if bits == 16 else 4096) // across)
-    return {
+    rows = min(128, (4096 if bits == 32 else 8192 if backward else 16384) // across)
+    tile = {
         "ROWS": rows, "GATES": across, "CHUNK": power_within(channels, 16, 1024 // bits),
         "OUTS": 1024 // bits, "num_warps": 8 if rows * across > 4096 else 4, "num_stages": 3 if across < 256 else 2,
     }  # fmt: skip
+    return fitted(tile, limit, lambda t: shared_by(t, bits, limit))
 
 
 def _run(
@@ -142,7 +152,8 @@ def _run(
     gates, pixels = out_weight.shape[1], x.shape[0] * x.shape[2]
     kernel = "layer" if backward is None else "layer_backward"
     sizes = (gates, x.shape[1], skip.shape[1])
-    options = tuned(kernel, x, sizes, options_for(gates, x.shape[1], 8 * x.element_size()))
+    heuristic = options_for(gates, x.shape[1], 8 * x.element_size(), shared_memory(x), backward=backward is not None)
+    options = tuned(kernel, x, sizes, heuristic)
     programs = triton.cdiv(pixels, options["ROWS"])
     partial = x.new_empty(2 * gates, programs if backward else 0, dtype=torch.float32)
     spread = is_spread(cond, shape)

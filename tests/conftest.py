@@ -69,6 +69,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:.*deterministic")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """FASTGEN_TEST_SHARD=2/8: the second of eight shares of the tests."""
+    which, _, shares = os.environ.get("FASTGEN_TEST_SHARD", "1/1").partition("/")
+    config.hook.pytest_deselected(items=[t for i, t in enumerate(items) if i % int(shares) != int(which) - 1])
+    items[:] = items[int(which) - 1 :: int(shares)]
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> Iterator[None]:
     """Same seeds for every test, whatever ran before; thread count and default dtype as they were."""

@@ -1,0 +1,285 @@
+"""Machine code of the Triton kernels, compiled without a GPU: every kernel for every architecture and dtype."""
+
+import ast
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_code import ARCHITECTURES, Launch, instructions, recorded
+from op_helpers import INTERPRETED
+
+from fastgen.ops.affine_coupling import LAYOUTS, SCALES
+from fastgen.ops.nearest_code import PRECISIONS
+
+pytest.importorskip("triton", reason="pip install triton==3.6.0")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in the interpreter")
+
+F32, BF16, F16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDTH = {F32: 16, BF16: 128, F16: 64}  # channels: float32's products, which take no tensor cores, are long loops
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+STACK = 12  # stores to it: a few numbers are put there by ptxas even where registers are free, of a tile hundreds
+PRODUCTS = ("_conv", "_gated_conv", "_grad_weight", "_layer", "_scan")
+SAME_IN_ALL = ("_sum_rows", "_settle", "_scan")  # whatever the dtype, they see the same
+GATHERS = ("_settle",)  # single numbers from here and there
+
+
+def affine_coupling(dtype, scale="tanh", layout="scale_shift", masked=False) -> list[Launch]:
+    from fastgen.kernels import affine_coupling as module
+
+    x = torch.empty(4, 32, 16, 64, dtype=dtype)
+    parts = 1 if scale == "none" else 2
+    params = torch.empty(4, parts * (32 if masked else 16), 16, 64, dtype=dtype)
+    mask = torch.ones(1, 32, 16, 64, dtype=torch.bool) if masked else None
+    options = SCALES.index(scale), 1.5, LAYOUTS.index(layout), False
+    with recorded(module) as launches:
+        module.affine_coupling(x, params, mask, *options, False)
+        module.affine_coupling_backward(x, torch.empty(4), x, params, mask, *options, True)
+    return launches
+
+
+def actnorm(dtype) -> list[Launch]:
+    from fastgen.kernels import actnorm as module
+
+    x, v = torch.empty(64, 32, 64, 64, dtype=dtype), torch.empty(32)
+    with recorded(module) as launches:
+        module.actnorm(x, v, v, v)
+        module.actnorm_backward(x, x, v)
+    return launches
+
+
+def vector_quantize(dtype, rotation=False, masked=False) -> list[Launch]:
+    from fastgen.kernels import nearest_code, vector_quantize
+
+    x, codebook = torch.empty(512, 64, dtype=dtype), torch.zeros(128, 64, dtype=dtype)
+    mask = torch.ones(512, dtype=torch.bool) if masked else None
+    with recorded(nearest_code, vector_quantize) as launches:
+        vector_quantize.vector_quantize(x, codebook, mask, False, False)
+        vector_quantize.vector_quantize_backward(x, torch.zeros(()), x, x, mask, rotation)
+    return [launch for launch in launches if launch.kernel.__name__ in ("_gather", "_backward")]
+
+
+def nearest_code(dtype, size=(65536, 8192, 256), cosine=False, precision="ieee") -> list[Launch]:
+    from fastgen.kernels import nearest_code as module
+
+    rows, codes, dim = size
+    with recorded(module) as launches:
+        module.nearest_code(
+            torch.empty(rows, dim, dtype=dtype), torch.zeros(codes, dim, dtype=dtype), cosine, False,
+            PRECISIONS.index(precision),
+        )  # fmt: skip
+    return launches
+
+
+def code_statistics(dtype, subtract=False) -> list[Launch]:
+    from fastgen.kernels import code_statistics as module
+
+    x, indices = torch.empty(4096, 64, dtype=dtype), torch.zeros(4096, dtype=torch.int64)
+    with recorded(module) as launches:
+        module.code_statistics(x, x if subtract else None, indices, 512)
+    return launches
+
+
+def gated_causal_conv1d(dtype, dilation=1, channels=0) -> list[Launch]:
+    from fastgen.kernels import convolution
+    from fastgen.kernels import gated_causal_conv1d as module
+
+    channels = channels or max(32, WIDTH[dtype])
+    x, weight = (torch.empty(size, dtype=dtype) for size in ((2, channels, 4096), (2 * channels, channels, 2)))
+    bias, cond = torch.empty(2 * channels, dtype=dtype), torch.empty(2, 2 * channels, 4096, dtype=dtype)
+    with recorded(convolution) as launches:
+        module.gated_causal_conv1d(x, weight, bias, cond, dilation)
+        module.gated_causal_conv1d_backward(x, x, weight, bias, cond, dilation)
+    return launches
+
+
+def wavenet_layer(dtype, dilation=1, channels=0, skips=256) -> list[Launch]:
+    from fastgen.kernels import convolution
+    from fastgen.kernels import wavenet_layer as module
+
+    channels = channels or WIDTH[dtype]
+    x, skip = (torch.empty(2, n, 4096, dtype=dtype) for n in (channels, skips))
+    weights = [torch.empty(size, dtype=dtype) for size in ((2 * channels, channels, 2), (channels + skips, channels))]
+    bias, out_bias = (w.new_empty(w.shape[0]) for w in weights)
+    cond = torch.empty(2, 2 * channels, 1, dtype=dtype)
+    args = x, weights[0], bias, weights[1], out_bias, cond, dilation
+    with recorded(convolution, module) as launches:
+        module.wavenet_layer(*args)
+        module.wavenet_layer_backward(x, skip, *args)
+    return launches[:5]  # the rest is as in gated_causal_conv1d
+
+
+def masked_conv2d(dtype, gated=False, channels=0) -> list[Launch]:
+    from fastgen.kernels import convolution
+    from fastgen.kernels import masked_conv2d as module
+
+    channels = channels or min(64, WIDTH[dtype])
+    x, weight = torch.empty(8, channels, 32, 32, dtype=dtype), torch.empty(2 * channels, channels, 5, 5, dtype=dtype)
+    bias, cond = torch.empty(2 * channels, dtype=dtype), torch.empty(8, 2 * channels, 32, 32, dtype=dtype)
+    with recorded(convolution) as launches:
+        if gated:
+            out, kept = module.gated_masked_conv2d(x, weight, bias, cond, 1, 1, True)
+            module.masked_conv2d_backward(out, kept, x, weight, cond, 1, 1, True)
+        else:
+            out = module.masked_conv2d(x, weight, bias, 1, 1)
+            module.masked_conv2d_backward(out, None, x, weight, None, 1, 1, True)
+    return launches
+
+
+def sums(dtype) -> list[Launch]:
+    from fastgen.kernels import launch
+
+    with recorded() as launches:
+        launch.sum_rows(torch.empty(8, 4096))
+    return launches
+
+
+def channels_first(op: Callable[..., list[Launch]], dtype: torch.dtype) -> list[Launch]:
+    return [launch for launch in op(dtype, dilation=64) if not launch.arguments.get("LAST", True)]
+
+
+CASES = {  # compiled for every architecture in every dtype
+    "affine_coupling": affine_coupling,
+    "actnorm": actnorm,
+    "vector_quantize": vector_quantize,
+    "nearest_code": nearest_code,
+    "code_statistics": code_statistics,
+    "gated_causal_conv1d": gated_causal_conv1d,
+    "wavenet_layer": wavenet_layer,
+    "gated_masked_conv2d": lambda dtype: masked_conv2d(dtype, gated=True)[:2],  # the rest is as above
+    "sums": sums,
+}
+VARIANTS = {  # each for some, since what differs is not what differs between those
+    **{f"affine_coupling {s}": (partial(affine_coupling, scale=s), F16, 90) for s in ("exp", "sigmoid", "none")},
+    **{f"affine_coupling {s}": (partial(affine_coupling, layout=s), BF16, 100) for s in LAYOUTS[1:]},
+    "affine_coupling masked": (partial(affine_coupling, masked=True), F32, 80),
+    "vector_quantize masked rotation": (partial(vector_quantize, masked=True, rotation=True), BF16, 80),
+    "nearest_code cosine": (partial(nearest_code, size=(8192, 1024, 64), cosine=True), F32, 80),
+    "nearest_code 8": (partial(nearest_code, size=(4096, 1024, 8)), BF16, 100),
+    "nearest_code 400": (partial(nearest_code, size=(4096, 8192, 400)), F16, 90),
+    "nearest_code tf32": (partial(nearest_code, size=(8192, 1024, 128), precision="tf32"), F32, 90),
+    "nearest_code bf16": (partial(nearest_code, precision="bf16"), BF16, 90),
+    "code_statistics less": (partial(code_statistics, subtract=True), BF16, 80),
+    **{
+        f"{op.__name__} aligned {a}": (partial(channels_first, op), BF16, a)
+        for op in (gated_causal_conv1d, wavenet_layer)
+        for a in ARCHITECTURES
+    },
+    "wavenet_layer 256": (partial(wavenet_layer, channels=256), F16, 90),
+    "masked_conv2d": (masked_conv2d, BF16, 90),
+    **{
+        f"{name} of 1": (partial(case, channels=1), BF16, 90)  # Triton makes a constant of an argument that is 1
+        for name, case in (
+            ("gated_causal_conv1d", gated_causal_conv1d), ("wavenet_layer", partial(wavenet_layer, skips=1)),
+            ("masked_conv2d", masked_conv2d), ("gated_masked_conv2d", partial(masked_conv2d, gated=True)),
+        )
+    },
+}  # fmt: skip
+ALL = {f"{name} {str(d)[6:]} {a}": (case, d, a) for name, case in CASES.items() for d in DTYPES for a in ARCHITECTURES}
+
+
+def expected_shared(launch: Launch, limit: int) -> int:
+    """By what the heuristics go by."""
+    from fastgen.kernels import convolution, nearest_code, wavenet_layer
+    from fastgen.kernels.launch import BARRIERS
+
+    tile, x = launch.arguments | launch.options, launch.arguments["x"]
+    if launch.kernel.__name__ == "_scan":
+        return BARRIERS + nearest_code.shared_by(tile, tile["CHUNK"] * x.element_size(), tile["WHOLE"], limit)
+    module = wavenet_layer if launch.kernel.__name__ == "_layer" else convolution
+    return BARRIERS + module.shared_by(tile, 8 * x.element_size(), limit)
+
+
+def spilled(code: list[str]) -> list[str]:
+    return [line for line in code if re.match(r"(@!?U?P\w+ )?STL", line)]
+
+
+@pytest.mark.parametrize("name", ALL | VARIANTS)
+def test_machine_code(name):
+    """Nothing is spilled, shared memory suffices, memory moves 16 bytes at a time, 16 bits go to tensor cores."""
+    case, dtype, architecture = (ALL | VARIANTS)[name]
+    seen = set()
+    for launch in case(dtype):
+        kernel = launch.kernel.__name__
+        if name in ALL and dtype != F32 and kernel in SAME_IN_ALL:
+            continue
+        compiled = launch.compile(architecture)
+        if compiled.hash in seen:
+            continue
+        seen.add(compiled.hash)
+        code = instructions(compiled)
+        text, what = "\n".join(code), f"{kernel} for sm_{architecture}"
+        assert len(spilled(code)) <= STACK, f"{what}: registers are spilled: {len(spilled(code))} stores"
+        assert compiled.metadata.shared <= SHARED_MEMORY[architecture], what
+        if kernel in PRODUCTS:
+            short = kernel == "_scan" or dtype != F32
+            product = TENSOR_CORES[architecture] if launch.arguments["ROWS"] >= 64 else "HMMA"
+            assert not short or product in text, f"{what}: no {product}"
+            assert compiled.metadata.shared <= expected_shared(launch, SHARED_MEMORY[architecture]), what
+        if kernel in GATHERS or name.endswith((" of 1", " 8")):
+            continue
+        if kernel in PRODUCTS:
+            assert "LDGSTS.E.BYPASS.128" in text, f"{what}: no asynchronous 128-bit loads"
+            assert "LDGSTS.E " not in text, f"{what}: narrow asynchronous loads"
+        elif kernel != "_sum_rows" or name.startswith("sums"):
+            assert "LDG.E.128" in text, f"{what}: no 128-bit loads"
+        if kernel in ("_forward", "_backward", "_gather", "_gate_grad"):
+            assert "STG.E.128" in text, f"{what}: no 128-bit stores"
+        if kernel == "_sum_segments":
+            assert "RED" not in text, f"{what}: atomics"
+            assert "ATOM" not in text, f"{what}: atomics"
+
+
+@pytest.mark.parametrize("limit", [99 << 10, 48 << 10])
+def test_tiles_fit_into_the_shared_memory_there_is(limit, monkeypatch):
+    """Ada and consumer Blackwell have 99 KiB for a program."""
+    from fastgen.kernels import convolution as conv
+    from fastgen.kernels import nearest_code as search
+    from fastgen.kernels import wavenet_layer as layer
+
+    for module in (conv, search, layer):
+        monkeypatch.setattr(module, "shared_memory", lambda x: limit)
+    for launch in (
+        wavenet_layer(BF16)[0], *(run for run in nearest_code(BF16) if run.kernel.__name__ == "_scan"),
+        gated_causal_conv1d(BF16)[0],
+    ):  # fmt: skip
+        assert launch.compile(86).metadata.shared <= min(limit, expected_shared(launch, limit))
+    for bits in (16, 32):
+        for channels in (1, 16, 64, 100, 256, 1000):
+            tile = conv.tile_for(5000, channels, channels, bits, limit)
+            assert conv.shared_by(tile, bits, limit) <= limit
+            assert tile["CHUNK"] >= 16
+            for backward in (False, True):
+                tile = layer.options_for(min(channels, 256), channels, bits, limit, backward=backward)
+                assert layer.shared_by(tile, bits, limit) <= limit
+                assert tile["CHUNK"] >= 16
+    for chunk_bytes in (32, 128, 256, 512):
+        for whole in (False, True):
+            tile = search.scan_options(chunk_bytes, whole, limit)
+            assert search.shared_by(tile, chunk_bytes, whole, limit) <= limit
+            assert tile["ROWS"] >= 16
+    assert conv.tile_for(5000, 128, 128, 16, 99 << 10) == conv.tile_for(5000, 128, 128, 16), "nothing to be saved"
+
+
+def test_every_kernel_that_is_launched_is_compiled():
+    """For every architecture in every dtype: `kernel[grid](...)` in kernels/*.py."""
+    from fastgen import kernels
+
+    launched = set()
+    for path in Path(str(kernels.__file__)).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                called = node.func.value
+                if isinstance(called, ast.Name) and called.id.startswith("_"):
+                    launched.add((path.stem, called.id))
+    compiled = {
+        (launch.kernel.fn.__module__.split(".")[-1], launch.kernel.__name__)
+        for case in CASES.values()
+        for launch in case(BF16)
+    }
+    missing = launched - compiled
+    assert launched, "no launches were found"
+    assert not missing, f"compiled in no case: {sorted(missing)}"
