@@ -125,7 +125,7 @@ def test_rows_that_the_scan_leaves_undecided(kind, dim, metric):
     centre = torch.randn(dim)
     near = centre + 1e-5 * torch.randn(40, dim)  # closer to each other than roundings are, in more lanes than are kept
     if kind == "ties":
-        codebook = torch.cat([near, near, torch.randn(50, dim) + 5])
+        codebook = torch.cat([near, near, torch.randn(90, dim) + 5])  # most, so that the centre is not amid the near
     else:
         codebook = torch.cat([near, torch.randn(50, dim) + 5])
         codebook[7] = 1e4 * torch.randn(dim)
