@@ -6,6 +6,9 @@
 // its layers for the next step, whose products then need only a vector's addition. Streams come in tiles, which share
 // each weight that is read; several tiles keep all blocks of the pipeline busy.
 //
+// On the chain nothing waits for global memory but the first layer's input: biases, uniforms and the rows of the queues
+// are in shared memory by then.
+//
 // A mailbox is written again only after the sample that its last content led to, so no answer need be awaited.
 #pragma once
 
@@ -61,25 +64,52 @@ class Block {
     z_ = vectors(shared, share_.layers(), job.lengths.z,
                  spilled ? reinterpret_cast<W*>(spilled + round_up(pending * sizeof(float), 16)) : nullptr);
     sum_ = shared.take<float>(N * job.shape.skip);
+    bias_ = shared.take<float>(int64_t{share_.layers()} * job.shape.residual);
+    queues_ = shared.take<Queue>(share_.layers());
+    for (int i = thread(); i < share_.layers() * job.shape.residual; i += threads())
+      bias_[i] = job.floats[job.layout.residual_bias + int64_t{share_.first} * job.shape.residual + i];
+    for (int own = thread(); own < share_.layers(); own += threads()) {
+      const int64_t dilation = job.dilations[share_.first + own], length = (job.shape.kernel_size - 1) * dilation;
+      queues_[own] = {job.history_at[share_.first + own], length, length ? job.position % length : 0, dilation};
+    }
     skips_ = vectors(shared, share_.head, job.lengths.s);
     hidden_ = vectors(shared, share_.head, job.lengths.s);
     out_ = shared.take<float>(share_.head * N * job.shape.outputs);
+    head_bias_ = shared.take<float>(share_.head * (job.shape.skip + job.shape.outputs));
+    uniforms_ = shared.take<float>(2 * N);
+    for (int i = thread(); share_.head && i < job.shape.skip + job.shape.outputs; i += threads())
+      head_bias_[i] = job.floats[job.layout.hidden_bias + i];  // the output's lie behind the hidden ones'
     for (int i = thread(); i < 3 * job.tiles; i += threads()) arrived_[i] = 0;
     sync_cluster();
   }
 
   FASTGEN_DEVICE void run() {
-    for (int64_t t = 0; t < job_.steps; ++t)
+    for (int64_t t = 0; t < job_.steps; ++t) {
       for (int tile = 0; tile < job_.tiles && streams_of(tile) > 0; ++tile) {
         prepare(tile, t);
         if (share_.layers() > 0 || rank_ == 0) walk(tile, t);
         if (share_.head) emit(tile, t);
       }
+      sync_block();
+      for (int own = thread(); own < share_.layers(); own += threads())
+        queues_[own].now = queues_[own].now + 1 < queues_[own].length ? queues_[own].now + 1 : 0;
+      sync_block();
+    }
     sync_cluster();  // so that no block's memory goes while another writes there
   }
 
  private:
   static constexpr int N = 4 * M, kAhead = 4;
+
+  // A layer's past inputs: rows of the history from `first`, the current step's at `now`.
+  struct Queue {
+    int64_t first, length, now, dilation;
+    // the row of the input `distance` <= length before the step `ahead` from now
+    FASTGEN_DEVICE int64_t row(int64_t ahead, int64_t distance) const {
+      const int64_t i = now + ahead - distance;
+      return first + (i < 0 ? i + length : i < length ? i : i - length);
+    }
+  };
 
   // Zeros, so that a product may read what no stream has; in shared memory, or at `data`.
   FASTGEN_DEVICE Vectors<W> vectors(Shared& shared, int count, int length, W* data = nullptr) const {
@@ -143,7 +173,7 @@ class Block {
       sync_block();
       const bool passes = own + 1 == share_.layers();
       if (!passes || more) {
-        const float* bias = job_.floats + job_.layout.residual_bias + int64_t{share_.first + own} * residual;
+        const float* bias = bias_ + own * residual;
         float* to = in_block(mail(x_in_, tile, residual), next_);
         product<M>(job_.layout.residual, w + job_.layout.residual_at(), z, live, [&](int unit, int n, float v) {
           v += x[n * length + unit] + bias[unit];
@@ -157,7 +187,7 @@ class Block {
         send(kX, tile, next_, t + 1);
       else
         sync_block();
-      remember(tile, share_.first + own, t, x);
+      remember(tile, queues_[own], x);
     }
     add_skips(tile, t);
   }
@@ -183,10 +213,9 @@ class Block {
   }
 
   // x becomes part of the layer's past.
-  FASTGEN_DEVICE void remember(int tile, int l, int64_t t, const float* x) {
-    const int64_t length = (job_.shape.kernel_size - 1) * job_.dilations[l];
-    if (length == 0) return;
-    const int64_t row = job_.history_at[l] + (job_.position + t) % length;
+  FASTGEN_DEVICE void remember(int tile, const Queue& queue, const float* x) {
+    if (queue.length == 0) return;
+    const int64_t row = queue.row(0, 0);
     each(0, streams_of(tile), job_.shape.residual,
          [&](int n, int r) { past_row(stream(tile, n), row)[r] = x[n * job_.lengths.x + r]; });
   }
@@ -247,15 +276,14 @@ class Block {
           add(job_.layout.local, job_.layout.local_at(), 0, columns);
         }
       }
-      const int64_t length = (job_.shape.kernel_size - 1) * job_.dilations[l];
+      const Queue& queue = queues_[own];
       for (int j = 1; j < job_.shape.kernel_size; ++j) {
-        const int64_t distance = j * job_.dilations[l];
+        const int64_t distance = j * queue.dilation;
         const bool one = alone_ && distance < kAhead;  // the later steps' past is yet to come
         if (alone_ && !one && now > 0) continue;
         const int from = one ? now : 0, to = one ? now + 1 : columns;
         each(from, to, job_.shape.residual, [&](int n, int r) {
-          const int64_t step = one ? t : step_of(n);
-          const int64_t row = job_.history_at[l] + (job_.position + step + length - distance) % length;
+          const int64_t row = queue.row(one || !alone_ ? 0 : n, distance);
           past_.put(n, r, past_row(stream_of(n), row)[r]);
         });
         add(job_.layout.tap, job_.layout.old_at(j), from, to);
@@ -268,6 +296,9 @@ class Block {
   FASTGEN_DEVICE void emit(int tile, int64_t t) {
     const int live = streams_of(tile), skip = job_.shape.skip, outputs = job_.shape.outputs;
     const float* in = sum_;
+    const int each_has = job_.distribution == Distribution::kCategorical ? 1 : 2;
+    for (int i = thread(); i < live * each_has; i += threads())
+      uniforms_[i] = job_.uniforms[(stream(tile, i / each_has) * job_.steps + t) * each_has + i % each_has];
     if (job_.cluster > 1) {
       receive(kSum, tile, t + 1);
       in = mail(s_in_, tile, skip);
@@ -275,12 +306,11 @@ class Block {
     each(0, live, skip, [&](int n, int k) { skips_.put(n, k, fmaxf(in[n * skip + k], 0.0f)); });
     sync_block();
     const W* w = weights_ + (job_.layout.head - share_.begin);
-    product<M>(job_.layout.hidden, w, skips_, live, [&](int unit, int n, float v) {
-      hidden_.put(n, unit, fmaxf(v + job_.floats[job_.layout.hidden_bias + unit], 0.0f));
-    });
+    product<M>(job_.layout.hidden, w, skips_, live,
+               [&](int unit, int n, float v) { hidden_.put(n, unit, fmaxf(v + head_bias_[unit], 0.0f)); });
     sync_block();
     product<M>(job_.layout.output, w + job_.layout.hidden.size(), hidden_, live, [&](int unit, int n, float v) {
-      v += job_.floats[job_.layout.output_bias + unit];
+      v += head_bias_[skip + unit];
       out_[n * outputs + unit] = v;
       if (job_.parameters) job_.parameters[(stream(tile, n) * job_.steps + t) * outputs + unit] = v;
     });
@@ -294,13 +324,13 @@ class Block {
     const float* out = out_ + n * job_.shape.outputs;
     const bool is_given = t < job_.given_steps;
     if (job_.distribution == Distribution::kCategorical) {
-      int64_t sample = sample_categorical(out, job_.shape.outputs, job_.temperature, job_.uniforms[at]);
+      int64_t sample = sample_categorical(out, job_.shape.outputs, job_.temperature, uniforms_[n]);
       if (is_given) sample = job_.given_class[b * job_.given_steps + t];
       if (thread() % 32) return;
       job_.classes[at] = *in_block(came_ + tile * N + n, 0) = sample;
       if (t + 1 == job_.steps) job_.last_class[b] = sample;
     } else {
-      float sample = sample_mixture(job_, out, job_.uniforms[2 * at], job_.uniforms[2 * at + 1]);
+      float sample = sample_mixture(job_, out, uniforms_[2 * n], uniforms_[2 * n + 1]);
       if (is_given) sample = job_.given_value[b * job_.given_steps + t];
       if (thread() % 32) return;
       job_.values[at] = *in_block(came_value_ + tile * N + n, 0) = sample;
@@ -314,7 +344,8 @@ class Block {
   const int64_t first_;
   const bool alone_;
   const W* weights_;
-  float *x_in_, *s_in_, *came_value_, *pending_, *x_, *sum_, *out_;
+  float *x_in_, *s_in_, *came_value_, *pending_, *x_, *sum_, *out_, *bias_, *head_bias_, *uniforms_;
+  Queue* queues_;
   Vectors<W> input_, past_, z_, skips_, hidden_;
   int64_t *came_, *arrived_;
 };

@@ -15,7 +15,7 @@ constexpr int kLargestTile = 8;  // streams
 enum class Distribution { kCategorical = 0, kLogisticMixture = 1, kGaussianMixture = 2 };
 
 // cluster: blocks of a group; tiles: of `tile` streams each that it takes; resident: weights on the chip; spilled: what
-// grows with the number of layers lies in global memory.
+// most grows with the number of layers lies in global memory.
 struct Plan {
   int cluster, tile, tiles;
   bool resident, spilled;
@@ -61,12 +61,13 @@ struct Job {
     int64_t most = 0;
     for (int rank = 0; rank < cluster; ++rank) {
       const Share share(layout, shape, rank, cluster);
-      const int64_t head = share.head;
-      int64_t bytes = plan.spilled ? 0 : of_layers(plan, share.layers());
+      const int64_t head = share.head, layers = share.layers();
+      int64_t bytes = plan.spilled ? 0 : of_layers(plan, layers);
       for (const int64_t array :
            {4 * tiles * n * shape.residual, 4 * tiles * n * shape.skip, 8 * tiles * n, 4 * tiles * n,
             int64_t{24} * tiles, share.size * weight_bytes, 8 * n * lengths.x, 8 * n * lengths.x, 4 * n * lengths.past,
-            4 * n * shape.skip, 4 * head * n * lengths.s, 4 * head * n * lengths.s, 4 * head * n * shape.outputs})
+            4 * n * shape.skip, 4 * head * n * lengths.s, 4 * head * n * lengths.s, 4 * head * n * shape.outputs,
+            4 * head * (shape.skip + shape.outputs), 8 * n, 4 * layers * shape.residual, 32 * layers})
         bytes += round_up(array, 16);
       most = std::max(most, bytes);
     }
