@@ -68,7 +68,7 @@ def fitted(
     tile: dict[str, int], limit: int, needed: Callable[[dict[str, int]], int], smaller: str = "CHUNK"
 ) -> dict[str, int]:
     """The tile with as many stages, and then of one side as much, as leave `needed` bytes of it within the limit."""
-    while needed(tile) + BARRIERS > limit:
+    while needed(tile) + BARRIERS > limit and tile[smaller] > 16:
         less = {"num_stages": tile["num_stages"] - 1} if tile["num_stages"] > 2 else {smaller: tile[smaller] // 2}
         tile = tile | less
     return tile

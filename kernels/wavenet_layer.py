@@ -124,10 +124,11 @@ def _layer(  # type: ignore[no-untyped-def]
 
 
 def shared_by(tile: dict[str, int], bits: int, limit: int) -> int:
-    """Of the larger product."""
+    """Of the larger product, or of the sums while their halves come apart."""
     gate = (tile["ROWS"] + 2 * tile["GATES"]) * tile["CHUNK"]
     outs = (tile["ROWS"] + tile["GATES"]) * tile["OUTS"]
-    return staged(max(gate, outs) * bits // 8, tile["num_stages"], limit)
+    apart = 4 * tile["ROWS"] * tile["GATES"]
+    return max(apart, staged(max(gate, outs) * bits // 8, tile["num_stages"], limit))
 
 
 def options_for(
@@ -140,7 +141,7 @@ def options_for(
         "ROWS": rows, "GATES": across, "CHUNK": power_within(channels, 16, 1024 // bits),
         "OUTS": 1024 // bits, "num_warps": 8 if rows * across > 4096 else 4, "num_stages": 3 if across < 256 else 2,
     }  # fmt: skip
-    return fitted(tile, limit, lambda t: shared_by(t, bits, limit))
+    return fitted(tile, limit, lambda t: shared_by(t, bits, limit), smaller="ROWS")
 
 
 def _run(
