@@ -10,6 +10,8 @@ Least work: 2 H (2 C K + C + S) operations for each sample forward, three times 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -137,11 +139,13 @@ def options_for(
     """Tile of a program: as many samples as leave both halves of their gates, and a gradient's, in registers."""
     across = power_within(gates, 16, MOST_GATES)
     rows = min(128, (4096 if bits == 32 else 8192 if backward else 16384) // across)
+    few = 2048 if bits == 16 else 4096  # gates, which four warps have registers for
     tile = {
-        "ROWS": rows, "GATES": across, "CHUNK": power_within(channels, 16, 1024 // bits),
-        "OUTS": 1024 // bits, "num_warps": 8 if rows * across > 4096 else 4, "num_stages": 3 if across < 256 else 2,
+        "ROWS": rows, "GATES": across, "CHUNK": power_within(channels, 16, 1024 // bits), "OUTS": 1024 // bits,
+        "num_warps": 8 if rows * across > few else 4, "num_stages": 3 if across < 256 else 2,
     }  # fmt: skip
-    return fitted(tile, limit, lambda t: shared_by(t, bits, limit), smaller="ROWS")
+    needed = functools.partial(shared_by, bits=bits, limit=limit)
+    return fitted(fitted(tile, limit, needed, smaller="ROWS"), limit, needed)
 
 
 def _run(
