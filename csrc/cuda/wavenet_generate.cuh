@@ -55,30 +55,23 @@ class Block {
         *reinterpret_cast<Group<W>*>(own + i) = *reinterpret_cast<const Group<W>*>(weights_ + i);
       weights_ = own;
     }
-    const int64_t pending = int64_t{share_.layers()} * N * 2 * job.shape.gate;
-    unsigned char* spilled = kResident || !job.scratch ? nullptr : job.scratch + block() * job.scratch_bytes;
-    pending_ = spilled ? reinterpret_cast<float*>(spilled) : shared.take<float>(pending);
     x_ = shared.take<float>(2 * N * job.lengths.x);
-    input_ = vectors(shared, 2, job.lengths.x);
-    past_ = vectors(shared, 1, job.lengths.past);
-    z_ = vectors(shared, share_.layers(), job.lengths.z,
-                 spilled ? reinterpret_cast<W*>(spilled + round_up(pending * sizeof(float), 16)) : nullptr);
+    input_ = vectors(shared.take<W>(parts(2, job.lengths.x)), 2, job.lengths.x);
+    past_ = vectors(shared.take<W>(parts(1, job.lengths.past)), 1, job.lengths.past);
     sum_ = shared.take<float>(N * job.shape.skip);
-    bias_ = shared.take<float>(int64_t{share_.layers()} * job.shape.residual);
-    queues_ = shared.take<Queue>(share_.layers());
-    for (int i = thread(); i < share_.layers() * job.shape.residual; i += threads())
-      bias_[i] = job.floats[job.layout.residual_bias + int64_t{share_.first} * job.shape.residual + i];
-    for (int own = thread(); own < share_.layers(); own += threads()) {
-      const int64_t dilation = job.dilations[share_.first + own], length = (job.shape.kernel_size - 1) * dilation;
-      queues_[own] = {job.history_at[share_.first + own], length, length ? job.position % length : 0, dilation};
-    }
-    skips_ = vectors(shared, share_.head, job.lengths.s);
-    hidden_ = vectors(shared, share_.head, job.lengths.s);
+    skips_ = vectors(shared.take<W>(parts(share_.head, job.lengths.s)), share_.head, job.lengths.s);
+    hidden_ = vectors(shared.take<W>(parts(share_.head, job.lengths.s)), share_.head, job.lengths.s);
     out_ = shared.take<float>(share_.head * N * job.shape.outputs);
     head_bias_ = shared.take<float>(share_.head * (job.shape.skip + job.shape.outputs));
     uniforms_ = shared.take<float>(2 * N);
     for (int i = thread(); share_.head && i < job.shape.skip + job.shape.outputs; i += threads())
       head_bias_[i] = job.floats[job.layout.hidden_bias + i];  // the output's lie behind the hidden ones'
+    if (!kResident && job.scratch) {
+      Spilled spilled{job.scratch + block() * job.scratch_bytes};
+      take_of_layers(spilled);
+    } else {
+      take_of_layers(shared);
+    }
     for (int i = thread(); i < 3 * job.tiles; i += threads()) arrived_[i] = 0;
     sync_cluster();
   }
@@ -111,11 +104,39 @@ class Block {
     }
   };
 
-  // Zeros, so that a product may read what no stream has; in shared memory, or at `data`.
-  FASTGEN_DEVICE Vectors<W> vectors(Shared& shared, int count, int length, W* data = nullptr) const {
-    const int64_t size = int64_t{count} * N * length * Vectors<W>::kParts;
-    if (!data) data = shared.take<W>(size);
-    for (int64_t i = thread(); i < size; i += threads()) data[i] = 0;
+  // Memory of this block elsewhere, taken as `Shared` is.
+  struct Spilled {
+    unsigned char* at;
+    template <class T>
+    FASTGEN_DEVICE T* take(int64_t n) {
+      T* p = reinterpret_cast<T*>(at);
+      at += round_up(n * sizeof(T), 16);
+      return p;
+    }
+  };
+
+  // What is kept of each of this block's layers; see Job::of_layers.
+  template <class Memory>
+  FASTGEN_DEVICE void take_of_layers(Memory& memory) {
+    const int layers = share_.layers(), residual = job_.shape.residual;
+    pending_ = memory.template take<float>(int64_t{layers} * N * 2 * job_.shape.gate);
+    z_ = vectors(memory.template take<W>(parts(layers, job_.lengths.z)), layers, job_.lengths.z);
+    bias_ = memory.template take<float>(int64_t{layers} * residual);
+    queues_ = memory.template take<Queue>(layers);
+    for (int i = thread(); i < layers * residual; i += threads())
+      bias_[i] = job_.floats[job_.layout.residual_bias + int64_t{share_.first} * residual + i];
+    for (int own = thread(); own < layers; own += threads()) {
+      const int64_t dilation = job_.dilations[share_.first + own], length = (job_.shape.kernel_size - 1) * dilation;
+      queues_[own] = {job_.history_at[share_.first + own], length, length ? job_.position % length : 0, dilation};
+    }
+  }
+
+  // Of `count` times N vectors; filled with zeros, so that a product may read what no stream has.
+  FASTGEN_DEVICE static int64_t parts(int count, int length) {
+    return int64_t{count} * N * length * Vectors<W>::kParts;
+  }
+  FASTGEN_DEVICE static Vectors<W> vectors(W* data, int count, int length) {
+    for (int64_t i = thread(); i < parts(count, length); i += threads()) data[i] = 0;
     return {data, length};
   }
 
