@@ -22,13 +22,21 @@ Tensor pixelcnn_pack_cuda(std::vector<Tensor> matrices, std::vector<int64_t> sha
   return packed;
 }
 
-// Whether a block of the GPU on which the packed weights lie has the memory for their windows.
-bool pixelcnn_fits(Tensor packed, std::vector<int64_t> shapes) {
+void count(int64_t planes, int64_t instructions, const std::vector<Matrix>& matrices, Job* job) {
+  job->plane_count = planes;
+  job->instruction_count = instructions;
+  job->matrix_count = static_cast<int64_t>(matrices.size());
+  job->most_inputs = most_inputs_of(matrices);
+}
+
+// Whether a block of the GPU on which the packed weights lie has the memory for the program and its windows.
+bool pixelcnn_fits(Tensor packed, std::vector<int64_t> shapes, int64_t planes, int64_t instructions) {
   const OnDevice restored;
   Device device{};
   check(device_of(packed.get_device_index(), &device), "pixelcnn_generate", "the device");
   Job job{};
-  job.most_inputs = most_inputs_of(matrices_of(shapes));
+  const std::vector<Matrix> matrices = matrices_of(shapes);
+  count(planes, instructions, matrices, &job);
   return job.shared_bytes(4, kThreads) <= device.shared_bytes;
 }
 
@@ -52,7 +60,7 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   const std::vector<Matrix> matrices = matrices_of(shapes);
   FASTGEN_CHECK(packed.numel() == matrices.back().at * (bf16 ? 2 : 4), op, ": packed weights of another size");
   // the program goes to the GPU in one piece: planes, instructions, matrices
-  const std::vector<Instruction> kept = fused(instructions, matrices);
+  const std::vector<Instruction> kept = fused(instructions, matrices, planes);
   std::vector<int64_t> program = planes;
   const auto append = [&](const auto& items) {
     const auto* numbers = reinterpret_cast<const int64_t*>(items.data());
@@ -68,13 +76,13 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.planes = reinterpret_cast<const Plane*>(numbers);
   job.instructions = reinterpret_cast<const Instruction*>(numbers + planes.size());
   job.matrices = reinterpret_cast<const Matrix*>(numbers + behind);
-  job.instruction_count = static_cast<int64_t>(kept.size());
-  job.most_inputs = most_inputs_of(matrices);
+  count(static_cast<int64_t>(planes.size()) / kPlaneInts, static_cast<int64_t>(kept.size()), matrices, &job);
   for (size_t i = 0; i < instructions.size(); i += kInstructionInts)
     if (instructions[i] == static_cast<int64_t>(Kind::kAttention)) job.scores = job.height * job.width;
   job.first_row = first_row;
   job.last_row = last_row;
   job.memory_size = memory.size(1);
+  FASTGEN_CHECK(job.memory_size % kGroup == 0, op, ": memory's rows must be multiples of ", kGroup, " floats");
   job.bias_size = biases.size(1);
   job.logistic = distribution == 1;
   job.own_biases = biases.size(0) > 1;

@@ -3,7 +3,7 @@
 //
 // A cluster of blocks draws some images together: each block has a share of the rows of every matrix, which it reads
 // for all images, and all meet after each instruction. What is above the current row is multiplied for whole rows;
-// planes lie in global memory.
+// planes lie in global memory, the program in shared memory.
 #pragma once
 
 #include "network.cuh"
@@ -20,6 +20,9 @@ class Images {
         first_(int64_t{block() / job.cluster} * job.images_each),
         count_(static_cast<int>(first_ + job.images_each < job.images ? job.images_each : job.images - first_)) {
     Shared shared;
+    planes_ = copied(shared, job.planes, job.plane_count);
+    instructions_ = copied(shared, job.instructions, job.instruction_count);
+    matrices_ = copied(shared, job.matrices, job.matrix_count);
     windows_ = shared.take<W>(kColumns * job.most_inputs * Vectors<W>::kParts);
     const int64_t scores = job.scores_of_block(threads());
     partial_ = shared.take<float>(split_floats(M, threads()));
@@ -40,6 +43,13 @@ class Images {
  private:
   static constexpr int kColumns = 4 * M;
 
+  template <class T>
+  FASTGEN_DEVICE static const T* copied(Shared& shared, const T* from, int64_t count) {
+    T* to = shared.take<T>(count);
+    for (int64_t i = thread(); i < count; i += threads()) to[i] = from[i];
+    return to;
+  }
+
   FASTGEN_DEVICE void meet() {
     if (job_.cluster > 1)
       sync_cluster();
@@ -49,25 +59,38 @@ class Images {
 
   FASTGEN_DEVICE void run(bool per_pixel, int64_t y, int64_t x0, int64_t x1) {
     for (int64_t i = 0; i < job_.instruction_count; ++i) {
-      const Instruction& instruction = job_.instructions[i];
+      const Instruction& instruction = instructions_[i];
       if ((instruction.per_pixel != 0) != per_pixel) continue;
       execute(instruction, y, x0, x1);
       meet();
     }
   }
 
+  // Where a plane's row y lies, of the first image.
+  struct Row {
+    float* data;
+    int64_t step;
+  };
+  FASTGEN_DEVICE Row row(int64_t plane, int64_t y) const {
+    const Plane& p = planes_[plane];
+    const int rows = static_cast<int>(p.rows), in = static_cast<int>(y) % rows;
+    return {job_.memory + first_ * job_.memory_size + p.offset + (in < 0 ? in + rows : in) * p.row_size + p.start,
+            p.step};
+  }
+  FASTGEN_DEVICE float* at(const Row& row, int64_t image, int64_t x) const {
+    return row.data + image * job_.memory_size + x * row.step;
+  }
   FASTGEN_DEVICE float* at(int64_t plane, int64_t image, int64_t y, int64_t x) const {
-    const Plane& p = job_.planes[plane];
-    return job_.memory + (first_ + image) * job_.memory_size + p.offset +
-           ((y % p.rows) + p.rows) % p.rows * p.row_size + p.start + x * p.step;
+    return at(row(plane, y), image, x);
   }
 
   // f(image, x, channel) for all of them, by all threads of the cluster.
   template <class F>
   FASTGEN_DEVICE void each(int64_t x0, int64_t x1, int64_t channels, F&& f) const {
-    const int64_t columns = x1 - x0, step = int64_t{job_.cluster} * threads();
-    for (int64_t i = int64_t{rank_} * threads() + thread(); i < count_ * columns * channels; i += step)
-      f(i / channels / columns, x0 + i / channels % columns, i % channels);
+    const auto columns = static_cast<unsigned>(x1 - x0), size = static_cast<unsigned>(channels);
+    const unsigned step = job_.cluster * threads();
+    for (unsigned i = rank_ * threads() + thread(); i < count_ * columns * size; i += step)
+      f(int64_t{i / size / columns}, x0 + i / size % columns, int64_t{i % size});
   }
 
   FASTGEN_DEVICE void copy_context(int64_t y) const {
@@ -84,16 +107,17 @@ class Images {
     if (kind == Kind::kSample) return sample(i, y, x0);
     if (kind == Kind::kRemember) return remember(i, y, x0);
     if (kind == Kind::kAttention) return attend(i, y, x0);
-    each(x0, x1, job_.planes[i.dst].channels, [&](int64_t image, int64_t x, int64_t c) {
-      const float* from = at(i.src, image, y, x);
+    const Row src = row(i.src, y), dst = row(i.dst, y), other = kind == Kind::kAdd ? row(i.other, y) : src;
+    each(x0, x1, planes_[i.dst].channels, [&](int64_t image, int64_t x, int64_t c) {
+      const float* from = at(src, image, x);
       float v = 0;
       if (kind == Kind::kAdd)
-        v = from[c] + at(i.other, image, y, x)[c];
+        v = from[c] + at(other, image, x)[c];
       else if (kind == Kind::kRelu || kind == Kind::kElu)
         v = activated(kind, from[c], 0);
       else
         v = activated(kind, from[row_of_pair(c)], from[row_of_pair(c) + kChannelBlock]);
-      at(i.dst, image, y, x)[c] = v;
+      at(dst, image, x)[c] = v;
     });
   }
 
@@ -108,29 +132,30 @@ class Images {
   // dst = bias + other + matrix * window of src, or an activation of that: for kColumns pixels or images at a time,
   // this block's share of rows.
   FASTGEN_DEVICE void convolve(const Instruction& i, int64_t y, int64_t x0, int64_t x1) {
-    const Matrix& m = job_.matrices[i.matrix];
+    const Matrix& m = matrices_[i.matrix];
     const Tiles tiles = m.tiles();
-    const int64_t inputs = i.extra * job_.planes[i.src].channels, columns = (x1 - x0) * count_;
-    const Vectors<W> windows{windows_, static_cast<int>(tiles.padded())};
-    for (int64_t begin = 0; begin < columns; begin += kColumns) {
+    const int inputs = static_cast<int>(i.extra * planes_[i.src].channels), padded = static_cast<int>(tiles.padded());
+    const auto width = static_cast<unsigned>(x1 - x0), columns = width * count_;
+    const Vectors<W> windows{windows_, padded};
+    const Row src = row(i.src, y + i.dy), dst = row(i.dst, y), other = i.other >= 0 ? row(i.other, y) : dst;
+    const W* w = static_cast<const W*>(job_.weights) + m.at;
+    const Kind then = static_cast<Kind>(i.then);
+    for (unsigned begin = 0; begin < columns; begin += kColumns) {
       const int live = static_cast<int>(columns - begin < kColumns ? columns - begin : kColumns);
-      for (int64_t j = thread(); j < live * tiles.padded(); j += threads()) {
-        const int64_t column = begin + j / tiles.padded(), k = j % tiles.padded();
-        const int64_t image = column / (x1 - x0), x = x0 + column % (x1 - x0);
-        windows.put(static_cast<int>(column - begin), static_cast<int>(k),
-                    k < inputs ? at(i.src, image, y + i.dy, x + i.dx)[k] : 0.0f);
+      const auto image_of = [&](int n) { return int64_t{(begin + n) / width}; };
+      const auto x_of = [&](int n) { return x0 + (begin + n) % width; };
+      for (int n = thread() / 32; n < live; n += threads() / 32) {  // a warp for each window, which is contiguous
+        const float* from = at(src, image_of(n), x_of(n) + i.dx);
+        for (int k = thread() % 32 * kGroup; k < padded; k += 32 * kGroup)
+          windows.put(n, k, k < inputs ? *reinterpret_cast<const Group<float>*>(from + k) : Group<float>{});
       }
       sync_block();
-      const W* w = static_cast<const W*>(job_.weights) + m.at;
-      const Kind then = static_cast<Kind>(i.then);
-      const auto image_of = [&](int n) { return (begin + n) / (x1 - x0); };
-      const auto result = [&](int n) { return at(i.dst, image_of(n), y, x0 + (begin + n) % (x1 - x0)); };
       const auto whole = [&](int64_t row, int n, float v) {
-        const int64_t image = image_of(n);
-        if (i.bias >= 0) v += job_.biases[(job_.own_biases ? first_ + image : 0) * job_.bias_size + i.bias + row];
-        if (i.other >= 0) v += at(i.other, image, y, x0 + (begin + n) % (x1 - x0))[row];
+        if (i.bias >= 0) v += job_.biases[(job_.own_biases ? first_ + image_of(n) : 0) * job_.bias_size + i.bias + row];
+        if (i.other >= 0) v += at(other, image_of(n), x_of(n))[row];
         return v;
       };
+      const auto result = [&](int n) { return at(dst, image_of(n), x_of(n)); };
       if (m.pairs)
         split_product<M, true>(tiles, w, windows, live, rank_, job_.cluster, partial_,
                                [&](int unit, int n, float a, float b) {
@@ -274,6 +299,9 @@ class Images {
   const int rank_;
   const int64_t first_;
   const int count_;
+  const Plane* planes_;
+  const Instruction* instructions_;
+  const Matrix* matrices_;
   W* windows_;
   float *partial_, *scores_;
 };

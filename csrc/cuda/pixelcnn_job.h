@@ -38,7 +38,8 @@ FASTGEN_HOST_DEVICE inline int64_t row_of_pair(int64_t unit) {
 
 struct Job {
   int cluster, images_each;  // blocks that draw the same images, and how many
-  int64_t images, colors, height, width, first_row, last_row, memory_size, bias_size, instruction_count;
+  int64_t images, colors, height, width, first_row, last_row, memory_size, bias_size;
+  int64_t plane_count, instruction_count, matrix_count;
   int64_t most_inputs;  // of a matrix, padded
   int64_t scores;       // for each warp: pixels, where there is attention
   bool spilled;         // the scores lie in global memory, at `scratch`
@@ -55,9 +56,12 @@ struct Job {
   float *memory, *parameters, *scratch;
   int64_t* values;  // -1: the network's outputs were not finite
 
-  // Of shared memory in a block: windows, and the scores of an attention.
+  // Of shared memory in a block: the program, windows, parts of sums, and the scores of an attention.
   int64_t shared_bytes(int64_t columns, int threads) const {
-    return round_up(columns * most_inputs * 4, 16) + columns / 4 * 2 * threads * 4 +
+    const int64_t program = round_up(plane_count * sizeof(Plane), 16) +
+                            round_up(instruction_count * sizeof(Instruction), 16) +
+                            round_up(matrix_count * sizeof(Matrix), 16);
+    return program + round_up(columns * most_inputs * 4, 16) + columns / 4 * 2 * threads * 4 +
            (spilled ? 0 : round_up(scores_of_block(threads) * 4, 16));
   }
   FASTGEN_HOST_DEVICE int64_t scores_of_block(int threads) const { return (threads / 32) * scores; }
@@ -77,8 +81,15 @@ inline std::vector<Matrix> matrices_of(const std::vector<int64_t>& shapes) {
 }
 
 // The instructions (kInstructionInts numbers each), of which an activation is part of the convolution before it where
-// nothing else reads what that gives: one meeting of the blocks less.
-inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const std::vector<Matrix>& matrices) {
+// nothing else reads what that gives, and its result does not lie where the convolution still reads: one meeting of the
+// blocks less.
+inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const std::vector<Matrix>& matrices,
+                                      const std::vector<int64_t>& plane_numbers) {
+  const auto* planes = reinterpret_cast<const Plane*>(plane_numbers.data());
+  const auto apart = [&](int64_t a, int64_t b) {  // in memory
+    return b < 0 || planes[a].offset + planes[a].rows * planes[a].row_size <= planes[b].offset ||
+           planes[b].offset + planes[b].rows * planes[b].row_size <= planes[a].offset;
+  };
   std::vector<Instruction> all;
   for (size_t i = 0; i < numbers.size(); i += kInstructionInts) {
     const int64_t* n = numbers.data() + i;
@@ -92,7 +103,8 @@ inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const
     const Kind kind = static_cast<Kind>(next.kind);
     const bool of_pairs = kind == Kind::kGate || kind == Kind::kGlu, of_one = kind == Kind::kRelu || kind == Kind::kElu;
     bool joins = next.src == all[i].dst && next.per_pixel == all[i].per_pixel &&
-                 (matrices[all[i].matrix].pairs ? of_pairs : of_one);
+                 (matrices[all[i].matrix].pairs ? of_pairs : of_one) && apart(next.dst, all[i].src) &&
+                 apart(next.dst, all[i].other);
     for (size_t j = 0; j < all.size(); ++j)
       if (j != i && j != i + 1) joins = joins && all[j].src != all[i].dst && all[j].other != all[i].dst;
     if (!joins) continue;

@@ -25,6 +25,15 @@ struct Vectors {
   FASTGEN_DEVICE W* group(int vector, int number, int part) const {
     return data + (int64_t{vector} * length + number) * kParts + part * kGroup;
   }
+  // Eight numbers at once, from `number`, a multiple of eight.
+  FASTGEN_DEVICE void put(int vector, int number, const Group<float>& v) const {
+    Group<W> parts[kParts];
+    for (int k = 0; k < kGroup; ++k) {
+      convert(v.v[k], &parts[0].v[k]);
+      if constexpr (kParts == 2) convert(v.v[k] - to_float(parts[0].v[k]), &parts[1].v[k]);
+    }
+    for (int part = 0; part < kParts; ++part) *reinterpret_cast<Group<W>*>(group(vector, number, part)) = parts[part];
+  }
   FASTGEN_DEVICE void put(int vector, int number, float v) const {
     W* to = group(vector, number / kGroup * kGroup, 0) + number % kGroup;
     convert(v, to);

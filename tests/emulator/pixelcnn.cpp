@@ -34,8 +34,10 @@ void run() {
   job.last_row = option("last_row");
   job.memory_size = option("memory_size");
   job.bias_size = option("bias_size");
-  const std::vector<Instruction> kept = fused(instructions, matrices);
+  const std::vector<Instruction> kept = fused(instructions, matrices, planes);
+  job.plane_count = planes.size() / fastgen::kPlaneInts;
   job.instruction_count = kept.size();
+  job.matrix_count = matrices.size();
   job.most_inputs = most_inputs_of(matrices);
   job.scores = job.height * job.width;
   job.spilled = option("spilled");
