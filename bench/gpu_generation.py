@@ -92,10 +92,10 @@ def image_cases(
             model.sample, images, size, uniforms=uniforms, dtype=dtype, backend=sampler("pixelcnn_generate")
         )
         ways = {"fastgen": draw_all, "one eager forward pass": partial(forward_pass, model, (uniforms < 0.5).long())}
-        barriers = 3 * layers + 6
+        barriers = 2 * layers + 4
         yield Case(
             f"{name}, {images} image{'s' * (images > 1)}", ways, operations=2.0 * live_weights(model) * images * pixels,
-            chain=pixels * barriers * 1.5e-6, facts={"images": images},
+            chain=pixels * barriers * 1e-6, facts={"images": images},
         )  # fmt: skip
 
 
