@@ -37,7 +37,7 @@ GPU_TESTS = $(patsubst %,tests/test_%.py,gpu gpu_generation triton_paths affine_
 # all but what fills the GPU in GPU_JOBS processes, since most of the time goes into compiling kernels
 gpu-test: gpu-installed
 	+$(MAKE) --jobs $(GPU_JOBS) --keep-going --output-sync $(patsubst %,gpu-shard-%,$(shell seq $(GPU_JOBS)))
-	$(ON_GPU) tests/test_gpu.py -k beyond $(ARGS)
+	$(ON_GPU) tests/test_gpu.py tests/test_gpu_generation.py -k beyond $(ARGS)
 
 gpu-shard-%:
 	FASTGEN_TEST_SHARD=$*/$(GPU_JOBS) $(ON_GPU) $(GPU_TESTS) -k "not beyond" $(ARGS)

@@ -136,8 +136,11 @@ def check_unit_range(op: str, name: str, x: Tensor) -> None:
 
 def check_classes(op: str, name: str, x: Tensor, classes: int) -> None:
     """Integers in [0, classes)."""
-    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < classes:
-        raise ValueError(f"{op}: {name} must lie in [0, {classes}), got {int(x.min())} to {int(x.max())}")
+    if not x.numel():
+        return
+    low, high = torch.stack(x.aminmax()).tolist()  # a GPU is waited for once
+    if not 0 <= low <= high < classes:
+        raise ValueError(f"{op}: {name} must lie in [0, {classes}), got {int(low)} to {int(high)}")
 
 
 def check_progress(op: str, progress: Any) -> None:

@@ -314,9 +314,12 @@ class Generator:
             self._check_tensor("given", given, self._sample_dtype, (batch, min(known, steps)))
             self._check_samples("given", given)
         self.check_state(state, batch)
-        for name, tensor in (("gate_bias", gate_bias), ("cond", cond), ("local", local)):
-            # cond is large: the sum reads it once, and is not finite if an element is not
-            if tensor is not None and not bool(torch.isfinite(tensor.sum())):
+        given_values = {"gate_bias": gate_bias, "cond": cond, "local": local}
+        # cond is large: a sum reads it once, and is not finite if an element is not; a GPU is waited for once
+        sums = {name: tensor.sum() for name, tensor in given_values.items() if tensor is not None}
+        finite = torch.isfinite(torch.stack(list(sums.values()))).tolist()
+        for name, fine in zip(sums, finite, strict=True):
+            if not fine:
                 raise ValueError(f"wavenet_generate: {name} holds NaN, infinity or values near float32's largest")
 
     def _check_tensor(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
