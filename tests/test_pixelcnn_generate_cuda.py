@@ -72,8 +72,9 @@ def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=4, threa
     done = run(built("pixelcnn.cpp", mode), folder, *(f"{k}={v}" for k, v in options.items()))
     assert done.returncode == 0, done.stderr[-3000:]
     values, parameters = (
-        torch.frombuffer(bytearray((folder / f"out.{name}").read_bytes()), dtype=seen[name].dtype)
-        .view(seen[name].shape)[:, :, seen["first_row"] :]
+        torch.frombuffer(bytearray((folder / f"out.{name}").read_bytes()), dtype=seen[name].dtype).view(
+            seen[name].shape
+        )[:, :, seen["first_row"] :]
         for name in ("values", "parameters")
     )
     assert torch.equal(values, seen["values"][:, :, seen["first_row"] :])

@@ -1,7 +1,7 @@
 // affine_coupling and its backward; arguments are checked in fastgen/ops/affine_coupling.py.
 #include <numeric>
 
-#include "simd.h"
+#include "functions.h"
 
 namespace fastgen {
 namespace {

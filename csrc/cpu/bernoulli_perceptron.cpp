@@ -5,7 +5,7 @@
 // lie in the lanes: panels of two vectors of them, stored in the order in which they are read, meet kRows rows at once.
 //   log p(x) = sum over d of x l - max(l, 0)  -  log prod over d of (1 + e^-|l|)
 // takes one logarithm for kFactors logits of a lane, which a float32 product can hold.
-#include "simd.h"
+#include "functions.h"
 
 namespace fastgen {
 namespace {

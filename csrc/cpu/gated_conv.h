@@ -5,7 +5,7 @@
 // block of kRows x 3 vectors of sums in registers. Everything of layer width lives in per-thread buffers of one tile.
 #pragma once
 
-#include "simd.h"
+#include "functions.h"
 
 namespace fastgen {
 namespace {

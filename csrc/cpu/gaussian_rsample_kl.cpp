@@ -1,5 +1,5 @@
 // gaussian_rsample_kl and its backward; arguments are checked in fastgen/ops/gaussian_rsample_kl.py.
-#include "simd.h"
+#include "functions.h"
 
 namespace fastgen {
 namespace {

@@ -9,7 +9,7 @@
 
 #include <array>
 
-#include "simd.h"
+#include "functions.h"
 
 namespace fastgen {
 namespace {

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "functions.h"
 #include "pixel_program.h"
 
 namespace fastgen {

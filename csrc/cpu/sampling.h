@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../normal_quantile.h"
-#include "simd.h"
+#include "functions.h"
 
 namespace fastgen {
 namespace {
