@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def sizes(parser: argparse.ArgumentParser, defaults: Mapping[str, object]) -> None:
         for size, default in defaults.items():
-            parser.add_argument(f"--{size}", type=type(default), help=f"default: {default}")
+            parser.add_argument(f"--{size.replace('_', '-')}", type=type(default), help=f"default: {default}")
 
     def on_audio(name: str, run: object, text: str, rate: int) -> argparse.ArgumentParser:
         added = trained(name, run, text)

@@ -18,7 +18,10 @@ from fastgen.commands_images import (
 from fastgen.files import check_picture
 
 VECTOR_COMMANDS = {"fvsbn": "FVSBN", "nade": "NADE", "vae": "VAE"}
-VECTOR_SIZES = {"FVSBN": {}, "NADE": {"hidden": 500}, "VAE": {"hidden": 500, "latent": 40, "layers": 2, "channels": 24}}
+VECTOR_SIZES: dict[str, dict[str, int | float]] = {
+    "FVSBN": {}, "NADE": {"hidden": 500},
+    "VAE": {"hidden": 500, "latent": 40, "layers": 2, "channels": 24, "beta": 1.0, "free_bits": 0.0},
+}  # fmt: skip
 
 
 def train_vectors_command(options: argparse.Namespace) -> None:

@@ -70,6 +70,8 @@ def test_commands(name, tmp_path, capsys):
     if name == "vae":
         assert main([*train, "--steps", "9", "--resume", "--convolutions"]) == 2
         assert "is of perceptrons: leave out --convolutions" in capsys.readouterr().err
+        assert main([*train, "--steps", "9", "--resume", "--beta", "0.5", "--free-bits", "0.1"]) == 2
+        assert "leave out --beta 0.5, --free-bits 0.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("model", "images", "error", "message"), [
