@@ -1,6 +1,5 @@
 // What a kernel says to the machine: to CUDA, or with FASTGEN_EMULATED to the thread-block emulator in tests/emulator,
-// so that the same source runs on both. Kernels take shared memory from `Shared`, wait through these calls alone, and
-// pause() in every loop that waits for another thread.
+// so that the same source runs on both. Kernels take shared memory from `Shared` and wait through these calls alone.
 #pragma once
 
 #include <cmath>
@@ -49,8 +48,6 @@ FASTGEN_DEVICE void multiply_add(float (&d)[4], const Left& a, const Right& b) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-FASTGEN_DEVICE void pause() { __nanosleep(20); }
-
 // The same place in the shared memory of another block of the cluster.
 template <class T>
 FASTGEN_DEVICE T* in_block(T* p, int rank) {
@@ -61,15 +58,17 @@ FASTGEN_DEVICE T* in_block(T* p, int rank) {
 #endif
 }
 
-// Flags between blocks: what was written before a store_release is seen after a load_acquire that reads it.
-FASTGEN_DEVICE int64_t load_acquire(const int64_t* p) {
+// Flags between blocks: what was written before a store_release is seen after a wait_for that ends by it.
+FASTGEN_DEVICE void wait_for(const int64_t* p, int64_t least) {
   int64_t v;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("ld.acquire.cluster.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+#if __CUDA_ARCH__ >= 900  // one fence at the end: with each load it would empty the nearest cache
+  do asm volatile("ld.relaxed.cluster.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  while (v < least);
+  asm volatile("fence.acq_rel.cluster;" ::: "memory");
 #else
-  asm volatile("ld.acquire.gpu.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  do asm volatile("ld.acquire.gpu.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  while (v < least);
 #endif
-  return v;
 }
 FASTGEN_DEVICE void store_release(int64_t* p, int64_t v) {
 #if __CUDA_ARCH__ >= 900

@@ -51,9 +51,14 @@ struct Launch {
   }
 
  private:
+  // The kernel may have all that the device gives: the limit is the process's, and another thread's launch may need
+  // more.
   cudaError_t allow() const {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(config.dynamicSmemBytes));
+    int index = 0, most = 0;
+    cudaGetDevice(&index);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    if (config.dynamicSmemBytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
 };
 

@@ -106,7 +106,8 @@ inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const
                  (matrices[all[i].matrix].pairs ? of_pairs : of_one) && apart(next.dst, all[i].src) &&
                  apart(next.dst, all[i].other);
     for (size_t j = 0; j < all.size(); ++j)
-      if (j != i && j != i + 1) joins = joins && all[j].src != all[i].dst && all[j].other != all[i].dst;
+      if (j != i && j != i + 1 && (j > i || all[j].dst != all[i].dst))  // the first parts of a sum are read by the next
+        joins = joins && all[j].src != all[i].dst && all[j].other != all[i].dst;
     if (!joins) continue;
     kept.back().then = next.kind;
     kept.back().dst = next.dst;

@@ -146,7 +146,7 @@ FASTGEN_DEVICE void split_product(const Tiles& m, const W* w, const Vectors<W>& 
       for (int h = 0; h < 2; ++h)
         for (int i = 0; i < M; ++i) of_warp[(h * M + i) * 32] = sums[h][i];
       sync_block();
-      for (int p = 1; part == 0 && p < parts; ++p)
+      for (int p = 1; works && part == 0 && p < parts; ++p)
         for (int h = 0; h < 2; ++h)
           for (int i = 0; i < M; ++i) sums[h][i] += of_warp[((p * 2 + h) * M + i) * 32];
     }

@@ -55,15 +55,19 @@ class Block {
         *reinterpret_cast<Group<W>*>(own + i) = *reinterpret_cast<const Group<W>*>(weights_ + i);
       weights_ = own;
     }
-    x_ = shared.take<float>(2 * N * job.lengths.x);
     input_ = vectors(shared.take<W>(parts(2, job.lengths.x)), 2, job.lengths.x);
     past_ = vectors(shared.take<W>(parts(1, job.lengths.past)), 1, job.lengths.past);
     sum_ = shared.take<float>(N * job.shape.skip);
+    skip_bias_ = shared.take<float>((rank_ == 0) * job.shape.skip);
+    for (int i = thread(); rank_ == 0 && i < job.shape.skip; i += threads())
+      skip_bias_[i] = job.floats[job.layout.skip_bias + i];
     skips_ = vectors(shared.take<W>(parts(share_.head, job.lengths.s)), share_.head, job.lengths.s);
     hidden_ = vectors(shared.take<W>(parts(share_.head, job.lengths.s)), share_.head, job.lengths.s);
     out_ = shared.take<float>(share_.head * N * job.shape.outputs);
     head_bias_ = shared.take<float>(share_.head * (job.shape.skip + job.shape.outputs));
     uniforms_ = shared.take<float>(2 * N);
+    class_ = shared.take<int64_t>(N);
+    value_ = shared.take<float>(N);
     for (int i = thread(); share_.head && i < job.shape.skip + job.shape.outputs; i += threads())
       head_bias_[i] = job.floats[job.layout.hidden_bias + i];  // the output's lie behind the hidden ones'
     if (!kResident && job.scratch) {
@@ -79,6 +83,7 @@ class Block {
   FASTGEN_DEVICE void run() {
     for (int64_t t = 0; t < job_.steps; ++t) {
       for (int tile = 0; tile < job_.tiles && streams_of(tile) > 0; ++tile) {
+        if (share_.head) take_uniforms(tile, t);
         prepare(tile, t);
         if (share_.layers() > 0 || rank_ == 0) walk(tile, t);
         if (share_.head) emit(tile, t);
@@ -119,6 +124,7 @@ class Block {
   template <class Memory>
   FASTGEN_DEVICE void take_of_layers(Memory& memory) {
     const int layers = share_.layers(), residual = job_.shape.residual;
+    x_ = memory.template take<float>(int64_t{layers > 1 ? layers : 1} * N * job_.lengths.x);
     pending_ = memory.template take<float>(int64_t{layers} * N * 2 * job_.shape.gate);
     z_ = vectors(memory.template take<W>(parts(layers, job_.lengths.z)), layers, job_.lengths.z);
     bias_ = memory.template take<float>(int64_t{layers} * residual);
@@ -162,12 +168,12 @@ class Block {
   // All of a block has written; the block `rank` may read it.
   FASTGEN_DEVICE void send(Kind kind, int tile, int rank, int64_t step) {
     sync_block();
-    if (thread() == 0) store_release(in_block(arrived_ + kind * job_.tiles + tile, rank), step);
+    if (thread() == 0 && job_.cluster > 1) store_release(in_block(arrived_ + kind * job_.tiles + tile, rank), step);
   }
 
   FASTGEN_DEVICE void receive(Kind kind, int tile, int64_t step) {
-    if (thread() == 0)
-      while (load_acquire(arrived_ + kind * job_.tiles + tile) < step) pause();
+    if (job_.cluster == 1) return;  // the sender's own sync is enough
+    if (thread() == 0) wait_for(arrived_ + kind * job_.tiles + tile, step);
     sync_block();
   }
 
@@ -185,7 +191,7 @@ class Block {
     const bool more = share_.last < job_.shape.layers;  // layers in the next block
     for (int own = 0; own < share_.layers(); ++own) {
       const W* w = weights_ + job_.layout.layer * own;
-      const float* x = x_ + (own & 1) * N * length;
+      const float* x = x_ + int64_t{own} * N * length;
       const Vectors<W> z = nth(z_, own);
       product<M, true>(job_.layout.tap, w, nth(input_, own & 1), live, [&](int unit, int n, float a, float b) {
         const float* before = pending(own, alone_ ? static_cast<int>(t % kAhead) : n);
@@ -201,21 +207,23 @@ class Block {
           if (passes)
             to[n * residual + unit] = v;
           else
-            set_x((own + 1) & 1, n, unit, v);
+            set_x(own + 1, n, unit, v);
         });
       }
       if (passes && more)
         send(kX, tile, next_, t + 1);
       else
         sync_block();
-      remember(tile, queues_[own], x);
     }
     add_skips(tile, t);
+    // only now: a message to another block waits for what was stored before it
+    for (int own = 0; own < share_.layers(); ++own) remember(tile, queues_[own], x_ + int64_t{own} * N * length);
   }
 
-  FASTGEN_DEVICE void set_x(int turn, int n, int r, float v) {
-    x_[(turn * N + n) * job_.lengths.x + r] = v;
-    input_.put(turn * N + n, r, v);
+  // The input of this block's layer `own`.
+  FASTGEN_DEVICE void set_x(int own, int n, int r, float v) {
+    x_[(int64_t{own} * N + n) * job_.lengths.x + r] = v;
+    input_.put((own & 1) * N + n, r, v);
   }
 
   FASTGEN_DEVICE void embed(int tile, int64_t t) {
@@ -249,9 +257,7 @@ class Block {
     const int live = streams_of(tile), skip = job_.shape.skip;
     if (rank_ > 0) receive(kSum, tile, t + 1);
     const float* in = mail(s_in_, tile, skip);
-    each(0, live, skip, [&](int n, int k) {
-      sum_[n * skip + k] = rank_ > 0 ? in[n * skip + k] : job_.floats[job_.layout.skip_bias + k];
-    });
+    each(0, live, skip, [&](int n, int k) { sum_[n * skip + k] = rank_ > 0 ? in[n * skip + k] : skip_bias_[k]; });
     sync_block();
     for (int own = 0; own < share_.layers(); ++own)  // a unit is always the same thread's
       product<M>(job_.layout.skip, weights_ + job_.layout.layer * own + job_.layout.skip_at(), nth(z_, own), live,
@@ -317,9 +323,6 @@ class Block {
   FASTGEN_DEVICE void emit(int tile, int64_t t) {
     const int live = streams_of(tile), skip = job_.shape.skip, outputs = job_.shape.outputs;
     const float* in = sum_;
-    const int each_has = job_.distribution == Distribution::kCategorical ? 1 : 2;
-    for (int i = thread(); i < live * each_has; i += threads())
-      uniforms_[i] = job_.uniforms[(stream(tile, i / each_has) * job_.steps + t) * each_has + i % each_has];
     if (job_.cluster > 1) {
       receive(kSum, tile, t + 1);
       in = mail(s_in_, tile, skip);
@@ -333,29 +336,52 @@ class Block {
     product<M>(job_.layout.output, w + job_.layout.hidden.size(), hidden_, live, [&](int unit, int n, float v) {
       v += head_bias_[skip + unit];
       out_[n * outputs + unit] = v;
-      if (job_.parameters) job_.parameters[(stream(tile, n) * job_.steps + t) * outputs + unit] = v;
     });
     sync_block();
     for (int n = thread() / 32; n < live; n += threads() / 32) choose(tile, n, t);
     send(kSample, tile, 0, t + 1);
+    publish(tile, t);
+  }
+
+  FASTGEN_DEVICE void take_uniforms(int tile, int64_t t) {
+    const int each_has = job_.distribution == Distribution::kCategorical ? 1 : 2;
+    for (int i = thread(); i < streams_of(tile) * each_has; i += threads())
+      uniforms_[i] = job_.uniforms[(stream(tile, i / each_has) * job_.steps + t) * each_has + i % each_has];
+  }
+
+  // The results of a step, once the next has begun.
+  FASTGEN_DEVICE void publish(int tile, int64_t t) {
+    const int live = streams_of(tile), outputs = job_.shape.outputs;
+    if (job_.parameters)
+      each(0, live, outputs, [&](int n, int o) {
+        job_.parameters[(stream(tile, n) * job_.steps + t) * outputs + o] = out_[n * outputs + o];
+      });
+    each(0, live, 1, [&](int n, int) {
+      const int64_t b = stream(tile, n), at = b * job_.steps + t;
+      if (job_.distribution == Distribution::kCategorical) {
+        job_.classes[at] = class_[n];
+        if (t + 1 == job_.steps) job_.last_class[b] = class_[n];
+      } else {
+        job_.values[at] = value_[n];
+        if (t + 1 == job_.steps) job_.last_value[b] = value_[n];
+      }
+    });
   }
 
   FASTGEN_DEVICE void choose(int tile, int n, int64_t t) {
-    const int64_t b = stream(tile, n), at = b * job_.steps + t;
+    const int64_t b = stream(tile, n);
     const float* out = out_ + n * job_.shape.outputs;
     const bool is_given = t < job_.given_steps;
     if (job_.distribution == Distribution::kCategorical) {
       int64_t sample = sample_categorical(out, job_.shape.outputs, job_.temperature, uniforms_[n]);
       if (is_given) sample = job_.given_class[b * job_.given_steps + t];
       if (thread() % 32) return;
-      job_.classes[at] = *in_block(came_ + tile * N + n, 0) = sample;
-      if (t + 1 == job_.steps) job_.last_class[b] = sample;
+      class_[n] = *in_block(came_ + tile * N + n, 0) = sample;
     } else {
       float sample = sample_mixture(job_, out, uniforms_[2 * n], uniforms_[2 * n + 1]);
       if (is_given) sample = job_.given_value[b * job_.given_steps + t];
       if (thread() % 32) return;
-      job_.values[at] = *in_block(came_value_ + tile * N + n, 0) = sample;
-      if (t + 1 == job_.steps) job_.last_value[b] = sample;
+      value_[n] = *in_block(came_value_ + tile * N + n, 0) = sample;
     }
   }
 
@@ -365,10 +391,11 @@ class Block {
   const int64_t first_;
   const bool alone_;
   const W* weights_;
-  float *x_in_, *s_in_, *came_value_, *pending_, *x_, *sum_, *out_, *bias_, *head_bias_, *uniforms_;
+  float *x_in_, *s_in_, *came_value_, *pending_, *x_, *sum_, *out_, *bias_, *head_bias_, *skip_bias_, *uniforms_,
+      *value_;
   Queue* queues_;
   Vectors<W> input_, past_, z_, skips_, hidden_;
-  int64_t *came_, *arrived_;
+  int64_t *came_, *arrived_, *class_;
 };
 
 }  // namespace fastgen::wavenet

@@ -65,9 +65,9 @@ struct Job {
       int64_t bytes = plan.spilled ? 0 : of_layers(plan, share.layers());
       for (const int64_t array :
            {4 * tiles * n * shape.residual, 4 * tiles * n * shape.skip, 8 * tiles * n, 4 * tiles * n,
-            int64_t{24} * tiles, share.size * weight_bytes, 8 * n * lengths.x, 8 * n * lengths.x, 4 * n * lengths.past,
-            4 * n * shape.skip, 4 * head * n * lengths.s, 4 * head * n * lengths.s, 4 * head * n * shape.outputs,
-            4 * head * (shape.skip + shape.outputs), 8 * n})
+            int64_t{24} * tiles, share.size * weight_bytes, 8 * n * lengths.x, 4 * n * lengths.past, 4 * n * shape.skip,
+            4 * head * n * lengths.s, 4 * head * n * lengths.s, 4 * head * n * shape.outputs,
+            4 * head * (shape.skip + shape.outputs), 8 * n, 8 * n, 4 * n, int64_t{rank == 0} * 4 * shape.skip})
         bytes += round_up(array, 16);
       most = std::max(most, bytes);
     }
@@ -77,10 +77,11 @@ struct Job {
   int64_t groups() const { return (streams + tiles * tile - 1) / (tiles * tile); }
 
  private:
-  // What a block keeps of each of its layers: pending sums, z, the residual's bias, the queue.
+  // What a block keeps of each of its layers: x, pending sums, z, the residual's bias, the queue.
   int64_t of_layers(const Plan& plan, int64_t layers) const {
     const int64_t n = layers * 4 * plan.vectors();
-    return round_up(4 * n * 2 * shape.gate, 16) + round_up(4 * n * lengths.z, 16) +
+    return round_up(std::max<int64_t>(n, 4 * plan.vectors()) * 4 * lengths.x, 16) +
+           round_up(4 * n * 2 * shape.gate, 16) + round_up(4 * n * lengths.z, 16) +
            round_up(4 * layers * shape.residual, 16) + 32 * layers;
   }
   int64_t most_of_layers(const Plan& plan) const {

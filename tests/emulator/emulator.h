@@ -36,6 +36,9 @@ float shuffle_up(float v, int lanes, Where where = Where::current());
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current());
 void pause(Where where = Where::current());
 int64_t load_acquire(const int64_t* p);
+inline void wait_for(const int64_t* p, int64_t least, Where where = Where::current()) {
+  while (load_acquire(p) < least) pause(where);
+}
 void store_release(int64_t* p, int64_t v);
 
 void* shared_chunk(int index, int64_t bytes);

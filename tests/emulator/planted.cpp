@@ -52,8 +52,7 @@ void kernel(float* out) {
   sync_cluster();
   if (t == 2 && rank == 0) store_release(in_block(ready, 1), planted("a flag that never comes") ? 0 : 1);
   if (rank == 1) {
-    if (t == 3)
-      while (load_acquire(ready) < 1) pause();
+    if (t == 3) wait_for(ready, 1);
     sync_block();
   }
   sync_cluster();
