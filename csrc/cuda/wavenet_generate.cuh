@@ -6,8 +6,8 @@
 // its layers for the next step, whose products then need only a vector's addition. Streams come in tiles, which share
 // each weight that is read; several tiles keep all blocks of the pipeline busy.
 //
-// On the chain nothing waits for global memory but the first layer's input: biases, uniforms and the rows of the queues
-// are in shared memory by then.
+// Where the weights are on the chip, nothing on the chain waits for global memory but the first layer's input: biases,
+// uniforms and the rows of the queues are in shared memory by then.
 //
 // A mailbox is written again only after the sample that its last content led to, so no answer need be awaited.
 #pragma once

@@ -314,9 +314,9 @@ class Generator:
             self._check_tensor("given", given, self._sample_dtype, (batch, min(known, steps)))
             self._check_samples("given", given)
         self.check_state(state, batch)
-        given_values = {"gate_bias": gate_bias, "cond": cond, "local": local}
+        tensors = {"gate_bias": gate_bias, "cond": cond, "local": local}
         # cond is large: a sum reads it once, and is not finite if an element is not; a GPU is waited for once
-        sums = {name: tensor.sum() for name, tensor in given_values.items() if tensor is not None}
+        sums = {name: tensor.sum() for name, tensor in tensors.items() if tensor is not None}
         finite = torch.isfinite(torch.stack(list(sums.values()))).tolist()
         for name, fine in zip(sums, finite, strict=True):
             if not fine:
