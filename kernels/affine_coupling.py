@@ -1,8 +1,8 @@
 """Affine coupling, forward and backward: one pass over x and params (see fastgen/ops/affine_coupling.py).
 
 A sample's channels lie one after another, so that the transformed ones are one run of numbers, and so are the others.
-A program takes BLOCK numbers of a sample's runs. Least traffic, in elements: 2 per element of x and 1 per parameter
-forward; backward 3 and 2.
+A program takes BLOCK numbers of a sample's runs. `given` are params, a name that Triton's launcher has for itself.
+Least traffic, in elements: 2 per element of x and 1 per parameter forward; backward 3 and 2.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ def _pass_through(x, y, chunk, count, BLOCK: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def _parameters(params, start, i, active, pixels, LAYOUT: tl.constexpr, HAS_SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _parameters(given, start, i, active, pixels, LAYOUT: tl.constexpr, HAS_SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where scale and shift of elements start + i of the transformed run lie."""
     if not HAS_SCALE:
-        return params + start + i, params + start + i
+        return given + start + i, given + start + i
     elif LAYOUT == "interleaved":
-        shift = params + start + i + (start + i) // pixels * pixels
+        shift = given + start + i + (start + i) // pixels * pixels
         return shift + pixels, shift
     elif LAYOUT == "scale_shift":
-        return params + start + i, params + active + start + i
+        return given + start + i, given + active + start + i
     else:
-        return params + active + start + i, params + start + i
+        return given + active + start + i, given + start + i
 
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    x, params, mask, y, partial, size, active, first, rest, pixels, mask_stride, bound, active_chunks, chunks,
+    x, given, mask, y, partial, size, active, first, rest, pixels, mask_stride, bound, active_chunks, chunks,
     SCALE: tl.constexpr, LAYOUT: tl.constexpr, INVERSE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // chunks).to(tl.int64)
@@ -71,8 +71,8 @@ def _forward(  # type: ignore[no-untyped-def]
     i = tl.arange(0, BLOCK)
     live = i < active - start
     HAS_SCALE: tl.constexpr = SCALE != "none"
-    params += sample * active * (2 if HAS_SCALE else 1)
-    at_scale, at_shift = _parameters(params, start, i, active, pixels, LAYOUT, HAS_SCALE)
+    given += sample * active * (2 if HAS_SCALE else 1)
+    at_scale, at_shift = _parameters(given, start, i, active, pixels, LAYOUT, HAS_SCALE)
     v = tl.load(x + first + start + i, live, other=0.0).to(tl.float32)
     out = v
     shift = tl.load(at_shift, live, other=0.0).to(tl.float32)
@@ -91,7 +91,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    grad, grad_log_det, kept, params, mask, grad_x, grad_params, size, active, first, rest, pixels, mask_stride, bound,
+    grad, grad_log_det, kept, given, mask, grad_x, grad_params, size, active, first, rest, pixels, mask_stride, bound,
     active_chunks, chunks,
     SCALE: tl.constexpr, LAYOUT: tl.constexpr, INVERSE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def _backward(  # type: ignore[no-untyped-def]
     live = i < active - start
     HAS_SCALE: tl.constexpr = SCALE != "none"
     row = sample * active * (2 if HAS_SCALE else 1)
-    at_scale, _ = _parameters(params + row, start, i, active, pixels, LAYOUT, HAS_SCALE)
+    at_scale, _ = _parameters(given + row, start, i, active, pixels, LAYOUT, HAS_SCALE)
     to_scale, to_shift = _parameters(grad_params + row, start, i, active, pixels, LAYOUT, HAS_SCALE)
     g = tl.load(grad + first + start + i, live, other=0.0).to(tl.float32)
     through = live == 0

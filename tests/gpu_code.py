@@ -61,6 +61,16 @@ def compiled_for(source: Any, target: Any, options: dict[str, int]) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
+def bound(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """As Triton's launcher binds the arguments; it has variables of its own, after which none may be named."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", ARCHITECTURES[0], 32))
+    create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **keywords)
+
+
 @contextlib.contextmanager
 def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
     """Within it, the kernels of the modules and those that all share are not run: their launches are listed."""
@@ -75,6 +85,7 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def launch(*args: Any, **keywords: Any) -> None:
+                bound(self.kernel, args, keywords)
                 names = [p.name for p in self.kernel.params]
                 given = dict(zip(names, args, strict=False)) | {k: v for k, v in keywords.items() if k in names}
                 options = {k: v for k, v in keywords.items() if k not in names}
