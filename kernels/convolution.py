@@ -1,12 +1,12 @@
-"""Convolution over live taps, plain or with a gate, in one or two dimensions, and its gradients.
+"""Convolution over live taps, plain or with a gate, of sequences and images, and its gradients.
 
-A sequence is an image one pixel high. Live taps are the first ones in raster order, so a loop over (tap, channels)
-computes them alone: ROWS pixels by COLUMNS results are in registers, as one product on tensor cores. Whatever the tap,
-memory is read 16 bytes at a time: along the channels of a pixel where x has its channels last, along the pixels where
-it does not and shifts leave them aligned. Of a gate the two halves are neighbours among the weights' columns, so both
-are one product and come apart in registers.
+All are products of weights [rows, channels] with x [channels, positions], a position being a point in time, or a pixel
+in raster order. Images get zeros behind each of their rows, as many as taps reach to a side, so that a tap is a shift
+along positions there too; what it finds before the beginning and behind the end, the loads fill with zeros. So no
+product asks where a tap falls, memory is read as it lies, and GPUs with a copy engine for tiles (TMA) bring it to the
+tensor cores without the help of registers. The halves of a gate are two products that share x.
 
-Least work: 2 O C operations for each pixel and live tap forward, 4 O C backward.
+Least work: 2 O C operations for each position and live tap forward, 4 O C backward.
 """
 
 from __future__ import annotations
@@ -17,215 +17,253 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .functions import sigmoid, tanh
+from fastgen.ops.masked_conv2d import aligned, positions
+
+from .functions import sigmoid, sigmoid_bf16, tanh, tanh_bf16
 from .launch import MOST_SHARED, fitted, precision_of, shared_memory, splits_for, staged
 from .tuning import tuned
 
 
 @triton.jit
-def _neighbour(  # type: ignore[no-untyped-def]
-    pixel, pixels, height, width, tap, above, left, kernel_width, dilation, ALIGNED: tl.constexpr, FLIP: tl.constexpr
+def _spread(  # type: ignore[no-untyped-def]
+    x, out, rows, height, width, pitch, room, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """How far ahead the pixel under a tap lies (FLIP: the one that has this pixel under the tap), and if it exists.
-
-    ALIGNED: sequences and the distances of taps are multiples of 16, so 16 neighbours share the second answer.
-    """
-    down = tl.cast(tap // kernel_width - above, tl.int64) * dilation
-    right = tl.cast(tap % kernel_width - left, tl.int64) * dilation
-    if FLIP:
-        down, right = -down, -right
-    in_image = pixel % (tl.cast(height, tl.int64) * width)
-    i = in_image // width + down
-    j = in_image % width + right
-    inside = (pixel < pixels) & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-    if ALIGNED:
-        inside = tl.max_constancy(inside, [16])
-    return down * width + right, inside
+    """x [plane][height][width] -> out [plane][room]: rows of `pitch`, zeros where there was nothing."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = (row < rows)[:, None]
+    i = row % height
+    end = tl.where(i == height - 1, room - i * pitch, pitch)
+    v = tl.load(x + (row * width)[:, None] + column[None, :], live & (column < width)[None, :], other=0.0)
+    tl.store(
+        out + (row // height * room + i * pitch)[:, None] + column[None, :], v, live & (column[None, :] < end[:, None])
+    )
 
 
 @triton.jit
-def _places(pixel, channel, size, channels, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Offsets [pixel, channel] into [image][pixel][channel], or without LAST into [image][channel][pixel]."""
-    if LAST:
-        return pixel[:, None] * channels + channel[None, :]
-    return (pixel // size * channels * size + pixel % size)[:, None] + channel.to(tl.int64)[None, :] * size
+def _shift(tap, length, pitch, above, left, kernel_width, dilation):  # type: ignore[no-untyped-def]
+    """How far ahead the position under a tap lies; at most beyond all of them."""
+    down = (tap // kernel_width - above).to(tl.int64) * pitch
+    ahead = (down + tap % kernel_width - left) * dilation
+    return tl.minimum(tl.maximum(ahead, -tl.cast(length, tl.int64)), tl.cast(length, tl.int64)).to(tl.int32)
+
+
+@triton.jit
+def tile_of(tensor, i, j, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[j, j + ROWS) x [k, k + COLUMNS) of the i-th matrix, zeros outside of it."""
+    return tl.reshape(tensor.load([i, j, k]), [ROWS, COLUMNS])
 
 
 @triton.jit
 def product(  # type: ignore[no-untyped-def]
-    x, weight, pixel, column, pixels, height, width, channels, columns, taps, above, left, kernel_width, dilation,
-    LAST: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, image, start, first, second, channels, length, taps, pitch, above, left, kernel_width, dilation,
+    PAIRED: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """weight [tap][channel][column] -> sums [ROWS, COLUMNS] over live taps and channels."""
-    inner = tl.arange(0, CHUNK)
+    """Sums [ROWS, STEPS] over live taps and channels, for rows from `first` on, and PAIRED for those from `second` on.
+
+    FLIP: of what has the position under the tap.
+    """
+    a = tl.zeros([ROWS, STEPS], tl.float32)
+    b = a
     parts = tl.cdiv(channels, CHUNK)
-    size = tl.cast(height, tl.int64) * width
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(taps * parts):
-        tap = step // parts
-        channel = step % parts * CHUNK + inner
-        ahead, inside = _neighbour(
-            pixel, pixels, height, width, tap, above, left, kernel_width, dilation, not LAST, FLIP
-        )  # fmt: skip
-        seen = inside[:, None] & (channel < channels)[None, :]
-        at = x + _places(pixel, channel, size, channels, LAST) + ahead * (channels if LAST else 1)
-        v = tl.load(at, seen, other=0.0)
-        known = (channel < channels)[:, None] & (column < columns)[None, :]
-        at = weight + (tap * channels + channel).to(tl.int64)[:, None] * columns + column[None, :]
-        sums = tl.dot(v, tl.load(at, known, other=0.0), sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
-def both_halves(  # type: ignore[no-untyped-def]
-    sums, bias, cond, pixel, pair, pixels, size, pairs, cond_stride, cond_step,
-    BIASED: tl.constexpr, CONDITIONED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Of sums [ROWS, 2 PAIRS] what goes into tanh and into the sigmoid, with bias (2 pairs) and cond added."""
-    a, b = tl.split(tl.reshape(sums, [ROWS, PAIRS, 2]))
-    if BIASED:
-        a += tl.load(bias + pair, pair < pairs, other=0.0).to(tl.float32)[None, :]
-        b += tl.load(bias + pairs + pair, pair < pairs, other=0.0).to(tl.float32)[None, :]
-    if CONDITIONED:
-        live = (pixel < pixels)[:, None] & (pair < pairs)[None, :]
-        image, in_image = pixel // size, pixel % size
-        at = cond + (image[:, None] * 2 * pairs + pair[None, :]) * cond_stride + in_image[:, None] * cond_step
-        a += tl.load(at, live, other=0.0).to(tl.float32)
-        b += tl.load(at + tl.cast(pairs, tl.int64) * cond_stride, live, other=0.0).to(tl.float32)
+        tap, channel = step // parts, step % parts * CHUNK
+        ahead = _shift(tap, length, pitch, above, left, kernel_width, dilation)
+        v = tile_of(x, image, channel, start - ahead if FLIP else start + ahead, CHUNK, STEPS)
+        a = tl.dot(tile_of(weight, tap, first, channel, ROWS, CHUNK), v, a, input_precision=PRECISION)
+        if PAIRED:
+            b = tl.dot(tile_of(weight, tap, second, channel, ROWS, CHUNK), v, b, input_precision=PRECISION)
     return a, b
 
 
 @triton.jit
-def store_halves(a, b, out, pixel, column, pixels, columns, ROWS: tl.constexpr, PAIRS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """To out [pixel][column], the halves in turns again."""
-    both = tl.reshape(tl.join(a, b), [ROWS, 2 * PAIRS]).to(out.dtype.element_ty)
-    live = (pixel < pixels)[:, None] & (column < columns)[None, :]
-    tl.store(out + pixel[:, None] * columns + column[None, :], both, live)
+def pixels_of(position, height, width, pitch, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where results for positions go in [height][width], and whether there is anything. PACKED: without margins."""
+    if PACKED:
+        return position, position < height * width
+    i, j = position // pitch, position % pitch
+    return i * width + j, (i < height) & (j < width)
 
 
 @triton.jit
-def gate_gradients(g, a, b):  # type: ignore[no-untyped-def]
-    t, s = tanh(a), sigmoid(b)
+def with_added(  # type: ignore[no-untyped-def]
+    a, b, bias, cond, image, row, index, live, rows, cond_stride, cond_step,
+    BIASED: tl.constexpr, CONDITIONED: tl.constexpr,
+):  # fmt: skip
+    """Bias (2 rows) and cond [image][2 rows][pixel] added to both halves."""
+    if BIASED:
+        a += tl.load(bias + row, row < rows, other=0.0).to(tl.float32)[:, None]
+        b += tl.load(bias + rows + row, row < rows, other=0.0).to(tl.float32)[:, None]
+    if CONDITIONED:
+        at = cond + ((image.to(tl.int64) * 2 * rows + row) * cond_stride)[:, None] + index[None, :] * cond_step
+        known = (row < rows)[:, None] & live[None, :]
+        a += tl.load(at, known, other=0.0).to(tl.float32)
+        b += tl.load(at + tl.cast(rows, tl.int64) * cond_stride, known, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def gate(a, b, SHORT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """-> tanh(a), sigmoid(b)."""
+    if SHORT:
+        return tanh_bf16(a), sigmoid_bf16(b)
+    return tanh(a), sigmoid(b)
+
+
+@triton.jit
+def gate_gradients(g, a, b, SHORT: tl.constexpr):  # type: ignore[no-untyped-def]
+    t, s = gate(a, b, SHORT)
     return g * s * (1 - t * t), g * t * s * (1 - s)
 
 
 @triton.jit
-def store_sums(a, b, partial, pair, pairs):  # type: ignore[no-untyped-def]
-    """Sums over a program's pixels, to partial [half][pair][program]."""
-    programs = tl.num_programs(0)
-    at = partial + pair.to(tl.int64) * programs + tl.program_id(0)
-    tl.store(at, tl.sum(a, 0), pair < pairs)
-    tl.store(at + tl.cast(pairs, tl.int64) * programs, tl.sum(b, 0), pair < pairs)
+def store_rows(out, v, image, row, position, rows, length):  # type: ignore[no-untyped-def]
+    """To out [image][row][position]."""
+    at = out + ((image.to(tl.int64) * rows + row) * length)[:, None] + position[None, :]
+    tl.store(at, v.to(out.dtype.element_ty), (row < rows)[:, None] & (position < length)[None, :])
+
+
+@triton.jit
+def store_halves(out, a, b, image, row, position, rows, length):  # type: ignore[no-untyped-def]
+    """To out [image][2 rows][position]."""
+    at = out + ((image.to(tl.int64) * 2 * rows + row) * length)[:, None] + position[None, :]
+    live = (row < rows)[:, None] & (position < length)[None, :]
+    tl.store(at, a.to(out.dtype.element_ty), live)
+    tl.store(at + tl.cast(rows, tl.int64) * length, b.to(out.dtype.element_ty), live)
+
+
+@triton.jit
+def store_sums(partial, a, b, row, rows, programs, program):  # type: ignore[no-untyped-def]
+    """Sums over a program's positions, to partial [2 rows][program]."""
+    at = partial + row.to(tl.int64) * programs + program
+    tl.store(at, tl.sum(a, 1), row < rows)
+    tl.store(at + tl.cast(rows, tl.int64) * programs, tl.sum(b, 1), row < rows)
 
 
 @triton.jit
 def _conv(  # type: ignore[no-untyped-def]
-    x, weight, bias, added, out, pixels, height, width, channels, columns, taps, above, left, kernel_width, dilation,
-    BIASED: tl.constexpr, ADDED: tl.constexpr, LAST: tl.constexpr, FLIP: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    x, weight, bias, added, out, channels, rows, length, row_tiles, tiles, height, width, taps, pitch, above, left,
+    kernel_width, dilation,
+    PACKED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """out [image][column][pixel] = sums + bias + added."""
-    pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    sums = product(
-        x, weight, pixel, column, pixels, height, width, channels, columns, taps, above, left, kernel_width, dilation,
-        LAST, FLIP, PRECISION, ROWS, COLUMNS, CHUNK,
+    """out [image][row][pixel] = sums + bias + added."""
+    first = tl.program_id(0) % row_tiles * ROWS
+    place = tl.program_id(0) // row_tiles
+    image, start = place // tiles, place % tiles * STEPS
+    sums, _ = product(
+        x, weight, image, start, first, first, channels, length, taps, pitch, above, left, kernel_width, dilation,
+        False, FLIP, PRECISION, ROWS, STEPS, CHUNK,
     )  # fmt: skip
-    live = (pixel < pixels)[:, None] & (column < columns)[None, :]
-    at = _places(pixel, column, tl.cast(height, tl.int64) * width, columns, False)
+    row = first + tl.arange(0, ROWS)
+    index, live = pixels_of(start + tl.arange(0, STEPS), height, width, pitch, PACKED)
+    known = (row < rows)[:, None] & live[None, :]
+    at = ((image.to(tl.int64) * rows + row) * height * width)[:, None] + index[None, :]
     if BIASED:
-        sums += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias + row, row < rows, other=0.0).to(tl.float32)[:, None]
     if ADDED:
-        sums += tl.load(added + at, live, other=0.0).to(tl.float32)
-    tl.store(out + at, sums.to(out.dtype.element_ty), live)
+        sums += tl.load(added + at, known, other=0.0).to(tl.float32)
+    tl.store(out + at, sums.to(out.dtype.element_ty), known)
 
 
 @triton.jit
 def _gated_conv(  # type: ignore[no-untyped-def]
-    x, weight, bias, cond, grad, out, kept, partial, pixels, height, width, channels, columns, cond_stride, cond_step,
-    taps, above, left, kernel_width, dilation,
-    BIASED: tl.constexpr, CONDITIONED: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr, LAST: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    x, weight, bias, cond, grad, out, kept, partial, channels, pairs, length, row_tiles, tiles, height, width,
+    cond_stride, cond_step, taps, pitch, above, left, kernel_width, dilation,
+    PACKED: tl.constexpr, BIASED: tl.constexpr, CONDITIONED: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
+    SHORT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Forward: out [image][pair][pixel], and kept: the sums before the gate. Backward: kept, their gradients."""
-    PAIRS: tl.constexpr = COLUMNS // 2
-    pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
-    size, pairs = tl.cast(height, tl.int64) * width, columns // 2
-    sums = product(
-        x, weight, pixel, column, pixels, height, width, channels, columns, taps, above, left, kernel_width, dilation,
-        LAST, False, PRECISION, ROWS, COLUMNS, CHUNK,
+    """Forward: out [image][pair][pixel], and kept [image][row][position]: the sums before the gate. Backward: kept,
+    their gradients.
+    """
+    first = tl.program_id(0) % row_tiles * ROWS
+    place = tl.program_id(0) // row_tiles
+    image, start = place // tiles, place % tiles * STEPS
+    a, b = product(
+        x, weight, image, start, first, pairs + first, channels, length, taps, pitch, above, left, kernel_width,
+        dilation, True, False, PRECISION, ROWS, STEPS, CHUNK,
     )  # fmt: skip
-    a, b = both_halves(
-        sums, bias, cond, pixel, pair, pixels, size, pairs, cond_stride, cond_step, BIASED, CONDITIONED, ROWS, PAIRS
-    )
-    live = (pixel < pixels)[:, None] & (pair < pairs)[None, :]
-    at = _places(pixel, pair, size, pairs, False)
+    pair = first + tl.arange(0, ROWS)
+    position = start + tl.arange(0, STEPS)
+    index, live = pixels_of(position, height, width, pitch, PACKED)
+    known = (pair < pairs)[:, None] & live[None, :]
+    at = ((image.to(tl.int64) * pairs + pair) * height * width)[:, None] + index[None, :]
+    a, b = with_added(a, b, bias, cond, image, pair, index, live, pairs, cond_stride, cond_step, BIASED, CONDITIONED)
     if BACKWARD:
-        a, b = gate_gradients(tl.load(grad + at, live, other=0.0).to(tl.float32), a, b)
-        store_sums(a, b, partial, pair, pairs)
+        a, b = gate_gradients(tl.load(grad + at, known, other=0.0).to(tl.float32), a, b, SHORT)
+        store_sums(partial, a, b, pair, pairs, tl.num_programs(0) // row_tiles, place)
     else:
-        tl.store(out + at, (tanh(a) * sigmoid(b)).to(out.dtype.element_ty), live)
+        t, s = gate(a, b, SHORT)
+        tl.store(out + at, (t * s).to(out.dtype.element_ty), known)
     if KEEP:
-        store_halves(a, b, kept, pixel, column, pixels, columns, ROWS, PAIRS)
+        store_halves(kept, a, b, image, pair, position, pairs, length)
 
 
 @triton.jit
 def _gate_grad(  # type: ignore[no-untyped-def]
-    grad, kept, out, of_cond, partial, pairs, size, tiles, SPREAD: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    grad, kept, out, of_cond, partial, pairs, length, row_tiles, tiles, height, width, pitch,
+    PACKED: tl.constexpr, SPREAD: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """grad [image][pair][pixel], kept [pixel][column] -> gradients of kept, and their sums over tiles of an image."""
-    PAIRS: tl.constexpr = COLUMNS // 2
-    image = (tl.program_id(0) // tiles).to(tl.int64)
-    in_image = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    pixel, end = image * size + in_image, (image + 1) * size
-    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (in_image < size)[:, None] & (column < 2 * pairs)[None, :]
-    sums = tl.load(kept + pixel[:, None] * (2 * pairs) + column[None, :], inside, other=0.0).to(tl.float32)
-    a, b = tl.split(tl.reshape(sums, [ROWS, PAIRS, 2]))
-    live = (in_image < size)[:, None] & (pair < pairs)[None, :]
-    g = tl.load(grad + (image * pairs + pair[None, :]) * size + in_image[:, None], live, other=0.0).to(tl.float32)
-    a, b = gate_gradients(g, a, b)
-    store_halves(a, b, out, pixel, column, end, 2 * pairs, ROWS, PAIRS)
+    """grad [image][pair][pixel], kept [image][row][position] -> gradients of kept, and their sums over a tile."""
+    place = tl.program_id(0) // row_tiles
+    image, position = place // tiles, place % tiles * STEPS + tl.arange(0, STEPS)
+    pair = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
+    index, live = pixels_of(position, height, width, pitch, PACKED)
+    known = (pair < pairs)[:, None] & live[None, :]
+    size, half = tl.cast(height, tl.int64) * width, tl.cast(pairs, tl.int64)
+    at = kept + ((image * 2 * half + pair) * length)[:, None] + position[None, :]
+    a = tl.load(at, known, other=0.0).to(tl.float32)
+    b = tl.load(at + half * length, known, other=0.0).to(tl.float32)
+    g = tl.load(grad + ((image * half + pair) * size)[:, None] + index[None, :], known, other=0.0).to(tl.float32)
+    a, b = gate_gradients(g, a, b, SHORT)
+    store_halves(out, a, b, image, pair, position, pairs, length)
     if SPREAD:
-        at = of_cond + (image * 2 * pairs + pair[None, :]) * size + in_image[:, None]
-        tl.store(at, a.to(of_cond.dtype.element_ty), live)
-        tl.store(at + tl.cast(pairs, tl.int64) * size, b.to(of_cond.dtype.element_ty), live)
-    store_sums(a, b, partial, pair, pairs)
+        at = of_cond + ((image * 2 * half + pair) * size)[:, None] + index[None, :]
+        tl.store(at, a.to(of_cond.dtype.element_ty), known)
+        tl.store(at + half * size, b.to(of_cond.dtype.element_ty), known)
+    store_sums(partial, a, b, pair, pairs, tl.num_programs(0) // row_tiles, place)
 
 
 @triton.jit
 def _grad_weight(  # type: ignore[no-untyped-def]
-    grad, x, partial, pixels, height, width, channels, columns, channel_tiles, share, above, left, kernel_width,
-    dilation,
-    GRAD_LAST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    grad, x, partial, rows, channels, images, length, row_tiles, channel_tiles, share, taps, pitch, above, left,
+    kernel_width, dilation,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """partial [split][tap][column][channel]: sums over the split's share of all tiles of CHUNK pixels."""
-    column = tl.program_id(0) // channel_tiles * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) % channel_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    tap = tl.program_id(1)
-    split = tl.program_id(2).to(tl.int64)
-    size = tl.cast(height, tl.int64) * width
+    """partial [split][tap][row][channel]: sums over the split's share of all tiles of CHUNK positions."""
+    first = tl.program_id(0) % row_tiles * ROWS
+    second = tl.program_id(0) // row_tiles % channel_tiles * COLUMNS
+    place = tl.program_id(0) // row_tiles // channel_tiles
+    tap, split = place % taps, place // taps
+    ahead = _shift(tap, length, pitch, above, left, kernel_width, dilation)
+    parts = tl.cdiv(length, CHUNK)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for tile in range(split * share, min((split + 1) * share, tl.cdiv(pixels, CHUNK))):
-        pixel = tile * CHUNK + tl.arange(0, CHUNK)
-        live = (pixel < pixels)[:, None] & (column < columns)[None, :]
-        g = tl.load(grad + _places(pixel, column, size, columns, GRAD_LAST), live, other=0.0)
-        ahead, inside = _neighbour(
-            pixel, pixels, height, width, tap, above, left, kernel_width, dilation, not LAST, False
-        )  # fmt: skip
-        seen = inside[:, None] & (channel < channels)[None, :]
-        at = x + _places(pixel, channel, size, channels, LAST) + ahead * (channels if LAST else 1)
-        sums = tl.dot(tl.trans(g), tl.load(at, seen, other=0.0), sums, input_precision=PRECISION)
-    known = (column < columns)[:, None] & (channel < channels)[None, :]
-    at = ((split * tl.num_programs(1) + tap) * columns + column[:, None]) * channels + channel[None, :]
-    tl.store(partial + at, sums, known)
+    for tile in range(split * share, min((split + 1) * share, images * parts)):
+        image, start = tile // parts, tile % parts * CHUNK
+        g = tile_of(grad, image, first, start, ROWS, CHUNK)
+        v = tile_of(x, image, second, start + ahead, COLUMNS, CHUNK)
+        sums = tl.dot(g, tl.trans(v), sums, input_precision=PRECISION)
+    row, channel = first + tl.arange(0, ROWS), second + tl.arange(0, COLUMNS)
+    at = partial + ((place.to(tl.int64) * rows + row) * channels)[:, None] + channel[None, :]
+    tl.store(at, sums, (row < rows)[:, None] & (channel < channels)[None, :])
+
+
+@triton.jit
+def _collect(partial, out, count, splits, taps, kernel, KERNEL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """partial [split][tap][i] -> out [i][kernel]: sums over splits, zeros for taps that are not live."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tap = tl.arange(0, KERNEL)
+    known = (i < count)[None, :] & (tap < taps)[:, None]
+    at = partial + (tap.to(tl.int64) * count)[:, None] + i[None, :]
+    sums = tl.zeros([KERNEL, BLOCK], tl.float32)
+    for _ in range(splits):
+        sums += tl.load(at, known, other=0.0)
+        at += tl.cast(taps, tl.int64) * count
+    to = out + (i * kernel)[None, :] + tap[:, None]
+    tl.store(to, sums.to(out.dtype.element_ty), (i < count)[None, :] & (tap < kernel)[:, None])
 
 
 class Shape(NamedTuple):
@@ -233,19 +271,24 @@ class Shape(NamedTuple):
 
     height: int
     width: int
-    taps: int
+    taps: int  # that are live: the first ones in raster order
     above: int
     left: int
     kernel_width: int
     dilation: int = 1
+    margin: int = 0  # zeros behind each row
+
+    @property
+    def pitch(self) -> int:
+        return self.width + self.margin
+
+    @property
+    def length(self) -> int:
+        """Of a row of channels: its positions, and what makes the next row start where a tile may."""
+        return positions(self.height, self.width, self.margin)
 
     def tap_arguments(self) -> tuple[int, ...]:
-        return self.above, self.left, self.kernel_width, self.dilation
-
-
-def is_aligned(shape: Shape) -> bool:
-    """Whether pixels under every tap start at multiples of 16, so that x can be read with its channels first."""
-    return shape.height == 1 and shape.width % 16 == 0 and (shape.taps == 1 or shape.dilation % 16 == 0)
+        return self.taps, self.pitch, self.above, self.left, self.kernel_width, self.dilation
 
 
 def power_within(n: int, least: int, most: int) -> int:
@@ -253,45 +296,56 @@ def power_within(n: int, least: int, most: int) -> int:
     return int(min(most, max(least, triton.next_power_of_2(n))))
 
 
-def shared_by(tile: dict[str, int], bits: int, limit: int) -> int:
-    operands = (tile["ROWS"] + tile["COLUMNS"]) * tile["CHUNK"] * bits // 8
-    return staged(operands, tile["num_stages"], limit)
+def shared_by(tile: dict[str, int], bits: int, limit: int, paired: bool = False) -> int:
+    operands = (tile["ROWS"] * (1 + paired) + tile.get("STEPS", tile.get("COLUMNS", 0))) * tile["CHUNK"]
+    return staged(operands * bits // 8, tile["num_stages"], limit)
 
 
-def tile_for(rows: int, columns: int, inner: int, bits: int, limit: int = MOST_SHARED) -> dict[str, int]:
-    """ROWS, COLUMNS and CHUNK of a product, and how it is run: what tensor cores want and shared memory holds."""
+def tile_for(
+    rows: int, columns: int, inner: int, bits: int, limit: int = MOST_SHARED, *, paired: bool = False,
+    across: str = "STEPS",
+) -> dict[str, int]:  # fmt: skip
+    """Sides of a product's tile, and how it is run: what tensor cores want and shared memory holds."""
     tile = {
-        "ROWS": power_within(rows, 16, 128), "COLUMNS": power_within(columns, 16, 128),
+        "ROWS": power_within(rows, 16, 64 if paired else 128), across: power_within(columns, 16, 128),
         "CHUNK": power_within(inner, 16, 1024 // bits),
     }  # fmt: skip
     few = 4096 if bits == 16 else 1024  # results, whose operands four warps have registers for
-    tile |= {"num_warps": 8 if tile["ROWS"] * tile["COLUMNS"] > few else 4, "num_stages": 3}
-    return fitted(tile, limit, lambda t: shared_by(t, bits, limit))
+    results = tile["ROWS"] * tile[across] * (1 + paired)
+    tile |= {"num_warps": 8 if results > few else 4, "num_stages": 3}
+    return fitted(tile, limit, lambda t: shared_by(t, bits, limit, paired))
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> [image][pixel][channel]."""
-    return x.permute(0, 2, 3, 1).contiguous()
+def spread(x: Tensor, shape: Shape) -> Tensor:
+    """x (B, C, ...) with its positions as the products take them -> (B, C, length)."""
+    if shape.length == shape.height * shape.width:
+        return x.flatten(2)
+    rows = x.shape[0] * x.shape[1] * shape.height
+    out = x.new_empty(x.shape[0], x.shape[1], shape.length)
+    across = shape.pitch + shape.length - shape.height * shape.pitch
+    columns = power_within(across, 16, 1024)
+    tile = max(1, 1024 // columns)
+    _spread[(triton.cdiv(rows, tile), triton.cdiv(across, columns))](
+        x, out, rows, shape.height, shape.width, shape.pitch, shape.length, ROWS=tile, COLUMNS=columns, num_warps=4
+    )
+    return out
 
 
-def by_tap(weight: Tensor, taps: int, halves: int, *, flip: bool = False) -> Tensor:
-    """Live weights (O, C, KH, KW) -> (taps, C, O), or to flip (taps, O, C); the halves of a gate in turns."""
-    rows, channels = weight.shape[:2]
-    of_taps: Tensor = weight.flatten(2)[:, :, :taps].unflatten(
-        0, (halves, rows // halves)
-    )  # (halves, O / halves, C, taps)
-    if flip:
-        return of_taps.permute(3, 1, 0, 2).contiguous().view(taps, rows, channels)
-    return of_taps.permute(3, 2, 1, 0).contiguous().view(taps, channels, rows)
+def tiles_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Contiguous x (n, R, C), from which a kernel takes tiles."""
+    count, height, width = x.shape
+    base = x.clone() if x.data_ptr() % 16 else x
+    return TensorDescriptor(base, [count, height, width], [height * width, width, 1], [1, rows, columns])
 
 
-def from_taps(weight: Tensor, size: torch.Size, halves: int) -> Tensor:
-    """(taps, O, C), the halves of a gate in turns -> (O, C, KH, KW), zeros for taps that are not live."""
-    taps, rows, channels = weight.shape
-    out = weight.new_zeros(rows, channels, size[2] * size[3])
-    of_taps = weight.unflatten(1, (rows // halves, halves)).permute(2, 1, 3, 0)
-    out[:, :, :taps] = of_taps.reshape(rows, channels, taps)
-    return out.view(size)
+def by_tap(weight: Tensor, taps: int, *, flip: bool = False) -> Tensor:
+    """Live weights of (O, C, ...) -> (taps, O, C), or to flip (taps, C, O), with rows that tiles can be cut from."""
+    live = weight.flatten(2)[:, :, :taps].permute(2, 1, 0) if flip else weight.flatten(2)[:, :, :taps].permute(2, 0, 1)
+    if live.shape[2] == aligned(live.shape[2]) and taps:
+        return live.contiguous()
+    out = weight.new_zeros(max(taps, 1), live.shape[1], aligned(live.shape[2]))
+    out[:taps, :, : live.shape[2]] = live
+    return out
 
 
 def is_spread(cond: Tensor | None, shape: Shape) -> bool:
@@ -299,79 +353,96 @@ def is_spread(cond: Tensor | None, shape: Shape) -> bool:
     return cond is not None and cond[0, 0].numel() == shape.height * shape.width
 
 
+def is_short(x: Tensor) -> bool:
+    """Whether a gate's functions may be as rough as bfloat16."""
+    return x.dtype == torch.bfloat16
+
+
 def conv(
     x: Tensor, weight: Tensor, out: Tensor, shape: Shape, *, bias: Tensor | None = None, added: Tensor | None = None,
-    last: bool = True, flip: bool = False,
+    flip: bool = False,
 ) -> None:  # fmt: skip
-    """weight (taps, C, O) -> out [image][O][pixel], of x [image][pixel][C].
-
-    With last=False x is [image][C][pixel]: only sequences, and only where `is_aligned`.
-    """
-    _, channels, columns = weight.shape
-    pixels = x.numel() // channels
-    sizes = pixels, columns, channels
+    """weight (taps, O, C) -> out (B, O, pixels), of x (B, C, length)."""
+    (batch, channels, length), rows = x.shape, out.shape[1]
+    sizes = rows, length, channels
     options = tuned("conv", x, sizes, tile_for(*sizes, 8 * x.element_size(), shared_memory(x)))
-    _conv[(triton.cdiv(pixels, options["ROWS"]), triton.cdiv(columns, options["COLUMNS"]))](
-        x, weight, bias, added, out, pixels, shape.height, shape.width, channels, columns, shape.taps,
-        *shape.tap_arguments(), BIASED=bias is not None, ADDED=added is not None, LAST=last, FLIP=flip,
+    row_tiles, tiles = triton.cdiv(rows, options["ROWS"]), triton.cdiv(shape.height * shape.pitch, options["STEPS"])
+    _conv[(row_tiles * tiles * batch,)](
+        tiles_of(x, options["CHUNK"], options["STEPS"]), tiles_of(weight, options["ROWS"], options["CHUNK"]), bias,
+        added, out, channels, rows, length, row_tiles, tiles, shape.height, shape.width, *shape.tap_arguments(),
+        PACKED=not shape.margin, BIASED=bias is not None, ADDED=added is not None, FLIP=flip,
         PRECISION=precision_of(x), **options,
     )  # fmt: skip
 
 
 def gated_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, out: Tensor | None, kept: Tensor | None,
-    shape: Shape, *, last: bool = True, grad: Tensor | None = None,
+    shape: Shape, *, grad: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`conv` and the gate -> out [image][O/2][pixel]; kept [pixel][O]. With `grad`, that of out: kept is the gradient
+    """`conv` and the gate -> out (B, O/2, pixels); kept (B, O, length). With `grad`, that of out: kept is the gradient
     of what goes into the gate. Returns the sums of that, (O, programs) float32.
     """
-    _, channels, columns = weight.shape
-    pixels = x.numel() // channels
-    sizes = pixels, columns, channels
-    options = tuned("gated_conv", x, sizes, tile_for(*sizes, 8 * x.element_size(), shared_memory(x)))
-    tiles = triton.cdiv(pixels, options["ROWS"])
-    partial = x.new_empty(columns, tiles if grad is not None else 0, dtype=torch.float32)
-    spread = is_spread(cond, shape)
-    _gated_conv[(tiles, triton.cdiv(columns, options["COLUMNS"]))](
-        x, weight, bias, cond, grad, out, kept, partial, pixels, shape.height, shape.width, channels, columns,
-        shape.height * shape.width if spread else 1, int(spread), shape.taps, *shape.tap_arguments(),
+    (batch, channels, length), pairs = x.shape, weight.shape[1] // 2
+    sizes = pairs, length, channels
+    heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), paired=True)
+    options = tuned("gated_conv" if grad is None else "gated_conv_backward", x, sizes, heuristic)
+    row_tiles, tiles = triton.cdiv(pairs, options["ROWS"]), triton.cdiv(shape.height * shape.pitch, options["STEPS"])
+    if kept is not None:
+        tiles = triton.cdiv(length, options["STEPS"])  # all of kept is written
+    partial = x.new_empty(2 * pairs, batch * tiles if grad is not None else 0, dtype=torch.float32)
+    every = is_spread(cond, shape)
+    _gated_conv[(row_tiles * tiles * batch,)](
+        tiles_of(x, options["CHUNK"], options["STEPS"]), tiles_of(weight, options["ROWS"], options["CHUNK"]), bias,
+        cond, grad, out, kept, partial, channels, pairs, length, row_tiles, tiles, shape.height, shape.width,
+        shape.height * shape.width if every else 1, int(every), *shape.tap_arguments(), PACKED=not shape.margin,
         BIASED=bias is not None, CONDITIONED=cond is not None, KEEP=kept is not None, BACKWARD=grad is not None,
-        LAST=last, PRECISION=precision_of(x), **options,
+        SHORT=is_short(x), PRECISION=precision_of(x), **options,
     )  # fmt: skip
     return partial
 
 
 def gate_grad(grad: Tensor, kept: Tensor, cond: Tensor | None, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """grad (B, O/2, ...), kept from the forward -> gradients of it [pixel][O], of bias (O,) float32, and of cond."""
-    (batch, pairs), size = grad.shape[:2], shape.height * shape.width
+    """grad (B, O/2, ...), kept of the forward -> gradients of it (B, O, length), of bias (O,) float32, and of cond."""
+    batch, pairs, length = grad.shape[0], grad.shape[1], kept.shape[2]
     out = torch.empty_like(kept)
-    spread = is_spread(cond, shape)
-    of_cond = torch.empty_like(cond) if cond is not None and spread else kept.new_empty(0)
-    columns, tiles = power_within(2 * pairs, 16, 64), triton.cdiv(size, 64)
+    every = is_spread(cond, shape)
+    of_cond = torch.empty_like(cond) if cond is not None and every else kept.new_empty(0)
+    steps = power_within(length, 16, 256)
+    rows = power_within(pairs, 1, 2048 // steps)
+    row_tiles, tiles = triton.cdiv(pairs, rows), triton.cdiv(length, steps)
     partial = kept.new_empty(2 * pairs, batch * tiles, dtype=torch.float32)
-    _gate_grad[(batch * tiles, triton.cdiv(2 * pairs, columns))](
-        grad, kept, out, of_cond, partial, pairs, size, tiles, SPREAD=spread, ROWS=64, COLUMNS=columns, num_warps=4
-    )
+    _gate_grad[(row_tiles * tiles * batch,)](
+        grad, kept, out, of_cond, partial, pairs, length, row_tiles, tiles, shape.height, shape.width, shape.pitch,
+        PACKED=not shape.margin, SPREAD=every, SHORT=is_short(grad), ROWS=rows, STEPS=steps, num_warps=4,
+    )  # fmt: skip
     of_images = partial.view(2 * pairs, batch, tiles).sum(2)  # (O, B)
-    if cond is not None and not spread:
+    if cond is not None and not every:
         of_cond = of_images.T.to(cond.dtype).reshape(cond.shape)
     return out, of_images.sum(1), of_cond
 
 
-def grad_weight(
-    grad: Tensor, x: Tensor, rows: int, channels: int, shape: Shape, *, grad_last: bool = True, last: bool = True
-) -> Tensor:
-    """-> (taps, rows, C) float32, of grad [image][pixel][rows] and x [image][pixel][C], or channels before pixels."""
-    pixels = x.numel() // channels
-    sizes = rows, channels, pixels
-    options = tuned("grad_weight", x, sizes, tile_for(*sizes, 8 * x.element_size(), shared_memory(x)))
-    channel_tiles = triton.cdiv(channels, options["COLUMNS"])
-    programs = triton.cdiv(rows, options["ROWS"]) * channel_tiles
-    share, splits = splits_for(programs * max(shape.taps, 1), triton.cdiv(pixels, options["CHUNK"]))
-    partial = x.new_empty(splits, shape.taps, rows, channels, dtype=torch.float32)
-    if shape.taps:
-        _grad_weight[(programs, shape.taps, splits)](
-            grad, x, partial, pixels, shape.height, shape.width, channels, rows, channel_tiles, share,
-            *shape.tap_arguments(), GRAD_LAST=grad_last, LAST=last, PRECISION=precision_of(x), **options,
+def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+    """-> the gradient of weight (R, C, ...), of grad (B, R, length) and x (B, C, length)."""
+    (batch, rows, length), channels = grad.shape, x.shape[1]
+    sizes = rows, channels, length
+    heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), across="COLUMNS")
+    options = tuned("grad_weight", x, sizes, heuristic)
+    row_tiles, channel_tiles = triton.cdiv(rows, options["ROWS"]), triton.cdiv(channels, options["COLUMNS"])
+    taps = shape.taps
+    programs = row_tiles * channel_tiles * max(taps, 1)
+    share, splits = splits_for(programs, batch * triton.cdiv(length, options["CHUNK"]))
+    partial = x.new_empty(splits, taps, rows, channels, dtype=torch.float32)
+    if taps:
+        _grad_weight[(programs * splits,)](
+            tiles_of(grad, options["ROWS"], options["CHUNK"]), tiles_of(x, options["COLUMNS"], options["CHUNK"]),
+            partial, rows, channels, batch, length, row_tiles, channel_tiles, share, *shape.tap_arguments(),
+            PRECISION=precision_of(x), **options,
         )  # fmt: skip
-    return partial.sum(0)
+    out = weight.new_empty(weight.shape)
+    kernel = weight[0, 0].numel()
+    across = int(triton.next_power_of_2(kernel))
+    block = power_within(2048 // across, 16, 256)
+    _collect[(triton.cdiv(rows * channels, block),)](
+        partial, out, rows * channels, splits, taps, kernel, KERNEL=across, BLOCK=block, num_warps=4
+    )
+    return out

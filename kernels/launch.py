@@ -14,6 +14,10 @@ from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MOST_SHARED = 227 << 10  # bytes of shared memory for a program, on Hopper and Blackwell
+if INTERPRETED:
+    from .interpreter import take_tiles_from_anywhere
+
+    take_tiles_from_anywhere()
 BARRIERS = 2048  # bytes of it beside the tiles
 
 

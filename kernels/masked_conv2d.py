@@ -1,6 +1,6 @@
 """Masked convolution, plain and with a gate (see fastgen/ops/masked_conv2d.py): launches of convolution.py's kernels.
 
-Beside x and the result, x with its channels last is in memory, and for the backward of a gate the sums before it.
+Beside x and the result, x with zeros between its rows is in memory, and for the backward of a gate the sums before it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgen.ops.masked_conv2d import MASKS, mask_2d, weight_mask
 
-from .convolution import Shape, by_tap, channels_last, conv, from_taps, gate_grad, gated_conv, grad_weight
+from .convolution import Shape, by_tap, conv, gate_grad, gated_conv, grad_weight, spread
 from .launch import on_device
 
 
@@ -22,11 +22,14 @@ def live_taps(mask: str, kernel_size: tuple[int, int], colors: int) -> int:
 
 def _shape(x: Tensor, weight: Tensor, mask: str, colors: int) -> Shape:
     height, width = weight.shape[2:]
-    return Shape(x.shape[2], x.shape[3], live_taps(mask, (height, width), colors), height // 2, width // 2, width)
+    taps = live_taps(mask, (height, width), colors)
+    return Shape(*x.shape[2:], taps, height // 2, width // 2, width, margin=width // 2)
 
 
 def _live(weight: Tensor, mask: str, colors: int, gated: bool) -> Tensor:
-    """Zeros behind the mask, whatever was there."""
+    """Zeros behind the mask, whatever was there; without colors, taps that are not live are never read."""
+    if colors == 1:
+        return weight
     return torch.where(weight_mask(weight, mask, colors, 1 + gated), weight, 0)
 
 
@@ -36,23 +39,22 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, col
     if out.numel():
         shape = _shape(x, weight, MASKS[mask], colors)
         with on_device(x):
-            columns = by_tap(_live(weight, MASKS[mask], colors, False), shape.taps, 1)
-            conv(channels_last(x), columns, out, shape, bias=bias)
+            conv(spread(x, shape), by_tap(_live(weight, MASKS[mask], colors, False), shape.taps), out, shape, bias=bias)
     return out
 
 
 def gated_masked_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, mask: int, colors: int, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> (B, O/2, H, W), and what the backward needs: the sums before the gate, [pixel][pair][half]."""
+    """-> (B, O/2, H, W), and what the backward needs: the sums before the gate, (B, O, positions)."""
     batch, rows = x.shape[0], weight.shape[0]
     out = x.new_empty(batch, rows // 2, *x.shape[2:])
-    kept = x.new_empty((batch, rows, *x.shape[2:]) if keep else 0)
+    shape = _shape(x, weight, MASKS[mask], colors)
+    kept = x.new_empty((batch, rows, shape.length) if keep else 0)
     if out.numel():
-        shape = _shape(x, weight, MASKS[mask], colors)
         with on_device(x):
-            columns = by_tap(_live(weight, MASKS[mask], colors, True), shape.taps, 2)
-            gated_conv(channels_last(x), columns, bias, cond, out, kept if keep else None, shape)
+            live = by_tap(_live(weight, MASKS[mask], colors, True), shape.taps)
+            gated_conv(spread(x, shape), live, bias, cond, out, kept if keep else None, shape)
     return out, kept
 
 
@@ -61,7 +63,7 @@ def masked_conv2d_backward(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> gradients of x (nothing unless needed), weight, bias, and cond (nothing without); `kept` of a gate."""
-    rows, channels = weight.shape[:2]
+    rows = weight.shape[0]
     gated, name = kept is not None, MASKS[mask]
     of_x, of_cond = x.new_empty(x.shape if need_x else 0), x.new_empty(0)
     if not x.numel():
@@ -70,12 +72,10 @@ def masked_conv2d_backward(
     shape = _shape(x, weight, name, colors)
     with on_device(x):
         if kept is None:
-            last, of_bias = channels_last(grad), grad.sum((0, 2, 3), dtype=torch.float32)
+            of_sums, of_bias = spread(grad, shape), grad.sum((0, 2, 3), dtype=torch.float32)
         else:
-            last, of_bias, of_cond = gate_grad(grad, kept, cond, shape)
+            of_sums, of_bias, of_cond = gate_grad(grad, kept, cond, shape)
         if need_x:
-            rows_of_taps = by_tap(_live(weight, name, colors, gated), shape.taps, 1 + gated, flip=True)
-            conv(last, rows_of_taps, of_x, shape, flip=True)
-        of_taps = grad_weight(last, channels_last(x), rows, channels, shape)
-        of_weight = _live(from_taps(of_taps, weight.shape, 1 + gated), name, colors, gated)
-        return of_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype), of_cond
+            conv(of_sums, by_tap(_live(weight, name, colors, gated), shape.taps, flip=True), of_x, shape, flip=True)
+        of_weight = _live(grad_weight(of_sums, spread(x, shape), weight, shape), name, colors, gated)
+        return of_x, of_weight, of_bias.to(weight.dtype), of_cond

@@ -19,19 +19,23 @@ from torch import Tensor
 
 from .convolution import (
     Shape,
-    both_halves,
+    by_tap,
+    gate,
     gate_gradients,
     grad_weight,
+    is_short,
     is_spread,
     power_within,
     product,
+    spread,
     store_halves,
+    store_rows,
     store_sums,
+    tile_of,
+    tiles_of,
+    with_added,
 )
-from .functions import sigmoid, tanh
 from .gated_causal_conv1d import (
-    arranged,
-    columns_of,
     gated_causal_conv1d,
     gated_causal_conv1d_backward,
     nothing_to_do,
@@ -46,19 +50,17 @@ MOST_GATES = 256  # of a sample, on chip
 
 @triton.jit
 def _project(  # type: ignore[no-untyped-def]
-    z, weight, bias, x, out, pixel, gate, pixels, steps, gates, outs,
-    BIASED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, OUTS: tl.constexpr,
+    z, weight, bias, x, out, sequence, position, first, outs, steps,
+    BIASED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, GATES: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
-    """out [sequence][outs][time] = z weight^T + bias, and x where that is the residual."""
-    for first in range(0, outs, OUTS):
-        row = first + tl.arange(0, OUTS)
-        known = (gate < gates)[:, None] & (row < outs)[None, :]
-        w = tl.load(weight + row.to(tl.int64)[None, :] * gates + gate[:, None], known, other=0.0)
-        sums = tl.dot(z, w, input_precision=PRECISION)
+    """out [sequence][outs][time] = rows of weight from `first` on, times z; and x where that is the residual."""
+    for start in range(0, outs, OUTS):
+        row = start + tl.arange(0, OUTS)
+        sums = tl.dot(tile_of(weight, 0, first + start, 0, OUTS, GATES), z, input_precision=PRECISION)
         if BIASED:
-            sums += tl.load(bias + row, row < outs, other=0.0).to(tl.float32)[None, :]
-        at = (pixel // steps * outs * steps + pixel % steps)[:, None] + row.to(tl.int64)[None, :] * steps
-        live = (pixel < pixels)[:, None] & (row < outs)[None, :]
+            sums += tl.load(bias + first + row, row < outs, other=0.0).to(tl.float32)[:, None]
+        at = ((sequence.to(tl.int64) * outs + row) * steps)[:, None] + position[None, :]
+        live = (row < outs)[:, None] & (position < steps)[None, :]
         if ADD:
             sums += tl.load(x + at, live, other=0.0).to(tl.float32)
         tl.store(out + at, sums.to(out.dtype.element_ty), live)
@@ -66,71 +68,68 @@ def _project(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _back(  # type: ignore[no-untyped-def]
-    g, grad, weight, pixel, gate, pixels, steps, gates, outs, PRECISION: tl.constexpr, OUTS: tl.constexpr
+    g, grad, weight, sequence, start, first, outs,
+    PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
-    """g + grad weight: what reaches the gates from grad [sequence][outs][time]."""
-    for first in range(0, outs, OUTS):
-        row = first + tl.arange(0, OUTS)
-        at = (pixel // steps * outs * steps + pixel % steps)[:, None] + row.to(tl.int64)[None, :] * steps
-        v = tl.load(grad + at, (pixel < pixels)[:, None] & (row < outs)[None, :], other=0.0)
-        known = (row < outs)[:, None] & (gate < gates)[None, :]
-        w = tl.load(weight + row.to(tl.int64)[:, None] * gates + gate[None, :], known, other=0.0)
-        g = tl.dot(v, w, g, input_precision=PRECISION)
+    """g + columns of weight from `first` on, times grad: what reaches the gates from it."""
+    for row in range(0, outs, OUTS):
+        v = tile_of(grad, sequence, row, start, OUTS, STEPS)
+        g = tl.dot(tile_of(weight, 0, 0, first + row, GATES, OUTS), v, g, input_precision=PRECISION)
     return g
 
 
 @triton.jit
 def _layer(  # type: ignore[no-untyped-def]
     x, source, weight, bias, cond, out_weight, out_bias, residual, skip, gate_grads, gates_out, partial,
-    pixels, steps, channels, gates, skips, cond_stride, cond_step, taps, left, dilation,
+    steps, length, tiles, channels, gates, skips, cond_stride, cond_step, taps, pitch, above, left, kernel_width,
+    dilation,
     BIASED: tl.constexpr, CONDITIONED: tl.constexpr, OUT_BIASED: tl.constexpr, BACKWARD: tl.constexpr,
-    LAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, GATES: tl.constexpr, CHUNK: tl.constexpr,
+    SHORT: tl.constexpr, PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
     OUTS: tl.constexpr,
 ):  # fmt: skip
     """source: x as `product` takes it. Backward: residual and skip are gradients that come in, gate_grads
-    [sample][gate][half] and gates_out [sample][gate] go out, with sums of the former in partial.
+    [sequence][half][gate][time] and gates_out [sequence][gate][time] go out, with sums of the former in partial.
     """
-    pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    gate = tl.arange(0, GATES)
-    column = tl.arange(0, 2 * GATES)
-    skip_weight = out_weight + tl.cast(channels, tl.int64) * gates
+    sequence, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * STEPS
+    gate_row = tl.arange(0, GATES)
+    position = start + tl.arange(0, STEPS)
     if BACKWARD:
-        g = tl.zeros([ROWS, GATES], tl.float32)
-        g = _back(g, residual, out_weight, pixel, gate, pixels, steps, gates, channels, PRECISION, OUTS)
-        g = _back(g, skip, skip_weight, pixel, gate, pixels, steps, gates, skips, PRECISION, OUTS)
+        g = tl.zeros([GATES, STEPS], tl.float32)
+        g = _back(g, residual, out_weight, sequence, start, 0, channels, PRECISION, GATES, STEPS, OUTS)
+        g = _back(g, skip, out_weight, sequence, start, channels, skips, PRECISION, GATES, STEPS, OUTS)
         g = g.to(x.dtype.element_ty)  # half the registers while the gate is computed
-    sums = product(
-        source, weight, pixel, column, pixels, 1, steps, channels, 2 * gates, taps, 0, left, taps, dilation,
-        LAST, False, PRECISION, ROWS, 2 * GATES, CHUNK,
+    a, b = product(
+        source, weight, sequence, start, 0, gates, channels, length, taps, pitch, above, left, kernel_width, dilation,
+        True, False, PRECISION, GATES, STEPS, CHUNK,
     )  # fmt: skip
-    a, b = both_halves(
-        sums, bias, cond, pixel, gate, pixels, steps, gates, cond_stride, cond_step, BIASED, CONDITIONED, ROWS, GATES
-    )
-    z = (tanh(a) * sigmoid(b)).to(x.dtype.element_ty)
+    a, b = with_added(
+        a, b, bias, cond, sequence, gate_row, position, position < steps, gates, cond_stride, cond_step, BIASED,
+        CONDITIONED,
+    )  # fmt: skip
     if BACKWARD:
-        live = (pixel < pixels)[:, None] & (gate < gates)[None, :]
-        tl.store(gates_out + pixel[:, None] * gates + gate[None, :], z, live)
-        a, b = gate_gradients(g.to(tl.float32), a, b)
-        store_halves(a, b, gate_grads, pixel, column, pixels, 2 * gates, ROWS, GATES)
-        store_sums(a, b, partial, gate, gates)
+        t, s = gate(a, b, SHORT)
+        store_rows(gates_out, t * s, sequence, gate_row, position, gates, length)
+        a, b = gate_gradients(tl.where((position < steps)[None, :], g.to(tl.float32), 0.0), a, b, SHORT)
+        store_halves(gate_grads, a, b, sequence, gate_row, position, gates, length)
+        store_sums(partial, a, b, gate_row, gates, tl.num_programs(0), tl.program_id(0))
     else:
+        t, s = gate(a, b, SHORT)
+        z = tl.where((gate_row < gates)[:, None], t * s, 0.0).to(x.dtype.element_ty)
         _project(
-            z, out_weight, out_bias, x, residual, pixel, gate, pixels, steps, gates, channels,
-            OUT_BIASED, True, PRECISION, OUTS,
+            z, out_weight, out_bias, x, residual, sequence, position, 0, channels, steps,
+            OUT_BIASED, True, PRECISION, GATES, OUTS,
         )  # fmt: skip
-        skip_bias = out_bias + channels if OUT_BIASED else out_bias
         _project(
-            z, skip_weight, skip_bias, x, skip, pixel, gate, pixels, steps, gates, skips,
-            OUT_BIASED, False, PRECISION, OUTS,
+            z, out_weight, out_bias, x, skip, sequence, position, channels, skips, steps,
+            OUT_BIASED, False, PRECISION, GATES, OUTS,
         )  # fmt: skip
 
 
 def shared_by(tile: dict[str, int], bits: int, limit: int) -> int:
-    """Of the larger product, or of the sums while their halves come apart."""
-    gate = (tile["ROWS"] + 2 * tile["GATES"]) * tile["CHUNK"]
-    outs = (tile["ROWS"] + tile["GATES"]) * tile["OUTS"]
-    apart = 4 * tile["ROWS"] * tile["GATES"]
-    return max(apart, staged(max(gate, outs) * bits // 8, tile["num_stages"], limit))
+    """Of the larger product; gates that both 1x1 convolutions take are there beside it."""
+    inner = (2 * tile["GATES"] + tile["STEPS"]) * tile["CHUNK"]
+    outs = (tile["GATES"] + tile["STEPS"]) * tile["OUTS"]
+    return staged(max(inner, outs) * bits // 8, tile["num_stages"], limit) + tile["GATES"] * tile["STEPS"] * bits // 8
 
 
 def options_for(
@@ -138,36 +137,41 @@ def options_for(
 ) -> dict[str, int]:
     """Tile of a program: as many samples as leave both halves of their gates, and a gradient's, in registers."""
     across = power_within(gates, 16, MOST_GATES)
-    rows = min(128, (4096 if bits == 32 else 8192 if backward else 16384) // across)
+    steps = min(128, (4096 if bits == 32 else 8192 if backward else 16384) // across)
     few = 2048 if bits == 16 else 4096  # gates, which four warps have registers for
     tile = {
-        "ROWS": rows, "GATES": across, "CHUNK": power_within(channels, 16, 1024 // bits), "OUTS": 1024 // bits,
-        "num_warps": 8 if rows * across > few else 4, "num_stages": 3 if across < 256 else 2,
+        "GATES": across, "STEPS": steps, "CHUNK": power_within(channels, 16, 1024 // bits), "OUTS": 1024 // bits,
+        "num_warps": 8 if steps * across > few else 4, "num_stages": 3 if across < 256 else 2,
     }  # fmt: skip
     needed = functools.partial(shared_by, bits=bits, limit=limit)
-    return fitted(fitted(tile, limit, needed, smaller="ROWS"), limit, needed)
+    return fitted(fitted(tile, limit, needed, smaller="STEPS"), limit, needed)
 
 
 def _run(
-    x: Tensor, source: Tensor, last: bool, weight: Tensor, bias: Tensor | None, out_weight: Tensor,
-    out_bias: Tensor | None, cond: Tensor | None, residual: Tensor, skip: Tensor, shape: Shape,
-    backward: tuple[Tensor, Tensor] | None = None,
+    x: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None,
+    cond: Tensor | None, residual: Tensor, skip: Tensor, shape: Shape, backward: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Forward; or for `backward`, (gate_grads, gates): those, and the sums of the former, (2H, programs)."""
-    gates, pixels = out_weight.shape[1], x.shape[0] * x.shape[2]
+    gates, (batch, channels, steps) = out_weight.shape[1], x.shape
+    skips = len(out_weight) - channels
     kernel = "layer" if backward is None else "layer_backward"
-    sizes = (gates, x.shape[1], skip.shape[1])
-    heuristic = options_for(gates, x.shape[1], 8 * x.element_size(), shared_memory(x), backward=backward is not None)
-    options = tuned(kernel, x, sizes, heuristic)
-    programs = triton.cdiv(pixels, options["ROWS"])
-    partial = x.new_empty(2 * gates, programs if backward else 0, dtype=torch.float32)
-    spread = is_spread(cond, shape)
+    heuristic = options_for(gates, channels, 8 * x.element_size(), shared_memory(x), backward=backward is not None)
+    options = tuned(kernel, x, (gates, channels, skips), heuristic)
+    across, outs, chunk, columns = options["GATES"], options["OUTS"], options["CHUNK"], options["STEPS"]
+    tiles = triton.cdiv(shape.length if backward else steps, columns)
+    partial = x.new_empty(2 * gates, batch * tiles if backward else 0, dtype=torch.float32)
+    every = is_spread(cond, shape)
     gate_grads, gates_out = backward or (None, None)
-    _layer[(programs,)](
-        x, source, columns_of(weight), bias, cond, out_weight, out_bias, residual, skip, gate_grads, gates_out, partial,
-        pixels, shape.width, x.shape[1], gates, skip.shape[1], shape.width if spread else 1, int(spread), shape.taps,
-        shape.left, shape.dilation, BIASED=bias is not None, CONDITIONED=cond is not None,
-        OUT_BIASED=out_bias is not None, BACKWARD=backward is not None, LAST=last, PRECISION=precision_of(x), **options,
+    projections = by_tap(out_weight.unsqueeze(2), 1, flip=backward is not None)
+    ends = [residual, skip]
+    if backward:
+        ends = [tiles_of(g, outs, columns) for g in (residual, skip)]
+    _layer[(batch * tiles,)](
+        x, tiles_of(source, chunk, columns), tiles_of(by_tap(weight, shape.taps), across, chunk), bias, cond,
+        tiles_of(projections, *((across, outs) if backward else (outs, across))), out_bias, *ends, gate_grads,
+        gates_out, partial, steps, shape.length, tiles, channels, gates, skips, steps if every else 1, int(every),
+        *shape.tap_arguments(), BIASED=bias is not None, CONDITIONED=cond is not None, OUT_BIASED=out_bias is not None,
+        BACKWARD=backward is not None, SHORT=is_short(x), PRECISION=precision_of(x), **options,
     )  # fmt: skip
     return partial
 
@@ -181,9 +185,8 @@ def wavenet_layer_out(
         return
     shape, gates = shape_of(x, weight, dilation), out_weight.shape[1]
     with on_device(x):
-        source, last = arranged(x, shape)
         if gates <= MOST_GATES:
-            _run(x, source, last, weight, bias, out_weight, out_bias, cond, residual, skip, shape)
+            _run(x, spread(x, shape), weight, bias, out_weight, out_bias, cond, residual, skip, shape)
             return
         out = out_weight @ gated_causal_conv1d(x, weight, bias, cond, dilation)
         if out_bias is not None:
@@ -222,15 +225,18 @@ def wavenet_layer_backward(
                 (out_weight.T @ grad).contiguous(), x, weight, bias, cond, dilation
             )
             return of_x + grad_residual, of_weight, of_bias, of_out_weight, of_out_bias, of_cond
-        source, last = arranged(x, shape)
-        of_sums, z = (x.new_empty(x.shape[0], x.shape[2], n) for n in (2 * gates, gates))
-        partial = _run(
-            x, source, last, weight, bias, out_weight, out_bias, cond, grad_residual, grad_skip, shape, (of_sums, z)
-        )
-        one = Shape(1, shape.width, 1, 0, 0, 1)
-        parts = [grad_weight(g, z, g.shape[1], gates, one, grad_last=False)[0] for g in grads if g.numel()]
-        of_out_weight = torch.cat(parts).to(out_weight.dtype)
+        source = spread(x, shape)
+        of_sums, z = (x.new_empty(x.shape[0], n, shape.length) for n in (2 * gates, gates))
+        # of an empty skip there is nothing to take tiles from
+        ends = [spread(g, shape) if g.numel() else source for g in grads]
+        partial = _run(x, source, weight, bias, out_weight, out_bias, cond, *ends, shape, (of_sums, z))
+        one = shape._replace(taps=1, left=0, kernel_width=1)
+        parts = [
+            grad_weight(g, z, w, one)
+            for g, w in zip(ends, out_weight.split([x.shape[1], grad_skip.shape[1]]), strict=True)
+            if len(w)
+        ]
         of_x, of_weight, of_bias, of_cond = through_taps(
-            of_sums, partial, source, last, x, weight, bias, cond, shape, grad_residual
+            of_sums, partial, source, x, weight, bias, cond, shape, grad_residual
         )
-        return of_x, of_weight, of_bias, of_out_weight, of_out_bias, of_cond
+        return of_x, of_weight, of_bias, torch.cat(parts), of_out_bias, of_cond

@@ -33,6 +33,7 @@ class Launch:
         """As Triton would for these arguments: what is divisible by 16 is known to be, and a 1 is a constant."""
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
@@ -41,7 +42,10 @@ class Launch:
                 signature[parameter.name] = "constexpr"
                 constants[parameter.name] = value
                 continue
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, TensorDescriptor):
+                of = POINTERS[value.base.dtype][1:]
+                signature[parameter.name], divisible = f"tensordesc<{of}{value.block_shape}>", False
+            elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
                 divisible = True  # as fresh tensors are
             elif isinstance(value, float):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgen.backend import has_triton_kernels, lib, resolve
+from fastgen.backend import INTERPRETED, has_triton_kernels, lib, resolve
 from fastgen.checks import autocast, check, check_tensor, differentiates, quick_apply
-from fastgen.ops.masked_conv2d import MASKS, check_masked, masked_conv2d_reference
+from fastgen.ops.masked_conv2d import MASKS, check_masked, masked_conv2d_reference, positions
 
 
 def gated_masked_conv2d_reference(
@@ -43,7 +43,8 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, mask: int, colors: int, keep: bool
 ) -> tuple[Tensor, Tensor]:
     batch, rows, size = x.shape[0], weight.shape[0], x.shape[2:]
-    return x.new_empty(batch, rows // 2, *size), x.new_empty((batch, rows, *size) if keep else 0)
+    of_kernel = (positions(*size, weight.shape[3] // 2),) if x.is_cuda or INTERPRETED else size
+    return x.new_empty(batch, rows // 2, *size), x.new_empty((batch, rows, *of_kernel) if keep else 0)
 
 
 has_triton_kernels("gated_masked_conv2d")

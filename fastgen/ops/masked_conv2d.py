@@ -30,6 +30,16 @@ from fastgen.checks import autocast, check, check_integer, differentiates, quick
 MASKS = ("A", "B", "vertical", "vertical_B")
 
 
+def aligned(n: int) -> int:
+    """Numbers of a row of which n are wanted, so that on a GPU the next one starts where a tile may."""
+    return -(-n // 8) * 8
+
+
+def positions(height: int, width: int, margin: int) -> int:
+    """Numbers of an image with `margin` zeros behind each of its rows."""
+    return aligned(height * (width + margin))
+
+
 def mask_2d(mask: str, kernel_size: tuple[int, int], *, device: torch.device | None = None) -> Tensor:
     """(KH, KW) bool: which taps are live for one color group; the pixel itself is at (KH // 2, KW // 2)."""
     (height, width), live = kernel_size, torch.zeros(kernel_size, dtype=torch.bool, device=device)
