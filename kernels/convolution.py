@@ -3,8 +3,12 @@
 All are products of weights [rows, channels] with x [channels, positions], a position being a point in time, or a pixel
 in raster order. Images get zeros behind each of their rows, as many as taps reach to a side, so that a tap is a shift
 along positions there too; what it finds before the beginning and behind the end, the loads fill with zeros. So no
-product asks where a tap falls, memory is read as it lies, and GPUs with a copy engine for tiles (TMA) bring it to the
-tensor cores without the help of registers. The halves of a gate are two products that share x.
+product asks where a tap falls, and GPUs with a copy engine for tiles (TMA) bring them to the tensor cores without the
+help of registers. The halves of a gate are two products that share x.
+
+Tiles begin at multiples of 16 bytes of a row. Sequences whose taps are such multiples apart are read as they lie, rows
+of time; of all else there is a copy whose rows are channels. Both are tensors (B, C, positions): `is_last` tells them
+apart by their strides.
 
 Least work: 2 O C operations for each position and live tap forward, 4 O C backward.
 """
@@ -19,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgen.ops.masked_conv2d import aligned, positions
+from fastgen.ops.masked_conv2d import ALIGNED, aligned, positions
 
 from .functions import sigmoid, sigmoid_bf16, tanh, tanh_bf16
 from .launch import MOST_SHARED, fitted, precision_of, shared_memory, splits_for, staged
@@ -27,19 +31,20 @@ from .tuning import tuned
 
 
 @triton.jit
-def _spread(  # type: ignore[no-untyped-def]
-    x, out, rows, height, width, pitch, room, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def _turn(  # type: ignore[no-untyped-def]
+    x, out, channels, height, width, pitch, length, stride, column_tiles, tiles,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x [plane][height][width] -> out [plane][room]: rows of `pitch`, zeros where there was nothing."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    live = (row < rows)[:, None]
-    i = row % height
-    end = tl.where(i == height - 1, room - i * pitch, pitch)
-    v = tl.load(x + (row * width)[:, None] + column[None, :], live & (column < width)[None, :], other=0.0)
-    tl.store(
-        out + (row // height * room + i * pitch)[:, None] + column[None, :], v, live & (column[None, :] < end[:, None])
-    )
+    """x [image][channel][pixel] -> out [image][position][channel]: zeros where there is no pixel."""
+    column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    place = tl.program_id(0) // column_tiles
+    image, position = (place // tiles).to(tl.int64), place % tiles * ROWS + tl.arange(0, ROWS)
+    i, j = position // pitch, position % pitch
+    live = (i < height) & (j < width)
+    at = x + ((image * channels + column) * height * width)[None, :] + (i * width + j)[:, None]
+    v = tl.load(at, live[:, None] & (column < channels)[None, :], other=0.0)
+    to = out + ((image * length + position) * stride)[:, None] + column[None, :]
+    tl.store(to, v, (position < length)[:, None] & (column < channels)[None, :])
 
 
 @triton.jit
@@ -59,12 +64,12 @@ def tile_of(tensor, i, j, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type
 @triton.jit
 def product(  # type: ignore[no-untyped-def]
     x, weight, image, start, first, second, channels, length, taps, pitch, above, left, kernel_width, dilation,
-    PAIRED: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PAIRED: tl.constexpr, FLIP: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    STEPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Sums [ROWS, STEPS] over live taps and channels, for rows from `first` on, and PAIRED for those from `second` on.
 
-    FLIP: of what has the position under the tap.
+    FLIP: of what has the position under the tap. LAST: x has its channels last.
     """
     a = tl.zeros([ROWS, STEPS], tl.float32)
     b = a
@@ -72,7 +77,12 @@ def product(  # type: ignore[no-untyped-def]
     for step in range(taps * parts):
         tap, channel = step // parts, step % parts * CHUNK
         ahead = _shift(tap, length, pitch, above, left, kernel_width, dilation)
-        v = tile_of(x, image, channel, start - ahead if FLIP else start + ahead, CHUNK, STEPS)
+        at = start - ahead if FLIP else start + ahead
+        v = (
+            tl.trans(tile_of(x, image, at, channel, STEPS, CHUNK))
+            if LAST
+            else tile_of(x, image, channel, at, CHUNK, STEPS)
+        )
         a = tl.dot(tile_of(weight, tap, first, channel, ROWS, CHUNK), v, a, input_precision=PRECISION)
         if PAIRED:
             b = tl.dot(tile_of(weight, tap, second, channel, ROWS, CHUNK), v, b, input_precision=PRECISION)
@@ -120,19 +130,15 @@ def gate_gradients(g, a, b, SHORT: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def store_rows(out, v, image, row, position, rows, length):  # type: ignore[no-untyped-def]
-    """To out [image][row][position]."""
-    at = out + ((image.to(tl.int64) * rows + row) * length)[:, None] + position[None, :]
-    tl.store(at, v.to(out.dtype.element_ty), (row < rows)[:, None] & (position < length)[None, :])
-
-
-@triton.jit
-def store_halves(out, a, b, image, row, position, rows, length):  # type: ignore[no-untyped-def]
-    """To out [image][2 rows][position]."""
-    at = out + ((image.to(tl.int64) * 2 * rows + row) * length)[:, None] + position[None, :]
+def store_halves(  # type: ignore[no-untyped-def]
+    out, a, b, image, row, position, rows, length, image_step, row_step, step
+):  # fmt: skip
+    """To out [image][2 rows][position], which lie so far apart."""
+    at = out + (image.to(tl.int64) * image_step + row.to(tl.int64) * row_step)[:, None]
+    at += (position.to(tl.int64) * step)[None, :]
     live = (row < rows)[:, None] & (position < length)[None, :]
     tl.store(at, a.to(out.dtype.element_ty), live)
-    tl.store(at + tl.cast(rows, tl.int64) * length, b.to(out.dtype.element_ty), live)
+    tl.store(at + tl.cast(rows, tl.int64) * row_step, b.to(out.dtype.element_ty), live)
 
 
 @triton.jit
@@ -147,8 +153,8 @@ def store_sums(partial, a, b, row, rows, programs, program):  # type: ignore[no-
 def _conv(  # type: ignore[no-untyped-def]
     x, weight, bias, added, out, channels, rows, length, row_tiles, tiles, height, width, taps, pitch, above, left,
     kernel_width, dilation,
-    PACKED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, FLIP: tl.constexpr, LAST: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """out [image][row][pixel] = sums + bias + added."""
     first = tl.program_id(0) % row_tiles * ROWS
@@ -156,7 +162,7 @@ def _conv(  # type: ignore[no-untyped-def]
     image, start = place // tiles, place % tiles * STEPS
     sums, _ = product(
         x, weight, image, start, first, first, channels, length, taps, pitch, above, left, kernel_width, dilation,
-        False, FLIP, PRECISION, ROWS, STEPS, CHUNK,
+        False, FLIP, LAST, PRECISION, ROWS, STEPS, CHUNK,
     )  # fmt: skip
     row = first + tl.arange(0, ROWS)
     index, live = pixels_of(start + tl.arange(0, STEPS), height, width, pitch, PACKED)
@@ -172,9 +178,10 @@ def _conv(  # type: ignore[no-untyped-def]
 @triton.jit
 def _gated_conv(  # type: ignore[no-untyped-def]
     x, weight, bias, cond, grad, out, kept, partial, channels, pairs, length, row_tiles, tiles, height, width,
-    cond_stride, cond_step, taps, pitch, above, left, kernel_width, dilation,
+    cond_stride, cond_step, image_step, row_step, step, taps, pitch, above, left, kernel_width, dilation,
     PACKED: tl.constexpr, BIASED: tl.constexpr, CONDITIONED: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
-    SHORT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+    SHORT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Forward: out [image][pair][pixel], and kept [image][row][position]: the sums before the gate. Backward: kept,
     their gradients.
@@ -184,7 +191,7 @@ def _gated_conv(  # type: ignore[no-untyped-def]
     image, start = place // tiles, place % tiles * STEPS
     a, b = product(
         x, weight, image, start, first, pairs + first, channels, length, taps, pitch, above, left, kernel_width,
-        dilation, True, False, PRECISION, ROWS, STEPS, CHUNK,
+        dilation, True, False, LAST, PRECISION, ROWS, STEPS, CHUNK,
     )  # fmt: skip
     pair = first + tl.arange(0, ROWS)
     position = start + tl.arange(0, STEPS)
@@ -199,12 +206,13 @@ def _gated_conv(  # type: ignore[no-untyped-def]
         t, s = gate(a, b, SHORT)
         tl.store(out + at, (t * s).to(out.dtype.element_ty), known)
     if KEEP:
-        store_halves(kept, a, b, image, pair, position, pairs, length)
+        store_halves(kept, a, b, image, pair, position, pairs, length, image_step, row_step, step)
 
 
 @triton.jit
 def _gate_grad(  # type: ignore[no-untyped-def]
-    grad, kept, out, of_cond, partial, pairs, length, row_tiles, tiles, height, width, pitch,
+    grad, kept, out, of_cond, partial, pairs, length, row_tiles, tiles, image_step, row_step, step, to_image, to_row,
+    to_step, height, width, pitch,
     PACKED: tl.constexpr, SPREAD: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """grad [image][pair][pixel], kept [image][row][position] -> gradients of kept, and their sums over a tile."""
@@ -214,12 +222,13 @@ def _gate_grad(  # type: ignore[no-untyped-def]
     index, live = pixels_of(position, height, width, pitch, PACKED)
     known = (pair < pairs)[:, None] & live[None, :]
     size, half = tl.cast(height, tl.int64) * width, tl.cast(pairs, tl.int64)
-    at = kept + ((image * 2 * half + pair) * length)[:, None] + position[None, :]
+    at = kept + (image.to(tl.int64) * image_step + pair.to(tl.int64) * row_step)[:, None]
+    at += (position.to(tl.int64) * step)[None, :]
     a = tl.load(at, known, other=0.0).to(tl.float32)
-    b = tl.load(at + half * length, known, other=0.0).to(tl.float32)
+    b = tl.load(at + half * row_step, known, other=0.0).to(tl.float32)
     g = tl.load(grad + ((image * half + pair) * size)[:, None] + index[None, :], known, other=0.0).to(tl.float32)
     a, b = gate_gradients(g, a, b, SHORT)
-    store_halves(out, a, b, image, pair, position, pairs, length)
+    store_halves(out, a, b, image, pair, position, pairs, length, to_image, to_row, to_step)
     if SPREAD:
         at = of_cond + ((image * 2 * half + pair) * size)[:, None] + index[None, :]
         tl.store(at, a.to(of_cond.dtype.element_ty), known)
@@ -231,7 +240,8 @@ def _gate_grad(  # type: ignore[no-untyped-def]
 def _grad_weight(  # type: ignore[no-untyped-def]
     grad, x, partial, rows, channels, images, length, row_tiles, channel_tiles, share, taps, pitch, above, left,
     kernel_width, dilation,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    GRAD_LAST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """partial [split][tap][row][channel]: sums over the split's share of all tiles of CHUNK positions."""
     first = tl.program_id(0) % row_tiles * ROWS
@@ -243,9 +253,18 @@ def _grad_weight(  # type: ignore[no-untyped-def]
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for tile in range(split * share, min((split + 1) * share, images * parts)):
         image, start = tile // parts, tile % parts * CHUNK
-        g = tile_of(grad, image, first, start, ROWS, CHUNK)
-        v = tile_of(x, image, second, start + ahead, COLUMNS, CHUNK)
-        sums = tl.dot(g, tl.trans(v), sums, input_precision=PRECISION)
+        g = (
+            tl.trans(tile_of(grad, image, start, first, CHUNK, ROWS))
+            if GRAD_LAST
+            else tile_of(grad, image, first, start, ROWS, CHUNK)
+        )
+        at = start + ahead
+        v = (
+            tile_of(x, image, at, second, CHUNK, COLUMNS)
+            if LAST
+            else tl.trans(tile_of(x, image, second, at, COLUMNS, CHUNK))
+        )
+        sums = tl.dot(g, v, sums, input_precision=PRECISION)
     row, channel = first + tl.arange(0, ROWS), second + tl.arange(0, COLUMNS)
     at = partial + ((place.to(tl.int64) * rows + row) * channels)[:, None] + channel[None, :]
     tl.store(at, sums, (row < rows)[:, None] & (channel < channels)[None, :])
@@ -287,6 +306,10 @@ class Shape(NamedTuple):
         """Of a row of channels: its positions, and what makes the next row start where a tile may."""
         return positions(self.height, self.width, self.margin)
 
+    def is_aligned(self) -> bool:
+        """Whether tiles may begin at all positions under taps."""
+        return not self.margin and self.width % ALIGNED == 0 and (self.taps == 1 or self.dilation % ALIGNED == 0)
+
     def tap_arguments(self) -> tuple[int, ...]:
         return self.taps, self.pitch, self.above, self.left, self.kernel_width, self.dilation
 
@@ -316,26 +339,39 @@ def tile_for(
     return fitted(tile, limit, lambda t: shared_by(t, bits, limit, paired))
 
 
-def spread(x: Tensor, shape: Shape) -> Tensor:
-    """x (B, C, ...) with its positions as the products take them -> (B, C, length)."""
-    if shape.length == shape.height * shape.width:
+def is_last(x: Tensor) -> bool:
+    """Whether of x (B, C, positions) the channels of a position lie together."""
+    return x.stride(2) != 1
+
+
+def channels_last(x: Tensor, channels: int, positions: int) -> Tensor:
+    """A new (B, channels, positions) like x, with its channels last."""
+    rows = x.new_empty(x.shape[0], positions, aligned(channels))
+    return rows.transpose(1, 2)[:, :channels]
+
+
+def arranged(x: Tensor, shape: Shape) -> Tensor:
+    """x (B, C, ...), contiguous -> as the products take it, (B, C, length)."""
+    if shape.is_aligned():
         return x.flatten(2)
-    rows = x.shape[0] * x.shape[1] * shape.height
-    out = x.new_empty(x.shape[0], x.shape[1], shape.length)
-    across = shape.pitch + shape.length - shape.height * shape.pitch
-    columns = power_within(across, 16, 1024)
-    tile = max(1, 1024 // columns)
-    _spread[(triton.cdiv(rows, tile), triton.cdiv(across, columns))](
-        x, out, rows, shape.height, shape.width, shape.pitch, shape.length, ROWS=tile, COLUMNS=columns, num_warps=4
-    )
+    channels, length = x.shape[1], shape.length
+    out = channels_last(x, channels, length)
+    rows, columns = power_within(length, 16, 64), power_within(channels, 16, 64)
+    column_tiles, tiles = triton.cdiv(channels, columns), triton.cdiv(length, rows)
+    _turn[(column_tiles * tiles * x.shape[0],)](
+        x, out, channels, shape.height, shape.width, shape.pitch, length, out.stride(2), column_tiles, tiles, ROWS=rows,
+        COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
     return out
 
 
 def tiles_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Contiguous x (n, R, C), from which a kernel takes tiles."""
+    """x (n, R, C), from which a kernel takes tiles, of `columns` by `rows` where rows are what lies together."""
+    x = x.clone() if x.data_ptr() % 16 else x
+    if is_last(x):
+        x, rows, columns = x.transpose(1, 2), columns, rows
     count, height, width = x.shape
-    base = x.clone() if x.data_ptr() % 16 else x
-    return TensorDescriptor(base, [count, height, width], [height * width, width, 1], [1, rows, columns])
+    return TensorDescriptor(x, [count, height, width], [height * x.stride(1), x.stride(1), 1], [1, rows, columns])
 
 
 def by_tap(weight: Tensor, taps: int, *, flip: bool = False) -> Tensor:
@@ -358,6 +394,11 @@ def is_short(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
+def steps_of(x: Tensor | None) -> tuple[int, ...]:
+    """How far images, rows and positions of x lie apart."""
+    return (0, 0, 0) if x is None else x.stride()
+
+
 def conv(
     x: Tensor, weight: Tensor, out: Tensor, shape: Shape, *, bias: Tensor | None = None, added: Tensor | None = None,
     flip: bool = False,
@@ -370,7 +411,7 @@ def conv(
     _conv[(row_tiles * tiles * batch,)](
         tiles_of(x, options["CHUNK"], options["STEPS"]), tiles_of(weight, options["ROWS"], options["CHUNK"]), bias,
         added, out, channels, rows, length, row_tiles, tiles, shape.height, shape.width, *shape.tap_arguments(),
-        PACKED=not shape.margin, BIASED=bias is not None, ADDED=added is not None, FLIP=flip,
+        PACKED=not shape.margin, BIASED=bias is not None, ADDED=added is not None, FLIP=flip, LAST=is_last(x),
         PRECISION=precision_of(x), **options,
     )  # fmt: skip
 
@@ -394,9 +435,9 @@ def gated_conv(
     _gated_conv[(row_tiles * tiles * batch,)](
         tiles_of(x, options["CHUNK"], options["STEPS"]), tiles_of(weight, options["ROWS"], options["CHUNK"]), bias,
         cond, grad, out, kept, partial, channels, pairs, length, row_tiles, tiles, shape.height, shape.width,
-        shape.height * shape.width if every else 1, int(every), *shape.tap_arguments(), PACKED=not shape.margin,
-        BIASED=bias is not None, CONDITIONED=cond is not None, KEEP=kept is not None, BACKWARD=grad is not None,
-        SHORT=is_short(x), PRECISION=precision_of(x), **options,
+        shape.height * shape.width if every else 1, int(every), *steps_of(kept), *shape.tap_arguments(),
+        PACKED=not shape.margin, BIASED=bias is not None, CONDITIONED=cond is not None, KEEP=kept is not None,
+        BACKWARD=grad is not None, SHORT=is_short(x), LAST=is_last(x), PRECISION=precision_of(x), **options,
     )  # fmt: skip
     return partial
 
@@ -404,16 +445,17 @@ def gated_conv(
 def gate_grad(grad: Tensor, kept: Tensor, cond: Tensor | None, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """grad (B, O/2, ...), kept of the forward -> gradients of it (B, O, length), of bias (O,) float32, and of cond."""
     batch, pairs, length = grad.shape[0], grad.shape[1], kept.shape[2]
-    out = torch.empty_like(kept)
+    out = channels_last(kept, 2 * pairs, length)
     every = is_spread(cond, shape)
     of_cond = torch.empty_like(cond) if cond is not None and every else kept.new_empty(0)
-    steps = power_within(length, 16, 256)
-    rows = power_within(pairs, 1, 2048 // steps)
+    rows = power_within(pairs, 1, 64)
+    steps = power_within(length, 16, 2048 // rows)
     row_tiles, tiles = triton.cdiv(pairs, rows), triton.cdiv(length, steps)
     partial = kept.new_empty(2 * pairs, batch * tiles, dtype=torch.float32)
     _gate_grad[(row_tiles * tiles * batch,)](
-        grad, kept, out, of_cond, partial, pairs, length, row_tiles, tiles, shape.height, shape.width, shape.pitch,
-        PACKED=not shape.margin, SPREAD=every, SHORT=is_short(grad), ROWS=rows, STEPS=steps, num_warps=4,
+        grad, kept, out, of_cond, partial, pairs, length, row_tiles, tiles, *kept.stride(), *out.stride(),
+        shape.height, shape.width, shape.pitch, PACKED=not shape.margin, SPREAD=every, SHORT=is_short(grad), ROWS=rows,
+        STEPS=steps, num_warps=4,
     )  # fmt: skip
     of_images = partial.view(2 * pairs, batch, tiles).sum(2)  # (O, B)
     if cond is not None and not every:
@@ -430,13 +472,13 @@ def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, shape: Shape) -> Tensor
     row_tiles, channel_tiles = triton.cdiv(rows, options["ROWS"]), triton.cdiv(channels, options["COLUMNS"])
     taps = shape.taps
     programs = row_tiles * channel_tiles * max(taps, 1)
-    share, splits = splits_for(programs, batch * triton.cdiv(length, options["CHUNK"]))
+    share, splits = splits_for(programs, batch * triton.cdiv(length, options["CHUNK"]), most=256)
     partial = x.new_empty(splits, taps, rows, channels, dtype=torch.float32)
     if taps:
         _grad_weight[(programs * splits,)](
             tiles_of(grad, options["ROWS"], options["CHUNK"]), tiles_of(x, options["COLUMNS"], options["CHUNK"]),
             partial, rows, channels, batch, length, row_tiles, channel_tiles, share, *shape.tap_arguments(),
-            PRECISION=precision_of(x), **options,
+            GRAD_LAST=is_last(grad), LAST=is_last(x), PRECISION=precision_of(x), **options,
         )  # fmt: skip
     out = weight.new_empty(weight.shape)
     kernel = weight[0, 0].numel()

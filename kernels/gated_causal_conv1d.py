@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .convolution import Shape, by_tap, conv, gated_conv, grad_weight, spread
+from .convolution import Shape, arranged, by_tap, channels_last, conv, gated_conv, grad_weight, is_last
 from .launch import on_device, sum_rows
 
 
@@ -26,7 +26,7 @@ def gated_causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, cond: Te
     if out.numel():
         shape = shape_of(x, weight, dilation)
         with on_device(x):
-            gated_conv(spread(x, shape), by_tap(weight, shape.taps), bias, cond, out, None, shape)
+            gated_conv(arranged(x, shape), by_tap(weight, shape.taps), bias, cond, out, None, shape)
     return out
 
 
@@ -38,10 +38,16 @@ def gated_causal_conv1d_backward(
         return nothing_to_do(x, weight, cond)
     shape = shape_of(x, weight, dilation)
     with on_device(x):
-        source = spread(x, shape)
-        of_sums = x.new_empty(x.shape[0], weight.shape[0], shape.length)
+        source = arranged(x, shape)
+        of_sums = sums_for(source, len(weight))
         partial = gated_conv(source, by_tap(weight, shape.taps), bias, cond, None, of_sums, shape, grad=grad)
         return through_taps(of_sums, partial, source, x, weight, bias, cond, shape, None)
+
+
+def sums_for(source: Tensor, rows: int) -> Tensor:
+    """Where gradients of what goes into the gate are put: (B, rows, T), arranged as x is."""
+    batch, _, steps = source.shape
+    return channels_last(source, rows, steps) if is_last(source) else source.new_empty(batch, rows, steps)
 
 
 def nothing_to_do(x: Tensor, weight: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,10 +14,6 @@ from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MOST_SHARED = 227 << 10  # bytes of shared memory for a program, on Hopper and Blackwell
-if INTERPRETED:
-    from .interpreter import take_tiles_from_anywhere
-
-    take_tiles_from_anywhere()
 BARRIERS = 2048  # bytes of it beside the tiles
 
 
@@ -79,6 +75,6 @@ def fitted(
 
 
 def splits_for(programs: int, tiles: int, most: int = 64) -> tuple[int, int]:
-    """Tiles for each split of a sum, and the splits: about 512 programs in all, at most `most` splits."""
-    share = triton.cdiv(tiles, min(tiles, most, triton.cdiv(8 if INTERPRETED else 512, programs)))
+    """Tiles for each split of a sum, and the splits: about 256 programs in all, at most `most` splits."""
+    share = triton.cdiv(tiles, min(tiles, most, max(1, (8 if INTERPRETED else 264) // programs)))
     return int(share), int(triton.cdiv(tiles, share))

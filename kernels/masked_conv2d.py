@@ -1,6 +1,6 @@
 """Masked convolution, plain and with a gate (see fastgen/ops/masked_conv2d.py): launches of convolution.py's kernels.
 
-Beside x and the result, x with zeros between its rows is in memory, and for the backward of a gate the sums before it.
+Beside x and the result, x with its channels last is in memory, and for the backward of a gate the sums before it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgen.ops.masked_conv2d import MASKS, mask_2d, weight_mask
 
-from .convolution import Shape, by_tap, conv, gate_grad, gated_conv, grad_weight, spread
+from .convolution import Shape, arranged, by_tap, conv, gate_grad, gated_conv, grad_weight
 from .launch import on_device
 
 
@@ -39,22 +39,24 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, col
     if out.numel():
         shape = _shape(x, weight, MASKS[mask], colors)
         with on_device(x):
-            conv(spread(x, shape), by_tap(_live(weight, MASKS[mask], colors, False), shape.taps), out, shape, bias=bias)
+            conv(
+                arranged(x, shape), by_tap(_live(weight, MASKS[mask], colors, False), shape.taps), out, shape, bias=bias
+            )
     return out
 
 
 def gated_masked_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, mask: int, colors: int, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> (B, O/2, H, W), and what the backward needs: the sums before the gate, (B, O, positions)."""
+    """-> (B, O/2, H, W), and what the backward needs: the sums before the gate, (B, positions, O)."""
     batch, rows = x.shape[0], weight.shape[0]
     out = x.new_empty(batch, rows // 2, *x.shape[2:])
     shape = _shape(x, weight, MASKS[mask], colors)
-    kept = x.new_empty((batch, rows, shape.length) if keep else 0)
+    kept = x.new_empty((batch, shape.length, rows) if keep else 0)
     if out.numel():
         with on_device(x):
             live = by_tap(_live(weight, MASKS[mask], colors, True), shape.taps)
-            gated_conv(spread(x, shape), live, bias, cond, out, kept if keep else None, shape)
+            gated_conv(arranged(x, shape), live, bias, cond, out, kept.transpose(1, 2) if keep else None, shape)
     return out, kept
 
 
@@ -72,10 +74,10 @@ def masked_conv2d_backward(
     shape = _shape(x, weight, name, colors)
     with on_device(x):
         if kept is None:
-            of_sums, of_bias = spread(grad, shape), grad.sum((0, 2, 3), dtype=torch.float32)
+            of_sums, of_bias = arranged(grad, shape), grad.sum((0, 2, 3), dtype=torch.float32)
         else:
-            of_sums, of_bias, of_cond = gate_grad(grad, kept, cond, shape)
+            of_sums, of_bias, of_cond = gate_grad(grad, kept.transpose(1, 2), cond, shape)
         if need_x:
             conv(of_sums, by_tap(_live(weight, name, colors, gated), shape.taps, flip=True), of_x, shape, flip=True)
-        of_weight = _live(grad_weight(of_sums, spread(x, shape), weight, shape), name, colors, gated)
+        of_weight = _live(grad_weight(of_sums, arranged(x, shape), weight, shape), name, colors, gated)
         return of_x, of_weight, of_bias.to(weight.dtype), of_cond

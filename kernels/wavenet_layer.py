@@ -16,20 +16,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
+
+from fastgen.ops.masked_conv2d import ALIGNED, aligned
 
 from .convolution import (
     Shape,
+    arranged,
     by_tap,
     gate,
     gate_gradients,
     grad_weight,
+    is_last,
     is_short,
     is_spread,
     power_within,
     product,
-    spread,
+    steps_of,
     store_halves,
-    store_rows,
     store_sums,
     tile_of,
     tiles_of,
@@ -40,6 +44,7 @@ from .gated_causal_conv1d import (
     gated_causal_conv1d_backward,
     nothing_to_do,
     shape_of,
+    sums_for,
     through_taps,
 )
 from .launch import MOST_SHARED, fitted, on_device, precision_of, shared_memory, staged
@@ -81,14 +86,15 @@ def _back(  # type: ignore[no-untyped-def]
 @triton.jit
 def _layer(  # type: ignore[no-untyped-def]
     x, source, weight, bias, cond, out_weight, out_bias, residual, skip, gate_grads, gates_out, partial,
-    steps, length, tiles, channels, gates, skips, cond_stride, cond_step, taps, pitch, above, left, kernel_width,
-    dilation,
+    steps, tiles, channels, behind, gates, skips, cond_stride, cond_step, image_step, row_step, step, taps, pitch, above,
+    left, kernel_width, dilation,
     BIASED: tl.constexpr, CONDITIONED: tl.constexpr, OUT_BIASED: tl.constexpr, BACKWARD: tl.constexpr,
-    SHORT: tl.constexpr, PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
-    OUTS: tl.constexpr,
+    SHORT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr,
+    CHUNK: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
     """source: x as `product` takes it. Backward: residual and skip are gradients that come in, gate_grads
-    [sequence][half][gate][time] and gates_out [sequence][gate][time] go out, with sums of the former in partial.
+    [sequence][half gate][time] and gates_out [sequence][gate][time] go out, with sums of the former in partial;
+    out_weight is turned, its columns of the skips begin at `behind`.
     """
     sequence, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * STEPS
     gate_row = tl.arange(0, GATES)
@@ -96,11 +102,11 @@ def _layer(  # type: ignore[no-untyped-def]
     if BACKWARD:
         g = tl.zeros([GATES, STEPS], tl.float32)
         g = _back(g, residual, out_weight, sequence, start, 0, channels, PRECISION, GATES, STEPS, OUTS)
-        g = _back(g, skip, out_weight, sequence, start, channels, skips, PRECISION, GATES, STEPS, OUTS)
+        g = _back(g, skip, out_weight, sequence, start, behind, skips, PRECISION, GATES, STEPS, OUTS)
         g = g.to(x.dtype.element_ty)  # half the registers while the gate is computed
     a, b = product(
-        source, weight, sequence, start, 0, gates, channels, length, taps, pitch, above, left, kernel_width, dilation,
-        True, False, PRECISION, GATES, STEPS, CHUNK,
+        source, weight, sequence, start, 0, gates, channels, steps, taps, pitch, above, left, kernel_width, dilation,
+        True, False, LAST, PRECISION, GATES, STEPS, CHUNK,
     )  # fmt: skip
     a, b = with_added(
         a, b, bias, cond, sequence, gate_row, position, position < steps, gates, cond_stride, cond_step, BIASED,
@@ -108,9 +114,11 @@ def _layer(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     if BACKWARD:
         t, s = gate(a, b, SHORT)
-        store_rows(gates_out, t * s, sequence, gate_row, position, gates, length)
-        a, b = gate_gradients(tl.where((position < steps)[None, :], g.to(tl.float32), 0.0), a, b, SHORT)
-        store_halves(gate_grads, a, b, sequence, gate_row, position, gates, length)
+        at = ((sequence.to(tl.int64) * gates + gate_row) * steps)[:, None] + position[None, :]
+        known = (gate_row < gates)[:, None] & (position < steps)[None, :]
+        tl.store(gates_out + at, (t * s).to(x.dtype.element_ty), known)
+        a, b = gate_gradients(tl.where(known, g.to(tl.float32), 0.0), a, b, SHORT)
+        store_halves(gate_grads, a, b, sequence, gate_row, position, gates, steps, image_step, row_step, step)
         store_sums(partial, a, b, gate_row, gates, tl.num_programs(0), tl.program_id(0))
     else:
         t, s = gate(a, b, SHORT)
@@ -147,6 +155,14 @@ def options_for(
     return fitted(fitted(tile, limit, needed, smaller="STEPS"), limit, needed)
 
 
+def turned(out_weight: Tensor, channels: int) -> Tensor:
+    """(C + S, H) -> (1, H, C + S); what belongs to the skips begins where a tile may."""
+    if channels % ALIGNED == 0:
+        return by_tap(out_weight.unsqueeze(2), 1, flip=True)
+    parts = out_weight.split([channels, len(out_weight) - channels])
+    return torch.cat([by_tap(w.unsqueeze(2), 1, flip=True) for w in parts], 2)
+
+
 def _run(
     x: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None,
     cond: Tensor | None, residual: Tensor, skip: Tensor, shape: Shape, backward: tuple[Tensor, Tensor] | None = None,
@@ -158,20 +174,21 @@ def _run(
     heuristic = options_for(gates, channels, 8 * x.element_size(), shared_memory(x), backward=backward is not None)
     options = tuned(kernel, x, (gates, channels, skips), heuristic)
     across, outs, chunk, columns = options["GATES"], options["OUTS"], options["CHUNK"], options["STEPS"]
-    tiles = triton.cdiv(shape.length if backward else steps, columns)
+    tiles = triton.cdiv(steps, columns)
     partial = x.new_empty(2 * gates, batch * tiles if backward else 0, dtype=torch.float32)
     every = is_spread(cond, shape)
     gate_grads, gates_out = backward or (None, None)
-    projections = by_tap(out_weight.unsqueeze(2), 1, flip=backward is not None)
+    projections = by_tap(out_weight.unsqueeze(2), 1) if backward is None else turned(out_weight, channels)
     ends = [residual, skip]
     if backward:
         ends = [tiles_of(g, outs, columns) for g in (residual, skip)]
     _layer[(batch * tiles,)](
         x, tiles_of(source, chunk, columns), tiles_of(by_tap(weight, shape.taps), across, chunk), bias, cond,
         tiles_of(projections, *((across, outs) if backward else (outs, across))), out_bias, *ends, gate_grads,
-        gates_out, partial, steps, shape.length, tiles, channels, gates, skips, steps if every else 1, int(every),
-        *shape.tap_arguments(), BIASED=bias is not None, CONDITIONED=cond is not None, OUT_BIASED=out_bias is not None,
-        BACKWARD=backward is not None, SHORT=is_short(x), PRECISION=precision_of(x), **options,
+        gates_out, partial, steps, tiles, channels, aligned(channels), gates, skips, steps if every else 1, int(every),
+        *steps_of(gate_grads), *shape.tap_arguments(), BIASED=bias is not None, CONDITIONED=cond is not None,
+        OUT_BIASED=out_bias is not None, BACKWARD=backward is not None, SHORT=is_short(x), LAST=is_last(source),
+        PRECISION=precision_of(x), **options,
     )  # fmt: skip
     return partial
 
@@ -186,7 +203,7 @@ def wavenet_layer_out(
     shape, gates = shape_of(x, weight, dilation), out_weight.shape[1]
     with on_device(x):
         if gates <= MOST_GATES:
-            _run(x, spread(x, shape), weight, bias, out_weight, out_bias, cond, residual, skip, shape)
+            _run(x, arranged(x, shape), weight, bias, out_weight, out_bias, cond, residual, skip, shape)
             return
         out = out_weight @ gated_causal_conv1d(x, weight, bias, cond, dilation)
         if out_bias is not None:
@@ -213,6 +230,12 @@ def wavenet_layer_backward(
     if not x.numel():
         of_x, of_weight, of_bias, of_cond = nothing_to_do(x, weight, cond)
         return of_x, of_weight, of_bias, torch.zeros_like(out_weight), out_weight.new_zeros(len(out_weight)), of_cond
+    steps = x.shape[2]
+    if more := -steps % ALIGNED:
+        wider = [functional.pad(t, (0, more)) for t in (grad_residual, grad_skip, x)]
+        cond = functional.pad(cond, (0, more)) if cond is not None and cond.shape[2] == steps else cond
+        of_x, *of_weights, of_cond = wavenet_layer_backward(*wider, weight, bias, out_weight, out_bias, cond, dilation)
+        return of_x[..., :steps].contiguous(), *of_weights, of_cond[..., :steps].contiguous()
     shape, gates = shape_of(x, weight, dilation), out_weight.shape[1]
     grads = (grad_residual, grad_skip)
     with on_device(x):
@@ -225,10 +248,9 @@ def wavenet_layer_backward(
                 (out_weight.T @ grad).contiguous(), x, weight, bias, cond, dilation
             )
             return of_x + grad_residual, of_weight, of_bias, of_out_weight, of_out_bias, of_cond
-        source = spread(x, shape)
-        of_sums, z = (x.new_empty(x.shape[0], n, shape.length) for n in (2 * gates, gates))
-        # of an empty skip there is nothing to take tiles from
-        ends = [spread(g, shape) if g.numel() else source for g in grads]
+        source = arranged(x, shape)
+        of_sums, z = sums_for(source, 2 * gates), x.new_empty(x.shape[0], gates, x.shape[2])
+        ends = [g if g.numel() else x for g in grads]  # of an empty skip there is nothing to take tiles from
         partial = _run(x, source, weight, bias, out_weight, out_bias, cond, *ends, shape, (of_sums, z))
         one = shape._replace(taps=1, left=0, kernel_width=1)
         parts = [

@@ -30,13 +30,15 @@ from fastgen.checks import autocast, check, check_integer, differentiates, quick
 MASKS = ("A", "B", "vertical", "vertical_B")
 
 
+ALIGNED = 8  # numbers: on a GPU tiles begin at multiples of them
+
+
 def aligned(n: int) -> int:
-    """Numbers of a row of which n are wanted, so that on a GPU the next one starts where a tile may."""
-    return -(-n // 8) * 8
+    return -(-n // ALIGNED) * ALIGNED
 
 
 def positions(height: int, width: int, margin: int) -> int:
-    """Numbers of an image with `margin` zeros behind each of its rows."""
+    """Of an image with `margin` zeros behind each of its rows."""
     return aligned(height * (width + margin))
 
 

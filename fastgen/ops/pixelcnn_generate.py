@@ -45,7 +45,9 @@ class PixelDistribution:
 
 lib.define("pixelcnn_pack(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor")
 lib.define("pixelcnn_pack_cuda(Tensor[] matrices, int[] shapes, bool bf16) -> Tensor")
-lib.define("pixelcnn_fits(Tensor packed, int[] shapes, int planes, int instructions) -> bool")
+lib.define(
+    "pixelcnn_fits(Tensor packed, int[] shapes, int[] planes, int[] instructions, bool bf16, int outputs) -> bool"
+)
 lib.define(
     "pixelcnn_generate(Tensor packed, int[] shapes, int[] planes, int[] instructions, bool bf16, Tensor biases, "
     "Tensor? context, int context_plane, Tensor table, int distribution, int outputs, float log_scale_min, "
@@ -105,8 +107,10 @@ class PixelGenerator:
             matrices = [m.detach().cpu() for m in program.matrices]
             packed = torch.ops.fastgen.pixelcnn_pack_cuda(matrices, self._shapes, dtype == torch.bfloat16)
             self._packed = packed.to(table.device)
+            planes, caches, _ = _layout(program, 1, 1)
+            instructions = _encoded(program, [0] * len(program.biases), caches)
             if not torch.ops.fastgen.pixelcnn_fits(
-                self._packed, self._shapes, len(program.planes), len(program.instructions)
+                self._packed, self._shapes, planes, instructions, dtype == torch.bfloat16, distribution.outputs
             ):
                 self.backend = instead("pixelcnn_generate", backend, "cuda", table.device, NO_ROOM)
         elif self.backend == "cpu":
