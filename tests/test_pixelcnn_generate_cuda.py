@@ -45,8 +45,8 @@ def recorded(monkeypatch, model, batch, size, first_row=0, **options):
     return seen
 
 
-def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=4, threads=64, spilled=False, order="forward",
-          fill=0xFF):  # fmt: skip
+def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=16, threads=64, resident=True, spilled=False,
+          meets=False, order="forward", fill=0xFF):  # fmt: skip
     """The emulated kernel draws what the CPU's kernel draws, from the same parameters."""
     arrays = {f"matrix.{i}": m for i, m in enumerate(seen["matrices"])}
     for name in ("shapes", "planes", "instructions"):
@@ -66,7 +66,8 @@ def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=4, threa
         "levels": seen["table"].shape[0], "features": seen["table"].shape[1], "context_plane": seen["context_plane"],
         "context_channels": 0 if context is None else context.shape[3], "temperature": seen["temperature"],
         "log_scale_min": seen["log_scale_min"], "bf16": int(seen["bf16"]), "threads": threads, "cluster": cluster,
-        "images_each": images_each, "columns": columns, "spilled": int(spilled), "order": ORDERS[order][0],
+        "images_each": images_each, "columns": columns, "resident": int(resident), "spilled": int(spilled),
+        "meets": int(meets), "order": ORDERS[order][0],
         "seed": ORDERS[order][1], "fill": fill,
     }  # fmt: skip
     done = run(built("pixelcnn.cpp", mode), folder, *(f"{k}={v}" for k, v in options.items()))
@@ -100,8 +101,10 @@ MODELS = {
 }
 HOW = {
     "one block": {}, "a cluster": {"cluster": 3, "images_each": 2},
-    "more images": {"cluster": 2, "images_each": 3, "columns": 16},
+    "more images": {"cluster": 2, "images_each": 3, "columns": 64},
     "scores in memory": {"cluster": 2, "spilled": True},
+    "weights in memory": {"cluster": 4, "images_each": 3, "resident": False, "threads": 32},
+    "many blocks, step by step": {"cluster": 8, "images_each": 3, "meets": True},
 }  # fmt: skip
 
 

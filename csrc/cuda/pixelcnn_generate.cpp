@@ -22,22 +22,19 @@ Tensor pixelcnn_pack_cuda(std::vector<Tensor> matrices, std::vector<int64_t> sha
   return packed;
 }
 
-void count(int64_t planes, int64_t instructions, const std::vector<Matrix>& matrices, Job* job) {
-  job->plane_count = planes;
-  job->instruction_count = instructions;
-  job->matrix_count = static_cast<int64_t>(matrices.size());
-  job->most_inputs = most_inputs_of(matrices);
-}
+// The most blocks of a cluster, where the device has clusters.
+int largest_of(const Device& device) { return device.largest_cluster > 1 ? kLargestCluster : 1; }
 
-// Whether a block of the GPU on which the packed weights lie has the memory for the program and its windows.
-bool pixelcnn_fits(Tensor packed, std::vector<int64_t> shapes, int64_t planes, int64_t instructions) {
+// Whether the GPU on which the packed weights lie has the memory to draw images with a program.
+bool pixelcnn_fits(Tensor packed, std::vector<int64_t> shapes, std::vector<int64_t> planes,
+                   std::vector<int64_t> instructions, bool bf16, int64_t outputs) {
   const OnDevice restored;
   Device device{};
   check(device_of(packed.get_device_index(), &device), "pixelcnn_generate", "the device");
+  Program program = program_of(planes, instructions, shapes, outputs);
   Job job{};
-  const std::vector<Matrix> matrices = matrices_of(shapes);
-  count(planes, instructions, matrices, &job);
-  return job.shared_bytes(4, kThreads) <= device.shared_bytes;
+  job.images = 1;
+  return arrange(&program, largest_of(device), device.shared_bytes, bf16, &job);
 }
 
 void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<int64_t> planes,
@@ -57,28 +54,28 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   Device device{};
   check(device_of(packed.get_device_index(), &device), op, "the device");
   void* stream = current_stream(packed.get_device_index());
-  const std::vector<Matrix> matrices = matrices_of(shapes);
-  FASTGEN_CHECK(packed.numel() == matrices.back().at * (bf16 ? 2 : 4), op, ": packed weights of another size");
-  // the program goes to the GPU in one piece: planes, instructions, matrices
-  const std::vector<Instruction> kept = fused(instructions, matrices, planes);
-  std::vector<int64_t> program = planes;
+  Program program = program_of(planes, instructions, shapes, outputs);
+  FASTGEN_CHECK(packed.numel() == program.matrices.back().at * (bf16 ? 2 : 4), op, ": packed weights of another size");
+  for (const Instruction& i : program.instructions)
+    if (static_cast<Kind>(i.kind) == Kind::kAttention) job.scores = job.height * job.width;
+  FASTGEN_CHECK(arrange(&program, largest_of(device), device.shared_bytes, bf16, &job), op,
+                ": this network needs more than the ", device.shared_bytes,
+                " bytes of shared memory that a block of this GPU has; use backend='reference'");
+  // it goes to the GPU in one piece: planes, instructions, matrices
+  std::vector<int64_t> numbers;
   const auto append = [&](const auto& items) {
-    const auto* numbers = reinterpret_cast<const int64_t*>(items.data());
-    program.insert(program.end(), numbers, numbers + items.size() * sizeof(items[0]) / 8);
-    return static_cast<int64_t>(program.size());
+    const auto* from = reinterpret_cast<const int64_t*>(items.data());
+    numbers.insert(numbers.end(), from, from + items.size() * sizeof(items[0]) / 8);
+    return static_cast<int64_t>(numbers.size());
   };
-  const int64_t behind = append(kept);
-  append(matrices);
-  const auto size = static_cast<int64_t>(program.size());
+  const int64_t instructions_at = append(program.planes), matrices_at = append(program.instructions),
+                size = append(program.matrices);
   Tensor there = torch::stable::new_empty(values, std::vector<int64_t>{size}, ScalarType::Long);
-  check(copy_to_device(there.data_ptr(), program.data(), size * 8, stream), op, "the program");
-  const auto* numbers = static_cast<const int64_t*>(there.data_ptr());
-  job.planes = reinterpret_cast<const Plane*>(numbers);
-  job.instructions = reinterpret_cast<const Instruction*>(numbers + planes.size());
-  job.matrices = reinterpret_cast<const Matrix*>(numbers + behind);
-  count(static_cast<int64_t>(planes.size()) / kPlaneInts, static_cast<int64_t>(kept.size()), matrices, &job);
-  for (size_t i = 0; i < instructions.size(); i += kInstructionInts)
-    if (instructions[i] == static_cast<int64_t>(Kind::kAttention)) job.scores = job.height * job.width;
+  check(copy_to_device(there.data_ptr(), numbers.data(), size * 8, stream), op, "the program");
+  const auto* start = static_cast<const int64_t*>(there.data_ptr());
+  job.planes = reinterpret_cast<const Plane*>(start);
+  job.instructions = reinterpret_cast<const Instruction*>(start + instructions_at);
+  job.matrices = reinterpret_cast<const Matrix*>(start + matrices_at);
   job.first_row = first_row;
   job.last_row = last_row;
   job.memory_size = memory.size(1);
@@ -87,14 +84,13 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.logistic = distribution == 1;
   job.own_biases = biases.size(0) > 1;
   job.own_context = context && context->size(0) > 1;
-  job.outputs = outputs;
   job.levels = table.size(0);
   job.features = table.size(1);
   job.context_plane = context_plane;
   job.context_channels = context ? context->size(3) : 0;
   job.temperature = static_cast<float>(temperature);
   job.log_scale_min = static_cast<float>(log_scale_min);
-  job.weights = packed.data_ptr();
+  job.weights_at = packed.data_ptr();
   job.biases = static_cast<const float*>(biases.data_ptr());
   job.table = static_cast<const float*>(table.data_ptr());
   job.uniforms = static_cast<const float*>(uniforms.data_ptr());
@@ -104,23 +100,13 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.memory = static_cast<float*>(memory.data_ptr());
   job.values = static_cast<int64_t*>(values.data_ptr());
   job.parameters = parameters ? static_cast<float*>(parameters->data_ptr()) : nullptr;
-  job.spilled = job.shared_bytes(4, kThreads) > device.shared_bytes;
-  FASTGEN_CHECK(job.shared_bytes(4, kThreads) <= device.shared_bytes, op, ": this network needs ",
-                job.shared_bytes(4, kThreads), " bytes of a block's shared memory, this GPU has ", device.shared_bytes,
-                "; use backend='reference'");
-  const int columns = job.shared_bytes(kMostColumns, kThreads) <= device.shared_bytes ? kMostColumns : 4;
-  // as few images in a group as leave no group waiting for another
-  job.images_each = 1;
-  for (job.cluster = device.largest_cluster; job.cluster > 1 && active(job, columns, bf16) == 0;) job.cluster /= 2;
-  const int64_t groups = std::max(1, active(job, columns, bf16));
-  job.images_each = static_cast<int>((job.images + groups - 1) / groups);
   Tensor scratch;
-  if (job.spilled) {
+  if (const int64_t each = job.scratch_floats(kThreads)) {
     const int64_t blocks = (job.images + job.images_each - 1) / job.images_each * job.cluster;
-    scratch = torch::stable::new_empty(memory, std::vector<int64_t>{blocks * job.scores_of_block(kThreads)});
+    scratch = torch::stable::new_empty(memory, std::vector<int64_t>{blocks * each});
     job.scratch = static_cast<float*>(scratch.data_ptr());
   }
-  check(launch(job, columns, bf16, stream), op, "the launch");
+  check(launch(job, bf16, stream), op, "the launch");
 }
 
 }  // namespace

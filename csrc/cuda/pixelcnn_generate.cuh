@@ -1,9 +1,12 @@
 // Sampling an image pixel by pixel on a GPU, for any model that is a program over planes
 // (fastgen/ops/pixel_program.py).
 //
-// A cluster of blocks draws some images together: each block has a share of the rows of every matrix, which it reads
-// for all images, and all meet after each instruction. What is above the current row is multiplied for whole rows;
-// planes lie in global memory, the program in shared memory.
+// A cluster of blocks draws some images together. What is above the current row is multiplied for whole rows: each
+// block has a share of the row's pixels, or of the rows of a matrix where pixels are few; these planes lie in global
+// memory. Then come the pixels, one after the other. A block has a share of the rows of each matrix in its shared
+// memory, and so has every block the vectors of the current pixel: a convolution's result is sent to all, and its
+// arrival is what the next waits for. What earlier pixels of the row give to a convolution was multiplied when they
+// were drawn, while their results were on their way.
 #pragma once
 
 #include "network.cuh"
@@ -11,37 +14,73 @@
 
 namespace fastgen::pixelcnn {
 
-template <int M, class W>
+template <class W>
 class Images {
  public:
   FASTGEN_DEVICE explicit Images(const Job& job)
       : job_(job),
+        ranks_(job.cluster),
         rank_(block() % job.cluster),
+        width_(static_cast<int>(job.width)),
         first_(int64_t{block() / job.cluster} * job.images_each),
-        count_(static_cast<int>(first_ + job.images_each < job.images ? job.images_each : job.images - first_)) {
+        count_(static_cast<int>(first_ + job.images_each < job.images ? job.images_each : job.images - first_)),
+        groups_((job.images_each + kShare - 1) / kShare),
+        room_(static_cast<int>(job.room())) {
+    static_assert(sizeof(Task) == kTaskBytes);
     Shared shared;
+    arrivals_ = shared.take<Arrival>(2);
     planes_ = copied(shared, job.planes, job.plane_count);
     instructions_ = copied(shared, job.instructions, job.instruction_count);
     matrices_ = copied(shared, job.matrices, job.matrix_count);
-    windows_ = shared.take<W>(kColumns * job.most_inputs * Vectors<W>::kParts);
-    const int64_t scores = job.scores_of_block(threads());
-    partial_ = shared.take<float>(split_floats(M, threads()));
-    scores_ = job.spilled ? job.scratch + block() * scores : shared.take<float>(scores);
-    for (int64_t i = thread(); i < kColumns * job.most_inputs * Vectors<W>::kParts; i += threads()) windows_[i] = 0;
+    tasks_ = shared.take<Task>(job.instruction_count);
+    tokens_ = shared.take<uint32_t>(ranks_);
+    const int64_t spilled_scores = job.spilled ? job.scores_of_block(threads()) : 0;
+    float* scratch = job.scratch + block() * job.scratch_floats(threads());
+    weights_ = job.resident ? shared.take<W>(job.weights) : nullptr;
+    old_ = job.resident ? shared.take<float>(job.old_floats()) : scratch + spilled_scores;
+    const int64_t row = job.row_floats(threads()), pixel = job.pixel_floats(threads());
+    slots_ = shared.take<float>(row > pixel ? row : pixel);
+    windows_ = reinterpret_cast<W*>(slots_);
+    partial_ = slots_ + job.columns * job.most_inputs;
+    columns_ = reinterpret_cast<Column*>(partial_ + split_floats(job.columns / 4, threads()));
+    outputs_ = slots_ + room_ * job.slots;
+    scores_ = job.spilled ? scratch : outputs_ + job.outputs_of_block(threads());
+    if (thread() < 2) begin_arrival(arrivals_ + thread());
+    sync_block();
+    for (int64_t i = job.row_count + thread(); i < job.instruction_count; i += threads())
+      if (static_cast<Kind>(instructions_[i].kind) == Kind::kConv) tasks_[i] = task_of(instructions_[i]);
     sync_block();
   }
 
   FASTGEN_DEVICE void draw() {
+    if (job_.resident) take_weights();
     for (int64_t y = job_.first_row; y < job_.last_row; ++y) {
       copy_context(y);
       meet();
-      run(false, y, 0, job_.width);
-      for (int64_t x = 0; x < job_.width; ++x) run(true, y, x, x + 1);
+      for (int i = 0; i < job_.row_count; ++i) {
+        draw_row(instructions_[i], y);
+        meet();
+      }
+      for (int64_t i = thread(); i < room_ * job_.slots; i += threads()) slots_[i] = 0;
+      for (int64_t i = thread(); i < job_.old_floats(); i += threads()) old_[i] = 0;
+      for (int64_t i = job_.row_count + thread(); i < job_.instruction_count; i += threads()) {
+        const Instruction& of = instructions_[i];
+        if (static_cast<Kind>(of.kind) != Kind::kConv) continue;
+        if (of.other >= 0) tasks_[i].other = row(of.other, y);
+        tasks_[i].kept = row(of.dst, y);
+      }
+      meet();  // none sends to a block that still multiplies rows
+      for (int x = 0; x < width_; ++x)
+        for (int64_t i = job_.row_count; i < job_.instruction_count; ++i) draw_pixel(i, y, x);
+      receive();
+      meet();
     }
   }
 
  private:
-  static constexpr int kColumns = 4 * M;
+  struct Column {
+    int image, x;
+  };
 
   template <class T>
   FASTGEN_DEVICE static const T* copied(Shared& shared, const T* from, int64_t count) {
@@ -51,132 +90,459 @@ class Images {
   }
 
   FASTGEN_DEVICE void meet() {
-    if (job_.cluster > 1)
+    if (ranks_ > 1)
       sync_cluster();
     else
       sync_block();
   }
 
-  FASTGEN_DEVICE void run(bool per_pixel, int64_t y, int64_t x0, int64_t x1) {
-    for (int64_t i = 0; i < job_.instruction_count; ++i) {
-      const Instruction& instruction = instructions_[i];
-      if ((instruction.per_pixel != 0) != per_pixel) continue;
-      execute(instruction, y, x0, x1);
-      meet();
-    }
-  }
-
   // Where a plane's row y lies, of the first image.
   struct Row {
     float* data;
-    int64_t step;
+    int step;
   };
   FASTGEN_DEVICE Row row(int64_t plane, int64_t y) const {
     const Plane& p = planes_[plane];
-    const int rows = static_cast<int>(p.rows), in = static_cast<int>(y) % rows;
+    const int rows = static_cast<int>(p.rows), in = rows == 1 ? 0 : static_cast<int>(y) % rows;
     return {job_.memory + first_ * job_.memory_size + p.offset + (in < 0 ? in + rows : in) * p.row_size + p.start,
-            p.step};
+            static_cast<int>(p.step)};
   }
-  FASTGEN_DEVICE float* at(const Row& row, int64_t image, int64_t x) const {
+  FASTGEN_DEVICE float* at(const Row& row, int image, int x) const {
     return row.data + image * job_.memory_size + x * row.step;
   }
-  FASTGEN_DEVICE float* at(int64_t plane, int64_t image, int64_t y, int64_t x) const {
-    return at(row(plane, y), image, x);
-  }
+  FASTGEN_DEVICE float* at(int64_t plane, int image, int64_t y, int x) const { return at(row(plane, y), image, x); }
 
-  // f(image, x, channel) for all of them, by all threads of the cluster.
-  template <class F>
-  FASTGEN_DEVICE void each(int64_t x0, int64_t x1, int64_t channels, F&& f) const {
-    const auto columns = static_cast<unsigned>(x1 - x0), size = static_cast<unsigned>(channels);
-    const unsigned step = job_.cluster * threads();
-    for (unsigned i = rank_ * threads() + thread(); i < count_ * columns * size; i += step)
-      f(int64_t{i / size / columns}, x0 + i / size % columns, int64_t{i % size});
-  }
-
-  FASTGEN_DEVICE void copy_context(int64_t y) const {
-    if (!job_.context) return;
-    each(0, job_.width, job_.context_channels, [&](int64_t image, int64_t x, int64_t c) {
-      const int64_t pixel = ((job_.own_context ? first_ + image : 0) * job_.height + y) * job_.width + x;
-      at(job_.context_plane, image, y, x)[c] = job_.context[pixel * job_.context_channels + c];
-    });
-  }
-
-  FASTGEN_DEVICE void execute(const Instruction& i, int64_t y, int64_t x0, int64_t x1) {
-    const Kind kind = static_cast<Kind>(i.kind);
-    if (kind == Kind::kConv) return convolve(i, y, x0, x1);
-    if (kind == Kind::kSample) return sample(i, y, x0);
-    if (kind == Kind::kRemember) return remember(i, y, x0);
-    if (kind == Kind::kAttention) return attend(i, y, x0);
-    const Row src = row(i.src, y), dst = row(i.dst, y), other = kind == Kind::kAdd ? row(i.other, y) : src;
-    each(x0, x1, planes_[i.dst].channels, [&](int64_t image, int64_t x, int64_t c) {
-      const float* from = at(src, image, x);
-      float v = 0;
-      if (kind == Kind::kAdd)
-        v = from[c] + at(other, image, x)[c];
-      else if (kind == Kind::kRelu || kind == Kind::kElu)
-        v = activated(kind, from[c], 0);
-      else
-        v = activated(kind, from[row_of_pair(c)], from[row_of_pair(c) + kChannelBlock]);
-      at(dst, image, x)[c] = v;
-    });
+  FASTGEN_DEVICE float bias(const Instruction& i, int image, int row) const {
+    return job_.biases[(job_.own_biases ? first_ + image : 0) * job_.bias_size + i.bias + row];
   }
 
   // b: the second half of a gate.
   FASTGEN_DEVICE static float activated(Kind kind, float a, float b) {
-    if (kind == Kind::kGate) return gate(a, b);
-    if (kind == Kind::kGlu) return a / (1 + expf(-b));
     if (kind == Kind::kRelu) return a > 0 || a != a ? a : 0.0f;
-    return a > 0 ? a : expm1f(a);
+    if (kind == Kind::kElu) return a > 0 ? a : quick_exp(a) - 1;
+    float part = 1;
+    if (kind == Kind::kGate) {  // tanh(a) as a fraction
+      const float e = quick_exp(-2 * fminf(fmaxf(a, -15.0f), 15.0f));
+      part = 1 + e;
+      a = a != a ? a : 1 - e;
+    }
+    return quick_divide(a, part * (1 + quick_exp(-b)));
   }
 
-  // dst = bias + other + matrix * window of src, or an activation of that: for kColumns pixels or images at a time,
-  // this block's share of rows.
-  FASTGEN_DEVICE void convolve(const Instruction& i, int64_t y, int64_t x0, int64_t x1) {
-    const Matrix& m = matrices_[i.matrix];
-    const Tiles tiles = m.tiles();
-    const int inputs = static_cast<int>(i.extra * planes_[i.src].channels), padded = static_cast<int>(tiles.padded());
-    const auto width = static_cast<unsigned>(x1 - x0), columns = width * count_;
-    const Vectors<W> windows{windows_, padded};
-    const Row src = row(i.src, y + i.dy), dst = row(i.dst, y), other = i.other >= 0 ? row(i.other, y) : dst;
-    const W* w = static_cast<const W*>(job_.weights) + m.at;
-    const Kind then = static_cast<Kind>(i.then);
-    for (unsigned begin = 0; begin < columns; begin += kColumns) {
-      const int live = static_cast<int>(columns - begin < kColumns ? columns - begin : kColumns);
-      const auto image_of = [&](int n) { return int64_t{(begin + n) / width}; };
-      const auto x_of = [&](int n) { return x0 + (begin + n) % width; };
-      for (int n = thread() / 32; n < live; n += threads() / 32) {  // a warp for each window, which is contiguous
-        const float* from = at(src, image_of(n), x_of(n) + i.dx);
-        for (int k = thread() % 32 * kGroup; k < padded; k += 32 * kGroup)
-          windows.put(n, k, k < inputs ? *reinterpret_cast<const Group<float>*>(from + k) : Group<float>{});
-      }
-      sync_block();
-      const auto whole = [&](int64_t row, int n, float v) {
-        if (i.bias >= 0) v += job_.biases[(job_.own_biases ? first_ + image_of(n) : 0) * job_.bias_size + i.bias + row];
-        if (i.other >= 0) v += at(other, image_of(n), x_of(n))[row];
-        return v;
-      };
-      const auto result = [&](int n) { return at(dst, image_of(n), x_of(n)); };
-      if (m.pairs)
-        split_product<M, true>(tiles, w, windows, live, rank_, job_.cluster, partial_,
-                               [&](int unit, int n, float a, float b) {
-                                 const int64_t row = row_of_pair(unit);
-                                 float* to = result(n);
-                                 a = whole(row, n, a);
-                                 b = whole(row + kChannelBlock, n, b);
-                                 if (i.then >= 0) {
-                                   to[unit] = activated(then, a, b);
-                                 } else {
-                                   to[row] = a;
-                                   to[row + kChannelBlock] = b;
-                                 }
-                               });
-      else
-        split_product<M>(tiles, w, windows, live, rank_, job_.cluster, partial_, [&](int row, int n, float v) {
-          v = whole(row, n, v);
-          result(n)[row] = i.then >= 0 ? activated(then, v, 0) : v;
-        });
-      sync_block();
+  FASTGEN_DEVICE void copy_context(int64_t y) const {
+    if (!job_.context) return;
+    const auto channels = static_cast<unsigned>(job_.context_channels), size = channels * width_;
+    for (unsigned i = rank_ * threads() + thread(); i < count_ * size; i += ranks_ * threads()) {
+      const int image = i / size, x = i % size / channels, c = i % channels;
+      const int64_t pixel = ((job_.own_context ? first_ + image : 0) * job_.height + y) * job_.width + x;
+      at(job_.context_plane, image, y, x)[c] = job_.context[pixel * channels + c];
     }
+  }
+
+  // ---- whole rows
+
+  // This block's pixels of a row of all images, which it shares with `sharers` blocks, of which it is number `nth`.
+  struct Share {
+    int begin, end, nth, sharers;
+  };
+  FASTGEN_DEVICE Share share() const {
+    constexpr int kLeast = 16;
+    const int columns = width_ * count_;
+    int parts = 1;
+    while (ranks_ % (2 * parts) == 0 && columns >= 2 * parts * kLeast) parts *= 2;
+    const int part = rank_ % parts;
+    return {static_cast<int>(int64_t{columns} * part / parts), static_cast<int>(int64_t{columns} * (part + 1) / parts),
+            rank_ / parts, ranks_ / parts};
+  }
+
+  FASTGEN_DEVICE void draw_row(const Instruction& i, int64_t y) {
+    const Kind kind = static_cast<Kind>(i.kind);
+    const Share own = share();
+    if (kind == Kind::kConv) {
+      for (int begin = own.begin; begin < own.end; begin += job_.columns) {
+        const int live = own.end - begin < job_.columns ? own.end - begin : job_.columns;
+        for (int n = thread(); n < live; n += threads()) columns_[n] = {(begin + n) / width_, (begin + n) % width_};
+        sync_block();
+        convolve_row(i, y, live, own);
+      }
+      return;
+    }
+    const Row src = row(i.src, y), dst = row(i.dst, y), other = kind == Kind::kAdd ? row(i.other, y) : src;
+    const auto channels = static_cast<unsigned>(planes_[i.dst].channels);
+    for (unsigned e = own.nth * threads() + thread(); e < (own.end - own.begin) * channels;
+         e += own.sharers * threads()) {
+      const int column = own.begin + e / channels, c = e % channels, image = column / width_, x = column % width_;
+      const float* from = at(src, image, x);
+      at(dst, image, x)[c] = kind == Kind::kAdd ? from[c] + at(other, image, x)[c] : activated_of(kind, from, c);
+    }
+  }
+
+  // An activation of channel c.
+  FASTGEN_DEVICE static float activated_of(Kind kind, const float* from, int c) {
+    if (kind == Kind::kRelu || kind == Kind::kElu) return activated(kind, from[c], 0);
+    return activated(kind, from[row_of_pair(c)], from[row_of_pair(c) + kChannelBlock]);
+  }
+
+  // dst = bias + other + matrix * window of src, or an activation of that, for `live` pixels.
+  FASTGEN_DEVICE void convolve_row(const Instruction& i, int64_t y, int live, const Share& own) {
+    const Tiles tiles = matrices_[i.matrix].tiles();
+    const int padded = static_cast<int>(tiles.padded()), taps = static_cast<int>(i.extra), each = padded / taps;
+    const int channels = static_cast<int>(planes_[i.src].channels);
+    const Vectors<W> windows{windows_, padded};
+    const Row src = row(i.src, y + i.dy);
+    for (int n = thread() / 32; n < live; n += threads() / 32) {  // a warp for each window
+      const float* from = at(src, columns_[n].image, columns_[n].x + static_cast<int>(i.dx));
+      for (int k = thread() % 32 * kGroup; k < padded; k += 32 * kGroup) {
+        const int tap = k / each, c = k % each;
+        windows.put(n, k,
+                    c < channels ? *reinterpret_cast<const Group<float>*>(from + tap * src.step + c) : Group<float>{});
+      }
+    }
+    sync_block();
+    if (sizeof(W) == 4 || live <= 16)
+      multiply_row<4>(i, tiles, y, live, own);
+    else if constexpr (sizeof(W) == 2)
+      multiply_row<16>(i, tiles, y, live, own);
+    sync_block();
+  }
+
+  template <int M>
+  FASTGEN_DEVICE void multiply_row(const Instruction& i, const Tiles& m, int64_t y, int live, const Share& own) {
+    const bool pairs = m.pairs;
+    const Row dst = row(i.dst, y), other = i.other >= 0 ? row(i.other, y) : dst;
+    const Kind then = static_cast<Kind>(i.then);
+    const W* w = static_cast<const W*>(job_.weights_at) + matrices_[i.matrix].at;
+    const int warps = threads() / 32, warp = thread() / 32, lane = thread() % 32;
+    const int steps = static_cast<int>(m.padded()) / kTileInputs, count = static_cast<int>(m.count());
+    const int tiles = (count - own.nth + own.sharers - 1) / own.sharers;
+    int parts = 1;  // warps that share the inputs of a tile
+    while (2 * parts * tiles <= warps && 2 * parts <= steps) parts *= 2;
+    const int part = warp % parts, at_once = warps / parts;
+    for (int begin = 0; begin < tiles; begin += at_once) {
+      const int nth = begin + warp / parts, tile = own.nth + own.sharers * nth;
+      const bool works = warp / parts < at_once && nth < tiles;
+      const int unit = tile * static_cast<int>(m.each()) + lane / 4;
+      const int rows[2] = {pairs ? static_cast<int>(row_of_pair(unit)) : unit,
+                           pairs ? static_cast<int>(row_of_pair(unit)) + kChannelBlock : unit + 8};
+      float sums[2][M] = {};
+      if (works) {
+        const int from = steps * part / parts;
+        const Vectors<W> inputs{windows_ + from * kTileInputs * Vectors<W>::kParts, static_cast<int>(m.padded())};
+        multiply_tile<M>(w + (tile * m.padded() + from * kTileInputs) * kTileRows, steps * (part + 1) / parts - from,
+                         inputs, live, sums);
+      }
+      if (parts > 1) {
+        float* of_warp = partial_ + warp * 2 * M * 32 + lane;
+        for (int h = 0; h < 2; ++h)
+          for (int k = 0; k < M; ++k) of_warp[(h * M + k) * 32] = sums[h][k];
+        sync_block();
+        for (int p = 1; works && part == 0 && p < parts; ++p)
+          for (int h = 0; h < 2; ++h)
+            for (int k = 0; k < M; ++k) sums[h][k] += of_warp[((p * 2 + h) * M + k) * 32];
+      }
+      if (works && part == 0) {
+        for (int k = 0; k < M; ++k)  // all are read before any is written
+          for (int h = 0; h < 2; ++h) {
+            const int n = 4 * k + lane % 4;
+            if (n >= live) continue;
+            if (i.bias >= 0) sums[h][k] += bias(i, columns_[n].image, rows[h]);
+            if (i.other >= 0) sums[h][k] += at(other, columns_[n].image, columns_[n].x)[rows[h]];
+          }
+        for (int k = 0; k < M; ++k) {
+          const int n = 4 * k + lane % 4;
+          if (n >= live) continue;
+          float* to = at(dst, columns_[n].image, columns_[n].x);
+          if (pairs && i.then >= 0) {
+            to[unit] = activated(then, sums[0][k], sums[1][k]);
+          } else {
+            for (int h = 0; h < 2; ++h) to[rows[h]] = i.then >= 0 ? activated(then, sums[h][k], 0) : sums[h][k];
+          }
+        }
+      }
+      if (parts > 1) sync_block();
+    }
+  }
+
+  // ---- single pixels
+
+  FASTGEN_DEVICE void take_weights() {
+    for (int64_t k = job_.row_count; k < job_.instruction_count; ++k) {
+      const Instruction& i = instructions_[k];
+      if (static_cast<Kind>(i.kind) != Kind::kConv) continue;
+      const Task& task = tasks_[k];
+      const int size = task.size / kGroup;
+      for (int nth = 0; nth < task.tiles; ++nth) {
+        const auto* from = static_cast<const Group<W>*>(job_.weights_at) + matrices_[i.matrix].at / kGroup +
+                           int64_t{task.first + ranks_ * nth} * size;
+        auto* to = reinterpret_cast<Group<W>*>(weights_ + i.weights) + nth * size;
+        for (int e = thread(); e < size; e += threads()) to[e] = from[e];
+      }
+    }
+  }
+
+  // A block's share of a convolution: of its tiles every ranks_-th from `first` on; where there are fewer tiles than
+  // blocks, for some of the images only.
+  struct Task {
+    int tiles, first, size;   // numbers of a tile
+    int share;                // images that a warp multiplies a tile with, in units of kShare
+    int begin, step, groups;  // such shares: the first, the next, and how many
+    int before, steps;        // earlier pixels of its window; steps of a product for one pixel
+    int idle;                 // blocks without a share
+    Row other, kept;          // where the plane that is added and the result's lie in memory, in the current row
+  };
+  FASTGEN_DEVICE Task task_of(const Instruction& i) const {
+    const Tiles m = matrices_[i.matrix].tiles();
+    const int count = static_cast<int>(m.count()), padded = static_cast<int>(m.padded());
+    const int sharers = count < ranks_ ? ranks_ / count : 1, nth = count < ranks_ ? rank_ / count : 0;
+    Task t{};
+    t.first = count < ranks_ ? rank_ % count : rank_;
+    t.tiles = (count - t.first + ranks_ - 1) / ranks_;
+    t.size = padded * kTileRows;
+    t.begin = nth;
+    t.step = sharers;
+    int all = 0;
+    for (t.share = 1;; t.share *= 2) {
+      all = (groups_ + t.share - 1) / t.share;
+      t.groups = nth < sharers && nth < all ? (all - nth + sharers - 1) / sharers : 0;
+      const int most = (all + sharers - 1) / sharers * ((count + ranks_ - 1) / ranks_);  // of any block
+      if (most <= threads() / 32 || all == 1 || t.share == kMostShare) break;
+    }
+    t.before = static_cast<int>(i.extra) - 1;
+    t.steps = padded / static_cast<int>(i.extra) / kTileInputs;
+    t.idle = count < ranks_ ? ranks_ - count * (all < sharers ? all : sharers) : 0;
+    return t;
+  }
+
+  // The current pixel's vectors of a plane, of all images.
+  FASTGEN_DEVICE Vectors<W> vectors(const Plane& p) const {
+    return {reinterpret_cast<W*>(slots_ + room_ * p.slot), static_cast<int>(p.length())};
+  }
+  FASTGEN_DEVICE static float number(const Vectors<W>& v, int vector, int c) {
+    const W* from = v.group(vector, c / kGroup * kGroup, 0) + c % kGroup;
+    float sum = to_float(*from);
+    if constexpr (Vectors<W>::kParts == 2) sum += to_float(from[kGroup]);
+    return sum;
+  }
+  // Of a plane of either kind.
+  FASTGEN_DEVICE float number(int64_t plane, int image, int64_t y, int x, int c) const {
+    const Plane& p = planes_[plane];
+    return p.slot >= 0 ? number(vectors(p), image, c) : at(plane, image, y, x)[c];
+  }
+
+  // All that was sent has come.
+  FASTGEN_DEVICE void receive() {
+    if (received_ == stage_) return;
+    received_ = stage_;
+    if (ranks_ > 1) await(arrivals_ + (stage_ - 1) % 2, (stage_ - 1) / 2 % 2);
+  }
+  // All threads have sent their share of `channels` to all blocks. A block without one sends a word, so that none goes
+  // on before all have come as far.
+  FASTGEN_DEVICE void end_stage(const Task& task, int64_t channels) {
+    if (ranks_ > 1) {
+      if (task.groups == 0 && thread() < ranks_) post(tokens_ + rank_, uint32_t{}, arrivals_ + stage_ % 2, thread());
+      if (thread() == 0) expect(arrivals_ + stage_ % 2, (count_ * static_cast<int>(channels) + task.idle) * 4);
+    }
+    ++stage_;
+    if (job_.meets) receive();
+    sync_block();
+    if (job_.meets) meet();
+  }
+
+  // A lane has channel `begin` + lane / 4 of an image.
+  FASTGEN_DEVICE void send(const Plane& p, int begin, int image, float v) {
+    const int lane = thread() % 32;
+    uint32_t words[4];
+    int part, nth;
+    const auto both = [&](uint32_t own, int lanes, uint32_t* low, uint32_t* high) {
+      const uint32_t got = shuffle_xor(own, lanes);
+      *low = lane & lanes ? got : own;
+      *high = lane & lanes ? own : got;
+    };
+    if constexpr (sizeof(W) == 2) {  // of eight channels the leading parts, and what remains
+      W parts[2];
+      convert(v, &parts[0]);
+      convert(v - to_float(parts[0]), &parts[1]);
+      uint32_t low, high, pair[2];
+      both(parts[0] | uint32_t{parts[1]} << 16, 4, &low, &high);
+      part = lane / 4 % 2;
+      nth = lane / 8;
+      both(part ? low >> 16 | (high & 0xFFFF0000u) : (low & 0xFFFFu) | high << 16, 8, &pair[0], &pair[1]);
+      both(pair[0], 16, &words[0], &words[2]);
+      both(pair[1], 16, &words[1], &words[3]);
+    } else {  // four of the eight channels
+      uint32_t own, pair[2];
+      memcpy(&own, &v, 4);
+      part = lane / 16;
+      nth = lane / 4 % 4;
+      both(own, 4, &pair[0], &pair[1]);
+      both(pair[0], 8, &words[0], &words[2]);
+      both(pair[1], 8, &words[1], &words[3]);
+    }
+    if (image >= count_) return;
+    auto* place = reinterpret_cast<uint32_t*>(vectors(p).group(image, begin, 0)) + part * 4;
+    if (ranks_ == 1) {
+      for (int k = 0; nth == 0 && k < 4; ++k) place[k] = words[k];
+    } else {
+      for (int r = nth; r < ranks_; r += 4) post_four(place, words, arrivals_ + stage_ % 2, r);
+    }
+  }
+
+  FASTGEN_DEVICE void draw_pixel(int64_t number, int64_t y, int x) {
+    const Instruction& i = instructions_[number];
+    const Kind kind = static_cast<Kind>(i.kind);
+    if (kind == Kind::kConv) {
+      const Task& task = tasks_[number];
+      if (task.share == 1)
+        convolve<1>(i, task, y, x);
+      else
+        convolve<kMostShare>(i, task, y, x);
+      receive();
+      return end_stage(task, planes_[i.dst].channels);
+    }
+    receive();
+    if (kind == Kind::kSample)
+      sample(i, y, x);
+    else if (kind == Kind::kRemember)
+      remember(i, y, x);
+    else if (kind == Kind::kAttention)
+      attend(i, y, x);
+    else
+      activate(i, y, x);
+  }
+
+  // This block's rows, a warp for each tile and 4 M images.
+  template <int M>
+  FASTGEN_DEVICE void convolve(const Instruction& i, const Task& task, int64_t y, int x) {
+    const Matrix& matrix = matrices_[i.matrix];
+    const bool pairs = matrix.pairs != 0, one = pairs && i.then >= 0;
+    const Plane& to = planes_[i.dst];
+    const int lane = thread() % 32, before = task.before;
+    const Kind then = static_cast<Kind>(i.then);
+    const bool other_sent = i.other >= 0 && planes_[i.other].slot >= 0;
+    const Vectors<W> src = vectors(planes_[i.src]);
+    for (int item = thread() / 32; item < task.tiles * task.groups; item += threads() / 32) {
+      const int nth = item / task.groups, group = task.begin + item % task.groups * task.step;
+      const int tile = task.first + ranks_ * nth;
+      const int unit = tile * (pairs ? kTileRows / 2 : kTileRows) + lane / 4;
+      const int rows[2] = {pairs ? static_cast<int>(row_of_pair(unit)) : unit,
+                           pairs ? static_cast<int>(row_of_pair(unit)) + kChannelBlock : unit + 8};
+      const auto image_of = [&](int k) { return (group * M + k) * kShare + lane % 4; };
+      const auto old_of = [&](int k, int x, int h) -> float& {
+        return old_[((i.old + nth * before + x % before) * (room_ / kShare) + group * M + k) * 64 + h * 32 + lane];
+      };
+      // what does not come from the stage before
+      float v[M][2] = {};
+      for (int k = 0; k < M; ++k)
+        for (int h = 0; h < 2; ++h) {
+          if (image_of(k) >= count_) continue;
+          if (i.bias >= 0) v[k][h] = bias(i, image_of(k), rows[h]);
+          if (i.other >= 0 && !other_sent) v[k][h] += at(task.other, image_of(k), x)[rows[h]];
+          if (before > 0) v[k][h] += old_of(k, x, h);
+        }
+      const W* w = job_.resident ? weights_ + i.weights + nth * task.size
+                                 : static_cast<const W*>(job_.weights_at) + matrix.at + int64_t{tile} * task.size;
+      const Vectors<W> inputs{src.group(group * M * kShare, 0, 0), src.length};
+      const int tap_size = task.steps * kTileInputs * kTileRows;
+      multiply<M>(w + before * tap_size, task.steps, inputs, v);
+      for (int k = 0; k < M; ++k) {
+        const int image = image_of(k);
+        if (other_sent && image < count_)
+          for (int h = 0; h < 2; ++h) v[k][h] += number(i.other, image, y, x, rows[h]);
+        if (one)
+          v[k][0] = activated(then, v[k][0], v[k][1]);
+        else if (i.then >= 0)
+          for (int h = 0; h < 2; ++h) v[k][h] = activated(then, v[k][h], 0);
+        send(to, (one ? unit : rows[0]) - lane / 4, image, v[k][0]);
+        if (!one) send(to, rows[1] - lane / 4, image, v[k][1]);
+        if (to.kept && image < count_) {
+          at(task.kept, image, x)[one ? unit : rows[0]] = v[k][0];
+          if (!one) at(task.kept, image, x)[rows[1]] = v[k][1];
+        }
+      }
+      for (int tap = before - 1; tap >= 0; --tap) {  // for pixels to come
+        float late[2][M] = {};
+        multiply_tile<M>(w + tap * tap_size, task.steps, inputs, 4 * M, late);
+        for (int k = 0; k < M; ++k)
+          for (int h = 0; h < 2; ++h) {
+            float& sum = old_of(k, x + before - tap, h);
+            sum = tap == 0 ? late[h][k] : sum + late[h][k];  // the first for that pixel
+          }
+      }
+    }
+  }
+
+  // v[k][h] += of row lane / 4 + 8 h of a tile with vector 4 k + lane % 4, when that has come. The weights are there by
+  // then.
+  template <int M>
+  FASTGEN_DEVICE void multiply(const W* w, int steps, const Vectors<W>& x, float (&v)[M][2]) {
+    if constexpr (sizeof(W) == 2) {
+      constexpr int kAhead = 4;  // steps
+      const int lane = thread() % 32, column = lane / 4;
+      w += lane * kGroup;
+      uint32_t a[kAhead][2][4];
+      const auto load = [&](int s, uint32_t(&to)[2][4]) {
+        for (int h = 0; h < 2; ++h) memcpy(to[h], __builtin_assume_aligned(w + (2 * s + h) * 32 * kGroup, 16), 16);
+      };
+      for (int s = 0; s < kAhead; ++s)
+        if (s < steps) load(s, a[s]);
+      receive();
+      float d[2][M][4] = {};
+      const auto step = [&](int s, const uint32_t(&a)[2][4]) {
+        for (int k = 0; k < M; ++k) {
+          uint32_t b[4];
+          memcpy(b,
+                 __builtin_assume_aligned(x.group(4 * k + column / 2, s * kTileInputs + lane % 4 * kGroup, column % 2),
+                                          16),
+                 16);
+          multiply_add(d[0][k], {a[0][0], a[1][0], a[0][1], a[1][1]}, {b[0], b[1]});
+          multiply_add(d[1][k], {a[0][2], a[1][2], a[0][3], a[1][3]}, {b[2], b[3]});
+        }
+      };
+      for (int s = 0; s < kAhead; ++s)
+        if (s < steps) step(s, a[s]);
+      for (int s = kAhead; s < steps; ++s) {
+        load(s, a[0]);
+        step(s, a[0]);
+      }
+      for (int k = 0; k < M; ++k)
+        for (int h = 0; h < 2; ++h)
+          v[k][h] += d[0][k][2 * h] + d[0][k][2 * h + 1] + d[1][k][2 * h] + d[1][k][2 * h + 1];
+    } else {
+      receive();
+      float sums[2][M] = {};
+      multiply_tile<M>(w, steps, x, 4 * M, sums);
+      for (int k = 0; k < M; ++k)
+        for (int h = 0; h < 2; ++h) v[k][h] += sums[h][k];
+    }
+  }
+
+  // Every block for itself.
+  FASTGEN_DEVICE void activate(const Instruction& i, int64_t y, int x) {
+    const Kind kind = static_cast<Kind>(i.kind);
+    const Plane& p = planes_[i.dst];
+    const int channels = static_cast<int>(p.channels), each = channels / kGroup;
+    const bool pairs = kind == Kind::kGate || kind == Kind::kGlu;
+    for (int e = thread(); e < count_ * each; e += threads()) {
+      const int image = e / each, begin = e % each * kGroup;
+      Group<float> v;
+      for (int k = 0; k < kGroup; ++k) {
+        const int c = begin + k, row = pairs ? static_cast<int>(row_of_pair(c)) : c;
+        const float a = number(i.src, image, y, x, row);
+        if (kind == Kind::kAdd)
+          v.v[k] = a + number(i.other, image, y, x, c);
+        else
+          v.v[k] = activated(kind, a, pairs ? number(i.src, image, y, x, row + kChannelBlock) : 0);
+      }
+      put(i.dst, image, begin, y, x, v);
+    }
+    sync_block();
+  }
+
+  // Eight channels into the current pixel's vector, and where rows below read them.
+  FASTGEN_DEVICE void put(int64_t plane, int image, int begin, int64_t y, int x, const Group<float>& v) const {
+    const Plane& p = planes_[plane];
+    vectors(p).put(image, begin, v);
+    if (p.kept && image % ranks_ == rank_) *reinterpret_cast<Group<float>*>(at(plane, image, y, x) + begin) = v;
   }
 
   // Keys [head][channel][pixel] and values [head][pixel][channel] of all pixels drawn.
@@ -191,82 +557,104 @@ class Images {
     return {i.bias, i.dy / i.bias, i.dx / i.bias, room, key, key + i.dy * room};
   }
 
-  FASTGEN_DEVICE void remember(const Instruction& i, int64_t y, int64_t x) const {
+  FASTGEN_DEVICE void remember(const Instruction& i, int64_t y, int x) {
     const int64_t pixel = y * job_.width + x;
-    each(x, x + 1, i.dy + i.dx, [&](int64_t image, int64_t, int64_t c) {
+    const auto channels = static_cast<unsigned>(i.dy + i.dx);
+    for (unsigned e = rank_ * threads() + thread(); e < count_ * channels; e += ranks_ * threads()) {
+      const int image = e / channels, c = e % channels;
       const Cache cache = cache_of(i, image);
       if (c < i.dy) {
-        cache.key[c * cache.room + pixel] = at(i.src, image, y, x)[c];
+        cache.key[c * cache.room + pixel] = number(i.src, image, y, x, c);
       } else {
         const int64_t v = c - i.dy;
         cache.value[(v / cache.values * cache.room + pixel) * cache.values + v % cache.values] =
-            at(i.other, image, y, x)[v];
+            number(i.other, image, y, x, static_cast<int>(v));
       }
-    });
+    }
+    meet();
   }
 
   // Softmax of the products with the keys of all pixels before and with a key of zeros, over their values; the value of
-  // the key of zeros is zero. A warp for each head of an image.
-  FASTGEN_DEVICE void attend(const Instruction& i, int64_t y, int64_t x) {
-    const int64_t pixels = y * job_.width + x, warps = threads() / 32;
+  // the key of zeros is zero. A warp for each head of an image; the results go through global memory.
+  FASTGEN_DEVICE void attend(const Instruction& i, int64_t y, int x) {
+    const int pixels = static_cast<int>(y) * width_ + x, warps = threads() / 32, heads = static_cast<int>(i.bias);
     const int lane = thread() % 32;
     float* score = scores_ + thread() / 32 * job_.scores;
-    for (int64_t item = rank_ * warps + thread() / 32; item < count_ * i.bias; item += job_.cluster * warps) {
-      const Cache cache = cache_of(i, item / i.bias);
-      const int64_t h = item % i.bias;
-      const float* query = at(i.src, item / i.bias, y, x);
+    for (int item = rank_ * warps + thread() / 32; item < count_ * heads; item += ranks_ * warps) {
+      const int image = item / heads, h = item % heads;
+      const Cache cache = cache_of(i, image);
       const float scale = 1 / sqrtf(static_cast<float>(cache.keys));
       float top = 0;
-      for (int64_t j = lane; j < pixels; j += 32) {
+      for (int j = lane; j < pixels; j += 32) {
         float sum = 0;
         for (int64_t k = h * cache.keys; k < (h + 1) * cache.keys; ++k)
-          sum += cache.key[k * cache.room + j] * (query[k] * scale);
+          sum += cache.key[k * cache.room + j] * (number(i.src, image, y, x, static_cast<int>(k)) * scale);
         score[j] = sum;
         top = fmaxf(top, sum);
       }
       top = most_of_warp(top);
       float total = 0;
-      for (int64_t j = lane; j < pixels; j += 32) total += score[j] = expf(score[j] - top);
+      for (int j = lane; j < pixels; j += 32) total += score[j] = expf(score[j] - top);
       total = sum_of_warp(total) + expf(-top);
       sync_warp();
-      float* to = at(i.dst, item / i.bias, y, x) + h * cache.values;
+      float* to = at(i.dst, image, y, x) + h * cache.values;
       for (int64_t c = lane; c < cache.values; c += 32) {
         float sum = 0;
-        for (int64_t j = 0; j < pixels; ++j) sum += score[j] * cache.value[(h * cache.room + j) * cache.values + c];
+        for (int j = 0; j < pixels; ++j) sum += score[j] * cache.value[(h * cache.room + j) * cache.values + c];
         to[c] = sum / total;
       }
       sync_warp();
     }
+    meet();
+    const int each = static_cast<int>(planes_[i.dst].channels) / kGroup;
+    for (int e = thread(); e < count_ * each; e += threads()) {
+      const int image = e / each, c = e % each * kGroup;
+      vectors(planes_[i.dst]).put(image, c, *reinterpret_cast<const Group<float>*>(at(i.dst, image, y, x) + c));
+    }
+    sync_block();
   }
 
-  // The values of one color of one pixel, and what the network sees of them. A warp for each image.
-  FASTGEN_DEVICE void sample(const Instruction& i, int64_t y, int64_t x) {
-    const int64_t plane = job_.height * job_.width, warps = threads() / 32;
-    const int lane = thread() % 32;
-    for (int64_t image = rank_ * warps + thread() / 32; image < count_; image += job_.cluster * warps) {
+  // The values of one color of one pixel, and what the network sees of them: every block for itself, a warp for each
+  // image, or a thread where there is one parameter. One block tells the caller.
+  FASTGEN_DEVICE void sample(const Instruction& i, int64_t y, int x) {
+    const int64_t plane = job_.height * job_.width;
+    const int lanes = job_.outputs > 1 ? 32 : 1, lane = thread() % lanes, at_once = threads() / lanes;
+    const int features = static_cast<int>(job_.features), begin = static_cast<int>(i.extra) * features;
+    float* out = outputs_ + thread() / lanes * job_.outputs;
+    for (int image = thread() / lanes; image < count_; image += at_once) {
+      const bool tells = image % ranks_ == rank_;
       const int64_t pixel = ((first_ + image) * job_.colors + i.extra) * plane + y * job_.width + x;
-      const float* out = at(i.src, image, y, x);
+      const float u = job_.uniforms[pixel];
       float zero = 0;
-      for (int64_t o = lane; o < job_.outputs; o += 32) {
+      for (int o = lane; o < job_.outputs; o += lanes) {
+        out[o] = number(i.src, image, y, x, o);
         zero += 0.0f * out[o];
-        if (job_.parameters) job_.parameters[pixel * job_.outputs + o] = out[o];
+        if (tells && job_.parameters) job_.parameters[pixel * job_.outputs + o] = out[o];
       }
-      zero = sum_of_warp(zero);
-      int64_t value = draw_value(out, job_.uniforms[pixel]);
+      if (lanes == 32) {
+        zero = sum_of_warp(zero);
+        sync_warp();
+      }
+      int64_t value = draw_value(out, u);
       if (job_.known && job_.known[pixel]) value = job_.given[pixel];
-      if (zero == 0) {
-        float* features = at(i.dst, image, y, x) + i.extra * job_.features;
-        for (int64_t f = lane; f < job_.features; f += 32) features[f] = job_.table[value * job_.features + f];
-      }
-      if (lane == 0) job_.values[pixel] = zero == 0 ? value : -1;
+      if (zero == 0)
+        for (int f = lane; f < features; f += lanes) {
+          const float v = job_.table[value * features + f];
+          vectors(planes_[i.dst]).put(image, begin + f, v);
+          if (tells && planes_[i.dst].kept) at(i.dst, image, y, x)[begin + f] = v;
+        }
+      if (tells && lane == 0) job_.values[pixel] = zero == 0 ? value : -1;
+      if (lanes == 32) sync_warp();
     }
+    sync_block();
   }
 
   FASTGEN_DEVICE int64_t draw_value(const float* out, float u) const {
     if (job_.logistic) return sample_logistic_level(out, u);
     if (job_.outputs > 1) return sample_categorical(out, static_cast<int>(job_.outputs), job_.temperature, u);
-    const float pair[2] = {0.0f, out[0]};  // one logit: of level 1 against level 0
-    return sample_categorical(pair, 2, job_.temperature, u);
+    // one logit: of level 1 against level 0
+    const float logit = out[0] / job_.temperature, top = fmaxf(logit, 0), zero = expf(-top);
+    return zero <= u * (zero + expf(logit - top));
   }
 
   // As in the CPU's pixel_images.h; each lane computes the same.
@@ -296,14 +684,19 @@ class Images {
   }
 
   const Job& job_;
-  const int rank_;
+  const int ranks_, rank_, width_;
   const int64_t first_;
-  const int count_;
+  const int count_, groups_, room_;  // images; groups of kShare; places for images
+  int stage_ = 0, received_ = 0;
+  Arrival* arrivals_;
   const Plane* planes_;
   const Instruction* instructions_;
   const Matrix* matrices_;
-  W* windows_;
-  float *partial_, *scores_;
+  Task* tasks_;
+  uint32_t* tokens_;
+  W *weights_, *windows_;
+  float *old_, *slots_, *partial_, *outputs_, *scores_;
+  Column* columns_;
 };
 
 }  // namespace fastgen::pixelcnn

@@ -11,19 +11,27 @@
 
 namespace fastgen::pixelcnn {
 
-constexpr int kThreads = 256;     // of a block
-constexpr int kMostColumns = 16;  // vectors that share each weight that is read
+constexpr int kThreads = 256;  // of a block
+constexpr int kLargestCluster = 16;
+constexpr int kShare = 4;  // images that a warp multiplies at once, for one pixel, or up to kMostShare times as many
+constexpr int kMostShare = 2;
+constexpr int kTaskBytes = 72;
 
 enum class Kind { kConv, kGate, kGlu, kRelu, kElu, kAdd, kAttention, kRemember, kSample };
 
 struct Plane {
   int64_t channels, halves, rows, row_size, start, step, offset;
+  int64_t slot;  // where the current pixel's vector lies in shared memory, or -1: in numbers of an image
+  int64_t kept;  // whether rows below read it: it lies in global memory too
+
+  FASTGEN_HOST_DEVICE int64_t length() const { return round_up(channels, kTileInputs); }  // of that vector
 };
 
 // What the fields mean depends on the kind: see fastgen/ops/pixel_program.py.
 struct Instruction {
   int64_t kind, per_pixel, dst, src, other, matrix, bias, dy, dx, extra;
-  int64_t then;  // the kind of an activation of the convolution's result, or -1
+  int64_t then;          // the kind of an activation of the convolution's result, or -1
+  int64_t weights, old;  // where a block keeps its tiles, and sums of earlier pixels for later ones
 };
 
 struct Matrix {
@@ -38,33 +46,58 @@ FASTGEN_HOST_DEVICE inline int64_t row_of_pair(int64_t unit) {
 
 struct Job {
   int cluster, images_each;  // blocks that draw the same images, and how many
+  int columns;               // pixels of a row that a block multiplies at once: 16 or 64
   int64_t images, colors, height, width, first_row, last_row, memory_size, bias_size;
   int64_t plane_count, instruction_count, matrix_count;
+  int64_t row_count;    // instructions for whole rows, which come first
   int64_t most_inputs;  // of a matrix, padded
+  int64_t slots;        // numbers of an image in shared memory
+  int64_t weights;      // that a block multiplies with for each pixel
+  int64_t old;          // tiles of sums that it keeps from pixel to pixel
   int64_t scores;       // for each warp: pixels, where there is attention
+  bool resident;        // weights and sums lie in shared memory; else sums at `scratch`
   bool spilled;         // the scores lie in global memory, at `scratch`
+  bool meets;           // after each pixel all blocks wait for each other
   bool logistic, own_biases, own_context;
   int64_t outputs, levels, features, context_plane, context_channels;
   float temperature, log_scale_min;
   const Plane* planes;
   const Instruction* instructions;
   const Matrix* matrices;
-  const void* weights;
+  const void* weights_at;
   const float *biases, *table, *uniforms, *context;
   const int64_t* given;
   const uint8_t* known;
   float *memory, *parameters, *scratch;
   int64_t* values;  // -1: the network's outputs were not finite
 
-  // Of shared memory in a block: the program, windows, parts of sums, and the scores of an attention.
-  int64_t shared_bytes(int64_t columns, int threads) const {
+  FASTGEN_HOST_DEVICE int64_t room() const {  // for images, in whole shares
+    const int64_t images = images_each;
+    return round_up(images, images > kShare ? kMostShare * kShare : kShare);
+  }
+  FASTGEN_HOST_DEVICE int64_t old_floats() const { return old * room() * kTileRows; }
+  FASTGEN_HOST_DEVICE int64_t scores_of_block(int threads) const { return (threads / 32) * scores; }
+  FASTGEN_HOST_DEVICE int64_t outputs_of_block(int threads) const {
+    return outputs > 1 ? threads / 32 * outputs : threads;
+  }
+  // of shared memory that whole rows and single pixels use in turns
+  FASTGEN_HOST_DEVICE int64_t row_floats(int threads) const {
+    return columns * most_inputs + columns / 4 * 2 * threads + 2 * columns;
+  }
+  FASTGEN_HOST_DEVICE int64_t pixel_floats(int threads) const {
+    return room() * slots + outputs_of_block(threads) + (spilled ? 0 : scores_of_block(threads));
+  }
+  FASTGEN_HOST_DEVICE int64_t scratch_floats(int threads) const {  // of a block
+    return (resident ? 0 : old_floats()) + (spilled ? scores_of_block(threads) : 0);
+  }
+  int64_t shared_bytes(int threads, int weight_bytes) const {
     const int64_t program = round_up(plane_count * sizeof(Plane), 16) +
                             round_up(instruction_count * sizeof(Instruction), 16) +
-                            round_up(matrix_count * sizeof(Matrix), 16);
-    return program + round_up(columns * most_inputs * 4, 16) + columns / 4 * 2 * threads * 4 +
-           (spilled ? 0 : round_up(scores_of_block(threads) * 4, 16));
+                            round_up(matrix_count * sizeof(Matrix), 16) + round_up(instruction_count * kTaskBytes, 16) +
+                            round_up(cluster * 4, 16) + 16;
+    return program + (resident ? round_up(weights * weight_bytes, 16) + old_floats() * 4 : 0) +
+           round_up(std::max(row_floats(threads), pixel_floats(threads)) * 4, 16);
   }
-  FASTGEN_HOST_DEVICE int64_t scores_of_block(int threads) const { return (threads / 32) * scores; }
 };
 
 // shapes: of each matrix its rows, halves, taps, and channels of a tap.
@@ -73,7 +106,7 @@ inline std::vector<Matrix> matrices_of(const std::vector<int64_t>& shapes) {
   int64_t at = 0;
   for (size_t i = 0; i < shapes.size(); i += kMatrixInts) {
     const int64_t rows = stored_rows(shapes[i], shapes[i + 1]);
-    matrices.push_back({rows, shapes[i + 2] * round_up(shapes[i + 3], kChannelBlock), at, shapes[i + 1] == 2});
+    matrices.push_back({rows, shapes[i + 2] * round_up(shapes[i + 3], kTileInputs), at, shapes[i + 1] == 2});
     at += matrices.back().tiles().size();
   }
   matrices.push_back({0, 0, at, 0});  // the end
@@ -84,8 +117,7 @@ inline std::vector<Matrix> matrices_of(const std::vector<int64_t>& shapes) {
 // nothing else reads what that gives, and its result does not lie where the convolution still reads: one meeting of the
 // blocks less.
 inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const std::vector<Matrix>& matrices,
-                                      const std::vector<int64_t>& plane_numbers) {
-  const auto* planes = reinterpret_cast<const Plane*>(plane_numbers.data());
+                                      const std::vector<Plane>& planes) {
   const auto apart = [&](int64_t a, int64_t b) {  // in memory
     return b < 0 || planes[a].offset + planes[a].rows * planes[a].row_size <= planes[b].offset ||
            planes[b].offset + planes[b].rows * planes[b].row_size <= planes[a].offset;
@@ -93,7 +125,7 @@ inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const
   std::vector<Instruction> all;
   for (size_t i = 0; i < numbers.size(); i += kInstructionInts) {
     const int64_t* n = numbers.data() + i;
-    all.push_back({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], -1});
+    all.push_back({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], -1, 0, 0});
   }
   std::vector<Instruction> kept;
   for (size_t i = 0; i < all.size(); ++i) {
@@ -116,10 +148,122 @@ inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const
   return kept;
 }
 
-inline int64_t most_inputs_of(const std::vector<Matrix>& matrices) {
-  int64_t most = 0;
-  for (const Matrix& m : matrices) most = std::max(most, m.tiles().padded());
-  return most;
+// What the blocks of a cluster run.
+struct Program {
+  std::vector<Plane> planes;
+  std::vector<Matrix> matrices;
+  std::vector<Instruction> instructions;  // first those for whole rows
+  int64_t row_count = 0, most_inputs = 0, slots = 0, outputs = 0;
+  bool meets = false;
+};
+
+// Gives the planes that are drawn pixel by pixel their places in shared memory. A convolution's result goes to all
+// blocks, in one message: a stage. A block sends what a stage gives when all of the stage before has come, and then
+// another block may still read what it did in that stage; so a place is free for others from two stages after its last
+// use on. Pixels follow each other without a pause, hence the stages of the next pixel count too.
+inline void place_planes(Program* program) {
+  struct Life {
+    int64_t from = -1, to = -1;
+    bool sent = false, waits = false;  // from another block; for the next pixel
+  };
+  std::vector<Life> lives(program->planes.size());
+  std::vector<int64_t> order;
+  int64_t stage = 0;
+  for (const Instruction& i : program->instructions)
+    if (i.per_pixel && i.dst >= 0) program->planes[i.dst].slot = 0;
+  for (const Instruction& i : program->instructions) {
+    for (const int64_t plane : {i.src, i.other}) {
+      if (plane < 0 || program->planes[plane].slot < 0) continue;
+      if (!i.per_pixel) {
+        program->planes[plane].kept = 1;
+        continue;
+      }
+      Life& life = lives[plane];
+      if (life.from < 0) {
+        order.push_back(plane);
+        life = {stage, stage, false, true};
+      }
+      life.to = stage;
+    }
+    if (!i.per_pixel) continue;
+    const bool sends = static_cast<Kind>(i.kind) == Kind::kConv;
+    if (i.dst >= 0) {
+      Life& life = lives[i.dst];
+      if (life.from < 0) {
+        order.push_back(i.dst);
+        life = {stage, stage, sends, false};
+      } else if (life.waits && sends) {
+        program->meets = true;
+      }
+      life.to = std::max(life.to, stage);
+    }
+    stage += sends;
+  }
+  struct Slot {
+    int64_t at, length, from, to;
+  };
+  std::vector<Slot> slots;
+  for (const int64_t plane : order) {
+    const Life& life = lives[plane];
+    Plane& p = program->planes[plane];
+    program->meets |= life.sent && life.to + 2 > stage + life.from;
+    Slot* place = nullptr;
+    for (Slot& slot : slots)
+      if (!place && !life.waits && slot.length == p.length() && slot.to + 2 <= life.from &&
+          life.to + 2 <= stage + slot.from)
+        place = &slot;
+    if (!place) {
+      slots.push_back({program->slots, p.length(), life.from, life.to});
+      place = &slots.back();
+      program->slots += p.length();
+    }
+    p.slot = place->at;
+    place->to = life.waits ? 2 * stage + 2 : life.to;
+  }
+}
+
+inline Program program_of(const std::vector<int64_t>& planes, const std::vector<int64_t>& instructions,
+                          const std::vector<int64_t>& shapes, int64_t outputs) {
+  Program program;
+  program.outputs = outputs;
+  for (size_t i = 0; i < planes.size(); i += kPlaneInts) {
+    const int64_t* n = planes.data() + i;
+    program.planes.push_back({n[0], n[1], n[2], n[3], n[4], n[5], n[6], -1, 0});
+  }
+  program.matrices = matrices_of(shapes);
+  program.instructions = fused(instructions, program.matrices, program.planes);
+  std::stable_partition(program.instructions.begin(), program.instructions.end(),
+                        [](const Instruction& i) { return i.per_pixel == 0; });
+  for (const Instruction& i : program.instructions) {
+    if (i.per_pixel) continue;
+    ++program.row_count;
+    if (i.matrix >= 0) program.most_inputs = std::max(program.most_inputs, program.matrices[i.matrix].tiles().padded());
+  }
+  place_planes(&program);
+  return program;
+}
+
+// What a job takes of a program, for clusters of so many blocks.
+inline void use(Program* program, int cluster, Job* job) {
+  job->cluster = cluster;
+  job->plane_count = static_cast<int64_t>(program->planes.size());
+  job->instruction_count = static_cast<int64_t>(program->instructions.size());
+  job->matrix_count = static_cast<int64_t>(program->matrices.size());
+  job->row_count = program->row_count;
+  job->most_inputs = program->most_inputs;
+  job->slots = program->slots;
+  job->outputs = program->outputs;
+  job->meets = program->meets;
+  job->weights = job->old = 0;
+  for (Instruction& i : program->instructions) {
+    if (!i.per_pixel || static_cast<Kind>(i.kind) != Kind::kConv) continue;
+    const Tiles tiles = program->matrices[i.matrix].tiles();
+    const int64_t own = (tiles.count() + cluster - 1) / cluster;
+    i.weights = job->weights;
+    i.old = job->old;
+    job->weights += own * tiles.padded() * kTileRows;
+    job->old += own * (i.extra - 1);
+  }
 }
 
 // Where the weight of a stored row and an input lies in a matrix.
@@ -135,7 +279,7 @@ void pack(const std::vector<const float*>& weights, const std::vector<int64_t>& 
   const std::vector<Matrix> matrices = matrices_of(shapes);
   for (size_t m = 0; m < weights.size(); ++m) {
     const int64_t *shape = shapes.data() + m * kMatrixInts, rows = shape[0], taps = shape[2], channels = shape[3];
-    const int64_t padded = round_up(channels, kChannelBlock);
+    const int64_t padded = round_up(channels, kTileInputs);
     for (int64_t r = 0; r < matrices[m].rows; ++r) {
       const int64_t row = stored_row(r, rows, shape[1]);
       for (int64_t tap = 0; row >= 0 && tap < taps; ++tap)
@@ -147,8 +291,36 @@ void pack(const std::vector<const float*>& weights, const std::vector<int64_t>& 
 }
 
 // What pixelcnn_generate.cu does for pixelcnn_generate.cpp. Errors: of the CUDA runtime.
-// columns: 4 or kMostColumns.
-int active(const Job& job, int columns, bool bf16);                // clusters that the current device holds at once
-int launch(const Job& job, int columns, bool bf16, void* stream);  // returns an error, or 0
+int active(const Job& job, bool bf16);                // clusters that the current device holds at once
+int launch(const Job& job, bool bf16, void* stream);  // returns an error, or 0
+
+// Chooses how many blocks draw how many images together, and what lies in shared memory: as few images as leave no
+// cluster waiting for another, where that many fit. The largest cluster reads the least; but where images are many
+// their vectors cost more on their way to all blocks. -> whether any fit.
+inline bool arrange(Program* program, int largest, int64_t shared_bytes, bool bf16, Job* job) {
+  constexpr int64_t kFew = 8, kCrowd = 16, kSmall = 4;
+  const auto fits = [&](int64_t images, int columns) {
+    job->columns = columns;
+    job->images_each = static_cast<int>(images);
+    return job->shared_bytes(kThreads, bf16 ? 2 : 4) <= shared_bytes;
+  };
+  const auto tried = [&](bool resident) {
+    job->resident = resident;
+    job->columns = bf16 && fits(1, 64) ? 64 : 16;
+    const int groups = fits(1, job->columns) ? active(*job, bf16) : 0;
+    if (groups == 0) return false;
+    const int64_t wanted = (job->images + groups - 1) / groups;
+    int64_t most = 1;
+    while (most < wanted && fits(most + 1, job->columns)) ++most;
+    fits(most, job->columns);
+    return !resident || most >= std::min(wanted, kFew);
+  };
+  for (int cluster = largest; cluster > 0; cluster /= 2) {
+    use(program, cluster, job);
+    job->spilled = job->scores_of_block(kThreads) * 16 > shared_bytes;
+    if ((tried(true) || tried(false)) && (job->images_each <= kCrowd || cluster <= kSmall)) return true;
+  }
+  return false;
+}
 
 }  // namespace fastgen::pixelcnn

@@ -281,6 +281,20 @@ float shuffle_up(float v, int lanes, Where where) {
   return exchange(v, t % kWarp >= lanes ? t - lanes : t, where);
 }
 
+float shuffle_from(float v, int lane, Where where) {
+  return exchange(v, machine->now->thread / kWarp * kWarp + lane, where);
+}
+
+int sum_in_warp(int v, Where where) {
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) v += static_cast<int>(shuffle_xor(static_cast<float>(v), lanes, where));
+  return v;
+}
+
+float most_in_warp(float v, Where where) {
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) v = std::fmax(v, shuffle_xor(v, lanes, where));
+  return v;
+}
+
 // Rows of a: lane / 4, and 8 more in its odd registers; columns of b: lane / 4; the inner index: 2 (lane % 4), and 8
 // more in the later half of the registers; the result: row lane / 4, and 8 more in its later half, column 2 (lane % 4).
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where) {
@@ -323,6 +337,44 @@ void store_release(int64_t* p, int64_t v) {
 #endif
   machine->progress = true;
   *p = v;
+}
+
+// An arrival: a message is complete when the block has said what it expects and as many bytes have come.
+struct Message {
+  int32_t missing;  // bytes; below zero what came before it was expected
+  uint16_t expected, number;
+};
+static_assert(sizeof(Message) == sizeof(Arrival));
+
+static void change(Arrival* a, int32_t missing, bool expects) {
+  Message m;
+  std::memcpy(&m, a, sizeof m);
+  if (expects && m.expected) throw std::runtime_error("a message is expected before the last one is complete");
+  m.expected |= expects;
+  m.missing += missing;
+  if (m.expected && m.missing == 0) {
+    m.expected = 0;
+    ++m.number;
+  }
+  std::memcpy(a, &m, sizeof m);
+#ifdef EMULATE_TSAN
+  __tsan_release(a);
+#endif
+  machine->progress = true;
+}
+
+void begin_arrival(Arrival* a) { *a = 0; }
+void expect(Arrival* a, int bytes) { change(a, bytes, true); }
+void sent(Arrival* a, int bytes) { change(a, -bytes, false); }
+
+bool came(const Arrival* a, int parity) {
+  Message m;
+  std::memcpy(&m, a, sizeof m);
+  if ((m.number & 1) == parity) return false;
+#ifdef EMULATE_TSAN
+  __tsan_acquire(const_cast<Arrival*>(a));
+#endif
+  return true;
 }
 
 void* shared_chunk(int index, int64_t bytes) {

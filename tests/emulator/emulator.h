@@ -2,9 +2,13 @@
 // It finds what an order of execution, a sanitizer or a poisoned array can show: see emulator.cpp.
 #pragma once
 
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <source_location>
+
+#include "../../csrc/cuda/tiles.h"
 
 namespace fastgen::emulator {
 
@@ -32,7 +36,13 @@ void sync_block(Where where = Where::current());
 void sync_warp(Where where = Where::current());
 void sync_cluster(Where where = Where::current());
 float shuffle_xor(float v, int lanes, Where where = Where::current());
+inline uint32_t shuffle_xor(uint32_t v, int lanes, Where where = Where::current()) {
+  return std::bit_cast<uint32_t>(shuffle_xor(std::bit_cast<float>(v), lanes, where));
+}
 float shuffle_up(float v, int lanes, Where where = Where::current());
+float shuffle_from(float v, int lane, Where where = Where::current());
+int sum_in_warp(int v, Where where = Where::current());
+float most_in_warp(float v, Where where = Where::current());
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current());
 void pause(Where where = Where::current());
 int64_t load_acquire(const int64_t* p);
@@ -41,12 +51,40 @@ inline void wait_for(const int64_t* p, int64_t least, Where where = Where::curre
 }
 void store_release(int64_t* p, int64_t v);
 
+using Arrival = uint64_t;
+void begin_arrival(Arrival* a);
+void expect(Arrival* a, int bytes);
+bool came(const Arrival* a, int parity);
+inline void await(const Arrival* a, int parity, Where where = Where::current()) {
+  while (!came(a, parity)) pause(where);
+}
+void sent(Arrival* a, int bytes);
+
+inline float quick_exp(float v) { return std::exp(v); }
+inline float quick_divide(float a, float b) { return a / b; }
+inline void split(float v, uint16_t* high, uint16_t* low) {
+  convert(v, high);
+  convert(v - to_float(*high), low);
+}
+
 void* shared_chunk(int index, int64_t bytes);
 void* chunk_in_block(void* p, int rank);
 
 template <class T>
 T* in_block(T* p, int rank) {
   return static_cast<T*>(chunk_in_block(p, rank));
+}
+
+// Written here, not in emulator.cpp, so that sanitizers see it.
+template <class T>
+void post(T* to, T v, Arrival* a, int rank) {
+  static_assert(sizeof(T) == 4);
+  *in_block(to, rank) = v;
+  sent(in_block(a, rank), sizeof(T));
+}
+
+inline void post_four(uint32_t* to, const uint32_t (&v)[4], Arrival* a, int rank) {
+  for (int k = 0; k < 4; ++k) post(to + k, v[k], a, rank);
 }
 
 class Shared {

@@ -6,7 +6,7 @@ using namespace fastgen::pixelcnn;
 
 namespace {
 
-template <int M, class W>
+template <class W>
 void run() {
   const int threads = option<int>("threads");
   const auto shapes = read<int64_t>("shapes");
@@ -17,14 +17,18 @@ void run() {
   for (const auto& w : weights) starts.push_back(w.data());
   std::vector<fastgen::Group<W>> packed(matrices.back().at / fastgen::kGroup);
   pack(starts, shapes, reinterpret_cast<W*>(packed.data()));
-  const auto planes = read<int64_t>("planes"), instructions = read<int64_t>("instructions");
   const auto biases = read<float>("biases"), table = read<float>("table"), uniforms = read<float>("uniforms"),
              context = read<float>("context");
   const auto given = read<int64_t>("given");
   const auto known = read<uint8_t>("known");
   auto memory = read<float>("memory");
   Job job{};
-  job.cluster = option<int>("cluster");
+  const auto planes = read<int64_t>("planes"), instructions = read<int64_t>("instructions");
+  Program program = program_of(planes, instructions, shapes, option("outputs"));
+  use(&program, option<int>("cluster"), &job);
+  job.columns = option<int>("columns");
+  job.resident = option("resident");
+  job.meets |= option("meets") != 0;
   job.images_each = option<int>("images_each");
   job.images = option("images");
   job.colors = option("colors");
@@ -34,27 +38,21 @@ void run() {
   job.last_row = option("last_row");
   job.memory_size = option("memory_size");
   job.bias_size = option("bias_size");
-  const std::vector<Instruction> kept = fused(instructions, matrices, planes);
-  job.plane_count = planes.size() / fastgen::kPlaneInts;
-  job.instruction_count = kept.size();
-  job.matrix_count = matrices.size();
-  job.most_inputs = most_inputs_of(matrices);
   job.scores = job.height * job.width;
   job.spilled = option("spilled");
   job.logistic = option("logistic");
   job.own_biases = option("own_biases");
   job.own_context = option("own_context");
-  job.outputs = option("outputs");
   job.levels = option("levels");
   job.features = option("features");
   job.context_plane = option("context_plane");
   job.context_channels = option("context_channels");
   job.temperature = option<float>("temperature");
   job.log_scale_min = option<float>("log_scale_min");
-  job.planes = reinterpret_cast<const Plane*>(planes.data());
-  job.instructions = kept.data();
-  job.matrices = matrices.data();
-  job.weights = packed.data();
+  job.planes = program.planes.data();
+  job.instructions = program.instructions.data();
+  job.matrices = program.matrices.data();
+  job.weights_at = packed.data();
   job.biases = biases.data();
   job.table = table.data();
   job.uniforms = uniforms.data();
@@ -69,13 +67,13 @@ void run() {
   job.values = values.data();
   fastgen::emulator::Launch how{};
   how.blocks = static_cast<int>((job.images + job.images_each - 1) / job.images_each) * job.cluster;
-  std::vector<float> scratch(job.spilled ? how.blocks * job.scores_of_block(threads) : 0, NAN);
+  std::vector<float> scratch(how.blocks * job.scratch_floats(threads), NAN);
   job.scratch = scratch.data();
   how.cluster = job.cluster;
   how.threads = threads;
-  how.shared_bytes = job.shared_bytes(4 * M, threads);
+  how.shared_bytes = job.shared_bytes(threads, sizeof(W));
   set_order(how);
-  fastgen::emulator::launch(how, [&] { Images<M, W>(job).draw(); });
+  fastgen::emulator::launch(how, [&] { Images<W>(job).draw(); });
   write("out.values", values);
   write("out.parameters", parameters);
 }
@@ -83,10 +81,5 @@ void run() {
 }  // namespace
 
 int main(int count, char** words) {
-  return guarded(count, words, [] {
-    if (option("columns") == 4)
-      option("bf16") ? run<1, uint16_t>() : run<1, float>();
-    else
-      option("bf16") ? run<4, uint16_t>() : run<4, float>();
-  });
+  return guarded(count, words, [] { option("bf16") ? run<uint16_t>() : run<float>(); });
 }
