@@ -19,7 +19,14 @@ BARRIERS = 2048  # bytes of it beside the tiles
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Within it, kernels are launched on x's device; Triton takes the current one, and its current stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up; triton.cdiv takes the host 5 us."""
+    return -(-a // b)
 
 
 @triton.jit

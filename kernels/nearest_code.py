@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastgen.ops.nearest_code import PRECISIONS
 
-from .launch import INTERPRETED, MOST_SHARED, fitted, on_device, shared_memory, staged
+from .launch import INTERPRETED, MOST_SHARED, cdiv, fitted, on_device, shared_memory, staged
 from .tuning import tuned
 
 NO_DIRECTION = tl.constexpr(1e-30)  # vectors no longer than this are zero to the cosine
@@ -325,6 +325,7 @@ def _settle(index, distance, rows, BLOCK: tl.constexpr):  # type: ignore[no-unty
     tl.store(distance + row, tl.where(missing, float("nan"), near), row < rows)
 
 
+@functools.cache
 def chunk_for(dim: int) -> int:
     """Coordinates that are multiplied at once: all, where a tile of rows then stays on chip through the scan.
 
@@ -340,27 +341,20 @@ def shared_by(tile: dict[str, int], chunk_bytes: int, whole: bool, limit: int) -
     return rows + staged(codes, stages, limit) if whole else staged(rows + codes, stages, limit)
 
 
-def scan_options(rows: int, chunk_bytes: int, whole: bool = True, limit: int = MOST_SHARED) -> dict[str, int]:
+@functools.cache
+def scan_options(chunk_bytes: int, whole: bool = True, limit: int = MOST_SHARED) -> dict[str, int]:
     """Tile of the scan, and how it is run."""
     if INTERPRETED:
-        return {"ROWS": 32, "CODES": 64, "UNIT": 4, "PART": 16, "num_warps": 4, "num_stages": 2}
-    tile = {
-        "ROWS": 128,
-        "CODES": 128,
-        "UNIT": 4,
-        "PART": 32,
-        "num_warps": 8,
-        "num_stages": 3 if chunk_bytes <= 256 else 2,
-    }
+        return {"ROWS": 32, "CODES": 64, "UNIT": 4, "PART": 64, "num_warps": 4, "num_stages": 2}
+    tile = {"ROWS": 128, "CODES": 128, "UNIT": 4, "PART": 16, "num_warps": 8, "num_stages": 2}
     return fitted(tile, limit, lambda t: shared_by(t, chunk_bytes, whole, limit), smaller="ROWS")
 
 
 def splits_for(rows: int, codes: int, tile_rows: int, tile_codes: int, processors: int) -> tuple[int, int]:
     """Tiles of codes for each split, and the splits, at most 16: more than one where half the GPU would be idle."""
-    tiles = triton.cdiv(codes, tile_codes)
-    wanted = min(16, tiles, max(1, processors // max(1, triton.cdiv(rows, tile_rows))))
-    share = triton.cdiv(tiles, wanted)
-    return share, triton.cdiv(tiles, share)
+    tiles = cdiv(codes, tile_codes)
+    share = cdiv(tiles, min(16, tiles, max(1, processors // cdiv(max(rows, 1), tile_rows))))
+    return share, cdiv(tiles, share)
 
 
 def accumulation_error(dim: int) -> float:
@@ -383,33 +377,34 @@ def nearest_code(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precis
     if not rows:
         return x.new_empty(rows, dtype=torch.int64), distance
     dtype = torch.float32 if PRECISIONS[precision] == "tf32" else torch.bfloat16
-    chunk, part = min(chunk_for(dim), 512 // dtype.itemsize), min(64, chunk_for(dim))
-    width = triton.cdiv(dim, chunk) * chunk
+    chunk = min(chunk_for(dim), 512 // dtype.itemsize)
+    width, part = cdiv(dim, chunk) * chunk, min(64, chunk)
     exact = not cosine and x.dtype == codebook.dtype == dtype
     plain, centred = exact and width == dim, not (cosine or exact)
-    heuristic = scan_options(rows, chunk * dtype.itemsize, width == chunk, shared_memory(x))
-    options = tuned("scan", x, (rows, count, width), heuristic)
-    options = options | {"PART": min(part, options["PART"])}
+    options = tuned(
+        "scan", x, (rows, count, width), scan_options(chunk * dtype.itemsize, width == chunk, shared_memory(x))
+    )
     tile_rows, tile_codes = options["ROWS"], options["CODES"]
     tiles, splits = splits_for(rows, count, tile_rows, tile_codes, _processors(x.device))
-    padded = triton.cdiv(count, tile_codes) * tile_codes
+    padded = cdiv(count, tile_codes) * tile_codes
     codes, facts = x.new_empty(padded, width, dtype=dtype), x.new_empty(4 * padded + width, dtype=torch.float32)
     short = x if plain else x.new_empty(rows, width, dtype=dtype)
-    index = (
-        x.new_empty(rows, dtype=torch.int64) if splits == 1 else x.new_full((rows,), NOTHING.value, dtype=torch.int64)
-    )
-    error, block = accumulation_error(dim), max(1, 2048 // part)
+    if splits == 1:
+        index = x.new_empty(rows, dtype=torch.int64)
+    else:
+        index = x.new_full((rows,), NOTHING.value, dtype=torch.int64)
+    error, block = accumulation_error(dim), 2048 // part
     with on_device(x):
-        _prepare[(triton.cdiv(padded, block),)](
-            codebook, codes, facts, count, padded, dim, width, error,
-            COSINE=cosine, CENTRED=centred, ROWS=block, PART=part, num_warps=4,
+        _prepare[(cdiv(padded, block),)](
+            codebook, codes, facts, count, padded, dim, width, error, COSINE=cosine, CENTRED=centred, ROWS=block,
+            PART=part, num_warps=4,
         )  # fmt: skip
-        _search[(triton.cdiv(rows, tile_rows), splits)](
-            x, codebook, short, codes, facts, index, distance, rows, count, padded, dim, width,
-            x.stride(0), tiles, error, PLAIN=plain, COSINE=cosine, CENTRED=centred,
-            CERTAIN=PRECISIONS[precision] == "ieee", SPLIT=splits > 1, CHUNK=chunk,
-            WHOLE=width == chunk, FLOATS=INTERPRETED, **options,
+        _search[(cdiv(rows, tile_rows), splits)](
+            x, codebook, short, codes, facts, index, distance, rows, count, padded, dim, width, x.stride(0), tiles,
+            error, PLAIN=plain, COSINE=cosine, CENTRED=centred, CERTAIN=PRECISIONS[precision] == "ieee",
+            SPLIT=splits > 1, CHUNK=chunk, WHOLE=width == chunk, FLOATS=INTERPRETED,
+            **options | {"PART": min(part, options["PART"])},
         )  # fmt: skip
         if splits > 1:
-            _settle[(triton.cdiv(rows, 1024),)](index, distance, rows, BLOCK=1024, num_warps=4)
+            _settle[(cdiv(rows, 1024),)](index, distance, rows, BLOCK=1024, num_warps=4)
     return index, distance

@@ -31,6 +31,12 @@ def table_for(device: str) -> dict[str, Options]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
+@functools.cache
+def _table_of(device: torch.device) -> dict[str, Options]:
+    return table_for(torch.cuda.get_device_name(device))
+
+
+@functools.cache
 def key_for(kernel: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
     """Sizes that share a power of two share their tiles."""
     return " ".join([kernel, str(dtype).split(".")[1], *(str(triton.next_power_of_2(max(n, 1))) for n in sizes)])
@@ -40,7 +46,7 @@ def tuned(kernel: str, x: Tensor, sizes: tuple[int, ...], options: Options) -> O
     """The heuristic's options, or what was measured to be faster for such sizes on x's device."""
     key = key_for(kernel, x.dtype, sizes)
     if x.is_cuda:
-        options = options | table_for(torch.cuda.get_device_name(x.device)).get(key, {})
+        options = options | _table_of(x.device).get(key, {})
     options = options | _trial.get(key, {})
     asked[key] = options
     return options
