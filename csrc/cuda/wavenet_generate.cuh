@@ -12,13 +12,12 @@
 // A mailbox is written again only after the sample that its last content led to, so no answer need be awaited.
 #pragma once
 
-#include "network.cuh"
-#include "wavenet_job.h"
+#include "wavenet_product.cuh"
 
 namespace fastgen::wavenet {
 
 // One value from a mixture, as sampling.h in the CPU's kernels. By one warp.
-FASTGEN_DEVICE float sample_mixture(const Job& job, const float* parameters, float u, float v) {
+FASTGEN_APART float sample_mixture(const Job& job, const float* parameters, float u, float v) {
   const int outputs = job.shape.outputs, mixtures = outputs == 2 ? 1 : outputs / 3;
   const float* means = parameters + outputs - 2 * mixtures;
   const int i = mixtures == 1 ? 0 : sample_categorical(parameters, mixtures, job.temperature, u);
@@ -40,13 +39,15 @@ class Block {
         next_(rank_ + 1 < job.cluster ? rank_ + 1 : rank_),
         share_(job.layout, job.shape, rank_, job.cluster),
         first_(int64_t{block() / job.cluster} * job.tiles * job.tile),
-        alone_(job.tiles == 1 && streams_of(0) == 1) {
+        alone_(job.tiles == 1 && streams_of(0) == 1),
+        eight_vector_(thread() / (job.lengths.x / kGroup)),
+        eight_number_(thread() % (job.lengths.x / kGroup) * kGroup) {
     Shared shared;
-    x_in_ = shared.take<float>(int64_t{job.tiles} * N * job.shape.residual);
-    s_in_ = shared.take<float>(int64_t{job.tiles} * N * job.shape.skip);
-    came_ = shared.take<int64_t>(job.tiles * N);
+    x_in_ = zeros(shared.take<float>(int64_t{job.tiles} * N * job.lengths.x), int64_t{job.tiles} * N * job.lengths.x);
+    s_in_ = zeros(shared.take<float>(int64_t{job.tiles} * N * job.lengths.s), int64_t{job.tiles} * N * job.lengths.s);
+    came_ = shared.take<int32_t>(job.tiles * N);
     came_value_ = shared.take<float>(job.tiles * N);
-    arrived_ = shared.take<int64_t>(3 * job.tiles);  // steps that have come: of x, of the sum of skips, of samples
+    arrivals_ = shared.take<Arrival>(3 * job.tiles);
     // the arrays above are where other blocks write: the same in each
     weights_ = static_cast<const W*>(job.weights) + share_.begin;
     W* own = shared.take<W>(kResident ? share_.size : 0);
@@ -55,38 +56,40 @@ class Block {
         *reinterpret_cast<Group<W>*>(own + i) = *reinterpret_cast<const Group<W>*>(weights_ + i);
       weights_ = own;
     }
-    input_ = vectors(shared.take<W>(parts(2, job.lengths.x)), 2, job.lengths.x);
+    input_ = vectors(shared.take<W>(parts(1, job.lengths.x)), 1, job.lengths.x);
     past_ = vectors(shared.take<W>(parts(1, job.lengths.past)), 1, job.lengths.past);
-    sum_ = shared.take<float>(N * job.shape.skip);
-    skip_bias_ = shared.take<float>((rank_ == 0) * job.shape.skip);
-    for (int i = thread(); rank_ == 0 && i < job.shape.skip; i += threads())
-      skip_bias_[i] = job.floats[job.layout.skip_bias + i];
     skips_ = vectors(shared.take<W>(parts(share_.head, job.lengths.s)), share_.head, job.lengths.s);
     hidden_ = vectors(shared.take<W>(parts(share_.head, job.lengths.s)), share_.head, job.lengths.s);
-    out_ = shared.take<float>(share_.head * N * job.shape.outputs);
-    head_bias_ = shared.take<float>(share_.head * (job.shape.skip + job.shape.outputs));
-    uniforms_ = shared.take<float>(2 * N);
-    class_ = shared.take<int64_t>(N);
-    value_ = shared.take<float>(N);
-    for (int i = thread(); share_.head && i < job.shape.skip + job.shape.outputs; i += threads())
-      head_bias_[i] = job.floats[job.layout.hidden_bias + i];  // the output's lie behind the hidden ones'
+    out_ = shared.take<float>(share_.head * N * job.lengths.outputs);
+    for (int i = thread(); i < share_.head * N * job.lengths.outputs; i += threads()) out_[i] = kFarBelow;
+    // the output's biases lie behind the hidden ones'
+    head_bias_ = floats(shared, job.layout.hidden_bias, share_.head * (job.shape.skip + job.shape.outputs));
+    uniforms_ = shared.take<float>(share_.head * 2 * N);
+    skip_bias_ = floats(shared, job.layout.skip_bias, (rank_ == 0) * job.shape.skip);
+    input_bias_ = floats(shared, job.layout.input_bias, (rank_ == 0) * job.shape.residual);
     if (!kResident && job.scratch) {
       Spilled spilled{job.scratch + block() * job.scratch_bytes};
       take_of_layers(spilled);
     } else {
       take_of_layers(shared);
     }
-    for (int i = thread(); i < 3 * job.tiles; i += threads()) arrived_[i] = 0;
+    if (thread() == 0)
+      for (int tile = 0; tile < job.tiles; ++tile)
+        for (const Kind kind : {kX, kSum, kSample}) {
+          begin_arrival(arrival(kind, tile));
+          expect_next(kind, tile, streams_of(tile));
+        }
     sync_cluster();
   }
 
   FASTGEN_DEVICE void run() {
     for (int64_t t = 0; t < job_.steps; ++t) {
-      for (int tile = 0; tile < job_.tiles && streams_of(tile) > 0; ++tile) {
-        if (share_.head) take_uniforms(tile, t);
-        prepare(tile, t);
-        if (share_.layers() > 0 || rank_ == 0) walk(tile, t);
-        if (share_.head) emit(tile, t);
+      for (int tile = 0; tile < job_.tiles; ++tile) {
+        const int live = streams_of(tile);
+        if (live == 0) break;
+        prepare(tile, live, t);
+        if (share_.layers() > 0 || rank_ == 0) walk(tile, live, t);
+        if (share_.head) emit(tile, live, t);
       }
       sync_block();
       for (int own = thread(); own < share_.layers(); own += threads())
@@ -98,6 +101,7 @@ class Block {
 
  private:
   static constexpr int N = 4 * M, kAhead = 4;
+  static constexpr int kChain = 2, kHead = 4;  // steps of a product whose weights are loaded ahead
 
   // A layer's past inputs: rows of the history from `first`, the current step's at `now`.
   struct Queue {
@@ -124,11 +128,15 @@ class Block {
   template <class Memory>
   FASTGEN_DEVICE void take_of_layers(Memory& memory) {
     const int layers = share_.layers(), residual = job_.shape.residual;
-    x_ = memory.template take<float>(int64_t{layers > 1 ? layers : 1} * N * job_.lengths.x);
+    const int64_t numbers = int64_t{layers > 1 ? layers : 1} * N * job_.lengths.x;
+    x_ = zeros(memory.template take<float>(numbers), numbers);
     pending_ = memory.template take<float>(int64_t{layers} * N * 2 * job_.shape.gate);
     z_ = vectors(memory.template take<W>(parts(layers, job_.lengths.z)), layers, job_.lengths.z);
     bias_ = memory.template take<float>(int64_t{layers} * residual);
+    gate_bias_ = memory.template take<float>(int64_t{layers} * 2 * job_.shape.gate);
     queues_ = memory.template take<Queue>(layers);
+    for (int i = thread(); job_.gate_bias_stride == 0 && i < layers * 2 * job_.shape.gate; i += threads())
+      gate_bias_[i] = job_.gate_bias[int64_t{share_.first} * 2 * job_.shape.gate + i];
     for (int i = thread(); i < layers * residual; i += threads())
       bias_[i] = job_.floats[job_.layout.residual_bias + int64_t{share_.first} * residual + i];
     for (int own = thread(); own < layers; own += threads()) {
@@ -142,8 +150,18 @@ class Block {
     return int64_t{count} * N * length * Vectors<W>::kParts;
   }
   FASTGEN_DEVICE static Vectors<W> vectors(W* data, int count, int length) {
-    for (int64_t i = thread(); i < parts(count, length); i += threads()) data[i] = 0;
-    return {data, length};
+    return {zeros(data, parts(count, length)), length};
+  }
+  template <class T>
+  FASTGEN_DEVICE static T* zeros(T* data, int64_t n) {
+    for (int64_t i = thread(); i < n; i += threads()) data[i] = 0;
+    return data;
+  }
+  // `n` of the packed floats, in shared memory.
+  FASTGEN_DEVICE float* floats(Shared& shared, int64_t at, int n) const {
+    float* to = shared.take<float>(n);
+    for (int i = thread(); i < n; i += threads()) to[i] = job_.floats[at + i];
+    return to;
   }
 
   FASTGEN_DEVICE int64_t stream(int tile, int n) const { return first_ + tile * job_.tile + n; }
@@ -151,85 +169,92 @@ class Block {
     const int64_t left = job_.streams - stream(tile, 0);
     return left < 0 ? 0 : left < job_.tile ? static_cast<int>(left) : job_.tile;
   }
-  FASTGEN_DEVICE float* mail(float* box, int tile, int length) const { return box + int64_t{tile} * N * length; }
-  FASTGEN_DEVICE Vectors<W> nth(const Vectors<W>& v, int i) const { return {v.group(i * N, 0, 0), v.length}; }
+  FASTGEN_DEVICE Vectors<W> z(int own) const { return {z_.data + own * N * z_.length * Vectors<W>::kParts, z_.length}; }
+  FASTGEN_DEVICE float* x(int own) const { return x_ + own * N * job_.lengths.x; }
   FASTGEN_DEVICE float* pending(int own, int column) const {
-    return pending_ + (int64_t{own} * N + column) * 2 * job_.shape.gate;
+    return pending_ + (own * N + column) * 2 * job_.shape.gate;
   }
 
   // f(n, i) for n in [from, to) and i < length, by all threads.
   template <class F>
   FASTGEN_DEVICE void each(int from, int to, int length, F&& f) const {
-    for (int i = from * length + thread(); i < to * length; i += threads()) f(i / length, i % length);
+#pragma unroll 1
+    for (int n = from + thread() / 32; n < to; n += threads() / 32)
+#pragma unroll 2
+      for (int i = thread() % 32; i < length; i += 32) f(n, i);
   }
+  // f(n, i) for each eight numbers, from i, of layers' inputs, and for n in [from, to).
+  template <class F>
+  FASTGEN_DEVICE void each_eight(int from, int to, F&& f) const {
+    if (from + eight_vector_ < to) f(from + eight_vector_, eight_number_);
+    const int in_each = job_.lengths.x / kGroup;
+#pragma unroll 1
+    for (int i = thread() + threads(); i < (to - from) * in_each; i += threads())
+      f(from + i / in_each, i % in_each * kGroup);
+  }
+  FASTGEN_DEVICE static Group<float>& eight(float* at) { return *reinterpret_cast<Group<float>*>(at); }
 
+  // Messages, of each kind one in a step.
   enum Kind { kX = 0, kSum = 1, kSample = 2 };
 
-  // All of a block has written; the block `rank` may read it.
-  FASTGEN_DEVICE void send(Kind kind, int tile, int rank, int64_t step) {
-    sync_block();
-    if (thread() == 0 && job_.cluster > 1) store_release(in_block(arrived_ + kind * job_.tiles + tile, rank), step);
+  FASTGEN_DEVICE Arrival* arrival(Kind kind, int tile) const { return arrivals_ + kind * job_.tiles + tile; }
+  FASTGEN_DEVICE void expect_next(Kind kind, int tile, int live) const {
+    const int words = kind == kX ? job_.shape.residual : kind == kSum ? job_.shape.skip : 1;
+    expect(arrival(kind, tile), live * words * 4);
   }
-
-  FASTGEN_DEVICE void receive(Kind kind, int tile, int64_t step) {
-    if (job_.cluster == 1) return;  // the sender's own sync is enough
-    if (thread() == 0) wait_for(arrived_ + kind * job_.tiles + tile, step);
-    sync_block();
+  FASTGEN_DEVICE void receive(Kind kind, int tile, int live, int64_t number) const {
+    await(arrival(kind, tile), static_cast<int>(number & 1));
+    if (thread() == 0) expect_next(kind, tile, live);
   }
 
   // The layers of this block, from x to x, and their skips.
-  FASTGEN_DEVICE void walk(int tile, int64_t t) {
-    const int live = streams_of(tile), residual = job_.shape.residual, length = job_.lengths.x;
+  FASTGEN_DEVICE void walk(int tile, int live, int64_t t) {
+    const int residual = job_.shape.residual, gates = job_.shape.gate, length = job_.lengths.x;
     if (rank_ == 0) {
-      embed(tile, t);
+      embed(tile, live, t);
     } else {
-      receive(kX, tile, t + 1);
-      const float* in = mail(x_in_, tile, residual);
-      each(0, live, residual, [&](int n, int r) { set_x(0, n, r, in[n * residual + r]); });
+      receive(kX, tile, live, t);
+      each_eight(0, live, [&](int n, int i) {
+        const Group<float> v = eight(x_in_ + (tile * N + n) * length + i);
+        put(input_, n, i, v);
+        eight(x_ + n * length + i) = v;
+      });
     }
-    sync_block();
-    const bool more = share_.last < job_.shape.layers;  // layers in the next block
     for (int own = 0; own < share_.layers(); ++own) {
       const W* w = weights_ + job_.layout.layer * own;
-      const float* x = x_ + int64_t{own} * N * length;
-      const Vectors<W> z = nth(z_, own);
-      product<M, true>(job_.layout.tap, w, nth(input_, own & 1), live, [&](int unit, int n, float a, float b) {
-        const float* before = pending(own, alone_ ? static_cast<int>(t % kAhead) : n);
-        z.put(n, unit, gate(before[unit] + a, before[job_.shape.gate + unit] + b));
-      });
-      sync_block();
+      const float* before = pending(own, alone_ ? static_cast<int>(t % kAhead) : 0);
+      const Vectors<W> to = z(own);
+      product<M, true, kChain>(
+          job_.tap, w, input_, live, [&](int unit, int n, int row) { return before[(n * 2 + row) * gates + unit]; },
+          [] { sync_block(); }, [&](int unit, int n, float a, float b) { put(to, n, unit, quick_gate(a, b)); });
+      if (share_.first + own + 1 == job_.shape.layers) break;  // no layer takes its x
       const bool passes = own + 1 == share_.layers();
-      if (!passes || more) {
-        const float* bias = bias_ + own * residual;
-        float* to = in_block(mail(x_in_, tile, residual), next_);
-        product<M>(job_.layout.residual, w + job_.layout.residual_at(), z, live, [&](int unit, int n, float v) {
-          v += x[n * length + unit] + bias[unit];
-          if (passes)
-            to[n * residual + unit] = v;
-          else
-            set_x(own + 1, n, unit, v);
-        });
-      }
-      if (passes && more)
-        send(kX, tile, next_, t + 1);
-      else
-        sync_block();
+      const float *from = x(own), *bias = bias_ + own * residual;
+      product<M, false, kChain>(
+          job_.residual, w, to, live, [&](int unit, int n, int) { return from[n * length + unit] + bias[unit]; },
+          [] { sync_block(); },
+          [&](int unit, int n, float v) {
+            if (passes)
+              post(x_in_ + (tile * N + n) * length + unit, v, arrival(kX, tile), next_);
+            else
+              set_x(own + 1, n, unit, v);
+          });
     }
-    add_skips(tile, t);
-    // only now: a message to another block waits for what was stored before it
-    for (int own = 0; own < share_.layers(); ++own) remember(tile, queues_[own], x_ + int64_t{own} * N * length);
+    sync_block();
+    add_skips(tile, live, t);
+    remember(tile, live);
   }
 
   // The input of this block's layer `own`.
   FASTGEN_DEVICE void set_x(int own, int n, int r, float v) {
-    x_[(int64_t{own} * N + n) * job_.lengths.x + r] = v;
-    input_.put((own & 1) * N + n, r, v);
+    put(input_, n, r, v);
+    x(own)[n * job_.lengths.x + r] = v;
   }
 
-  FASTGEN_DEVICE void embed(int tile, int64_t t) {
+  FASTGEN_DEVICE void embed(int tile, int live, int64_t t) {
     const bool categorical = job_.distribution == Distribution::kCategorical;
-    if (t > 0) receive(kSample, tile, t);
-    each(0, streams_of(tile), job_.shape.residual, [&](int n, int r) {
+    if (t > 0) receive(kSample, tile, live, t - 1);
+    each(0, live, job_.shape.residual, [&](int n, int r) {
       const int64_t b = stream(tile, n);
       const float* row = job_.floats + job_.layout.input;
       float value = 1;
@@ -237,151 +262,194 @@ class Block {
         row += (t > 0 ? came_[tile * N + n] : job_.last_class[b]) * job_.shape.residual;
       else
         value = t > 0 ? came_value_[tile * N + n] : job_.last_value[b];
-      set_x(0, n, r, row[r] * value + job_.floats[job_.layout.input_bias + r]);
+      set_x(0, n, r, row[r] * value + input_bias_[r]);
     });
   }
 
-  // x becomes part of the layer's past.
-  FASTGEN_DEVICE void remember(int tile, const Queue& queue, const float* x) {
-    if (queue.length == 0) return;
-    const int64_t row = queue.row(0, 0);
-    each(0, streams_of(tile), job_.shape.residual,
-         [&](int n, int r) { past_row(stream(tile, n), row)[r] = x[n * job_.lengths.x + r]; });
+  // The layers' inputs become part of their past.
+  FASTGEN_DEVICE void remember(int tile, int live) {
+    for (int own = 0; own < share_.layers(); ++own) {
+      const Queue queue = queues_[own];
+      if (queue.length == 0) continue;
+      const int64_t row = queue.row(0, 0);
+      each_eight(0, live, [&](int n, int i) {
+        eight(past_row(stream(tile, n), row) + i) = eight(x(own) + n * job_.lengths.x + i);
+      });
+    }
   }
 
   FASTGEN_DEVICE float* past_row(int64_t b, int64_t row) const {
     return job_.history + (b * job_.history_rows + row) * job_.history_stride;
   }
 
-  FASTGEN_DEVICE void add_skips(int tile, int64_t t) {
-    const int live = streams_of(tile), skip = job_.shape.skip;
-    if (rank_ > 0) receive(kSum, tile, t + 1);
-    const float* in = mail(s_in_, tile, skip);
-    each(0, live, skip, [&](int n, int k) { sum_[n * skip + k] = rank_ > 0 ? in[n * skip + k] : skip_bias_[k]; });
-    sync_block();
-    for (int own = 0; own < share_.layers(); ++own)  // a unit is always the same thread's
-      product<M>(job_.layout.skip, weights_ + job_.layout.layer * own + job_.layout.skip_at(), nth(z_, own), live,
-                 [&](int unit, int n, float v) { sum_[n * skip + unit] += v; });
-    sync_block();
-    if (share_.head) return;
-    float* to = in_block(mail(s_in_, tile, skip), next_);
-    each(0, live, skip, [&](int n, int k) { to[n * skip + k] = sum_[n * skip + k]; });
-    send(kSum, tile, next_, t + 1);
+  // All own layers' skips on top of the sum that comes from the block before.
+  FASTGEN_DEVICE void add_skips(int tile, int live, int64_t t) {
+    const Matrix& m = job_.skip;
+    const auto with = [&](int of_warp, auto&& known) {
+      TileProduct<M, kChain, W> p;
+      for (int own = 0; of_warp < m.tiles && own < share_.layers(); ++own) {
+        const W* w = weights_ + job_.layout.layer * own + m.at + of_warp * m.steps * kTileRows * kTileInputs;
+        p.hold(w, m.steps);
+        p.add(w, m.steps, z(own), live);
+      }
+      float sums[2][M];
+      p.sums(sums);
+      known();
+      each_sum<M, false>(m, of_warp, live, [&](int unit, int n, int h, int i) {
+        const int at = (tile * N + n) * job_.lengths.s + unit;
+        const float v = sums[h][i] + (rank_ > 0 ? s_in_[at] : skip_bias_[unit]);
+        if (share_.head)
+          put(skips_, n, unit, fmaxf(v, 0.0f));
+        else
+          post(s_in_ + at, v, arrival(kSum, tile), next_);
+      });
+    };
+    const int warps = threads() / 32, warp = thread() / 32;
+    with(warp, [&] {
+      if (rank_ > 0) receive(kSum, tile, live, t);
+    });
+#pragma unroll 1
+    for (int of_warp = warp + warps; of_warp < m.tiles; of_warp += warps) with(of_warp, [] {});
   }
+
+  // The past inputs of a layer at one tap, for vectors from `from` to `to`.
+  struct Past {
+    int own, tap, from, to;
+    bool ahead;  // the vectors are steps
+    int64_t distance;
+  };
 
   // What the past and the conditioning give the gates of step t. Columns of the products are streams, or the steps from
   // t on that a stream alone prepares together.
-  FASTGEN_DEVICE void prepare(int tile, int64_t t) {
-    const int gates = 2 * job_.shape.gate, now = alone_ ? static_cast<int>(t % kAhead) : 0;
+  FASTGEN_DEVICE void prepare(int tile, int live, int64_t t) {
+    const int gates = 2 * job_.shape.gate, layers = share_.layers();
+    const int now = alone_ ? static_cast<int>(t % kAhead) : 0;
     const int64_t left = job_.steps - t;
-    const int columns = alone_ ? static_cast<int>(left < kAhead ? left : kAhead) : streams_of(tile);
+    const int columns = alone_ ? static_cast<int>(left < kAhead ? left : kAhead) : live;
     const auto stream_of = [&](int n) { return alone_ ? first_ : stream(tile, n); };
     const auto step_of = [&](int n) { return alone_ ? t + n : t; };
-    for (int own = 0; own < share_.layers(); ++own) {
-      const int l = share_.first + own;
-      const W* w = weights_ + job_.layout.layer * own;
-      const auto add = [&](const Tiles& tiles, int64_t at, int from, int to) {
-        sync_block();
-        product<M, true>(tiles, w + at, past_, to, [&](int unit, int n, float a, float b) {
-          if (n < from) return;
-          pending(own, n)[unit] += a;
-          pending(own, n)[job_.shape.gate + unit] += b;
-        });
-        sync_block();
-      };
-      if (now == 0) {
+    const auto add = [&](const Matrix& m, const W* weights, int own, int from, int to) {
+      float* sums = pending(own, 0);
+      product<M, true, kChain>(
+          m, weights, past_, to, [&](int unit, int n, int row) { return sums[(2 * n + row) * job_.shape.gate + unit]; },
+          [] { sync_block(); },
+          [&](int unit, int n, float a, float b) {
+            if (n < from) return;
+            sums[2 * n * job_.shape.gate + unit] = a;
+            sums[(2 * n + 1) * job_.shape.gate + unit] = b;
+          });
+      sync_block();
+    };
+    if (now == 0) {
+      for (int own = 0; own < layers; ++own)
         each(0, columns, gates, [&](int n, int g) {
-          float v = job_.gate_bias[(stream_of(n) * job_.gate_bias_stride * job_.shape.layers + l) * gates + g];
+          const int l = share_.first + own;
+          float v = job_.gate_bias_stride ? job_.gate_bias[(stream_of(n) * job_.shape.layers + l) * gates + g]
+                                          : gate_bias_[own * gates + g];
           if (job_.cond && job_.shape.local == 0)
             v += job_.cond[((stream_of(n) * job_.steps + step_of(n)) * job_.shape.layers + l) * gates + g];
           pending(own, n)[g] = v;
         });
-        if (job_.cond && job_.shape.local > 0) {
-          each(0, columns, job_.shape.local, [&](int n, int k) {
-            past_.put(n, k, job_.cond[(stream_of(n) * job_.steps + step_of(n)) * job_.shape.local + k]);
-          });
-          add(job_.layout.local, job_.layout.local_at(), 0, columns);
+      if (job_.cond && job_.shape.local > 0)
+        each(0, columns, job_.shape.local, [&](int n, int k) {
+          put(past_, n, k, job_.cond[(stream_of(n) * job_.steps + step_of(n)) * job_.shape.local + k]);
+        });
+      sync_block();
+      if (job_.cond && job_.shape.local > 0)
+        for (int own = 0; own < layers; ++own) add(job_.local, weights_ + job_.layout.layer * own, own, 0, columns);
+    }
+
+    // the next that is due after tap `tap` of layer `own`
+    const auto after = [&](int own, int tap) {
+      for (;;) {
+        if (++tap >= job_.shape.kernel_size) {
+          ++own;
+          tap = 1;
         }
-      }
-      const Queue& queue = queues_[own];
-      for (int j = 1; j < job_.shape.kernel_size; ++j) {
-        const int64_t distance = j * queue.dilation;
+        if (own >= layers || job_.shape.kernel_size == 1) return Past{layers, 0, 0, 0, false, 0};
+        const int64_t distance = tap * queues_[own].dilation;
         const bool one = alone_ && distance < kAhead;  // the later steps' past is yet to come
         if (alone_ && !one && now > 0) continue;
-        const int from = one ? now : 0, to = one ? now + 1 : columns;
-        each(from, to, job_.shape.residual, [&](int n, int r) {
-          const int64_t row = queue.row(one || !alone_ ? 0 : n, distance);
-          past_.put(n, r, past_row(stream_of(n), row)[r]);
-        });
-        add(job_.layout.tap, job_.layout.old_at(j), from, to);
+        return Past{own, tap, one ? now : 0, one ? now + 1 : columns, alone_ && !one, distance};
       }
+    };
+    const auto past = [&](const Past& p, int n, int i) {
+      const int64_t row = queues_[p.own].row(p.ahead ? n : 0, p.distance);
+      return eight(past_row(stream_of(n), row) + i);
+    };
+    // each thread's first eight numbers come while the product before is made
+    Group<float> coming{};
+    const auto fetch = [&](const Past& p) {
+      if (p.from + eight_vector_ < p.to) coming = past(p, p.from + eight_vector_, eight_number_);
+    };
+    Past p = after(0, 0);
+    fetch(p);
+#pragma unroll 1
+    while (p.own < layers) {
+      each_eight(p.from, p.to, [&](int n, int i) {
+        if (n != p.from + eight_vector_ || i != eight_number_) coming = past(p, n, i);
+        put(past_, n, i, coming);
+      });
+      const Past next = after(p.own, p.tap);
+      fetch(next);
+      add(job_.tap, weights_ + job_.layout.layer * p.own + job_.layout.old_at(p.tap), p.own, p.from, p.to);
+      p = next;
     }
     sync_block();
   }
 
   // The output layers, and the sample.
-  FASTGEN_DEVICE void emit(int tile, int64_t t) {
-    const int live = streams_of(tile), skip = job_.shape.skip, outputs = job_.shape.outputs;
-    const float* in = sum_;
+  FASTGEN_DEVICE void emit(int tile, int live, int64_t t) {
+    const int skip = job_.shape.skip, outputs = job_.shape.outputs;
+    const int each_has = job_.distribution == Distribution::kCategorical ? 1 : 2, uniform = thread();
+    float u = 0;
+    if (uniform < live * each_has)
+      u = job_.uniforms[(stream(tile, uniform / each_has) * job_.steps + t) * each_has + uniform % each_has];
     if (job_.cluster > 1) {
-      receive(kSum, tile, t + 1);
-      in = mail(s_in_, tile, skip);
+      receive(kSum, tile, live, t);
+      for (int n = thread() / 32; n < live; n += threads() / 32)
+        for (int i = thread() % 32 * kGroup; i < job_.lengths.s; i += 32 * kGroup) {
+          Group<float> v = eight(s_in_ + (tile * N + n) * job_.lengths.s + i);
+          for (float& each : v.v) each = fmaxf(each, 0.0f);
+          put(skips_, n, i, v);
+        }
     }
-    each(0, live, skip, [&](int n, int k) { skips_.put(n, k, fmaxf(in[n * skip + k], 0.0f)); });
-    sync_block();
     const W* w = weights_ + (job_.layout.head - share_.begin);
-    product<M>(job_.layout.hidden, w, skips_, live,
-               [&](int unit, int n, float v) { hidden_.put(n, unit, fmaxf(v + head_bias_[unit], 0.0f)); });
-    sync_block();
-    product<M>(job_.layout.output, w + job_.layout.hidden.size(), hidden_, live, [&](int unit, int n, float v) {
-      v += head_bias_[skip + unit];
-      out_[n * outputs + unit] = v;
-    });
+    product<M, false, kHead>(
+        job_.hidden, w, skips_, live, [&](int unit, int, int) { return head_bias_[unit]; }, [] { sync_block(); },
+        [&](int unit, int n, float v) { put(hidden_, n, unit, fmaxf(v, 0.0f)); });
+    if (uniform < live * each_has) uniforms_[uniform] = u;
+    product<M, false, kHead>(
+        job_.output, w, hidden_, live, [&](int unit, int, int) { return head_bias_[skip + unit]; },
+        [] { sync_block(); }, [&](int unit, int n, float v) { out_[n * job_.lengths.outputs + unit] = v; });
     sync_block();
     for (int n = thread() / 32; n < live; n += threads() / 32) choose(tile, n, t);
-    send(kSample, tile, 0, t + 1);
-    publish(tile, t);
-  }
-
-  FASTGEN_DEVICE void take_uniforms(int tile, int64_t t) {
-    const int each_has = job_.distribution == Distribution::kCategorical ? 1 : 2;
-    for (int i = thread(); i < streams_of(tile) * each_has; i += threads())
-      uniforms_[i] = job_.uniforms[(stream(tile, i / each_has) * job_.steps + t) * each_has + i % each_has];
-  }
-
-  // The results of a step, once the next has begun.
-  FASTGEN_DEVICE void publish(int tile, int64_t t) {
-    const int live = streams_of(tile), outputs = job_.shape.outputs;
     if (job_.parameters)
       each(0, live, outputs, [&](int n, int o) {
-        job_.parameters[(stream(tile, n) * job_.steps + t) * outputs + o] = out_[n * outputs + o];
+        job_.parameters[(stream(tile, n) * job_.steps + t) * outputs + o] = out_[n * job_.lengths.outputs + o];
       });
-    each(0, live, 1, [&](int n, int) {
-      const int64_t b = stream(tile, n), at = b * job_.steps + t;
-      if (job_.distribution == Distribution::kCategorical) {
-        job_.classes[at] = class_[n];
-        if (t + 1 == job_.steps) job_.last_class[b] = class_[n];
-      } else {
-        job_.values[at] = value_[n];
-        if (t + 1 == job_.steps) job_.last_value[b] = value_[n];
-      }
-    });
+    sync_block();
   }
 
   FASTGEN_DEVICE void choose(int tile, int n, int64_t t) {
-    const int64_t b = stream(tile, n);
-    const float* out = out_ + n * job_.shape.outputs;
-    const bool is_given = t < job_.given_steps;
-    if (job_.distribution == Distribution::kCategorical) {
-      int64_t sample = sample_categorical(out, job_.shape.outputs, job_.temperature, uniforms_[n]);
-      if (is_given) sample = job_.given_class[b * job_.given_steps + t];
+    const int64_t b = stream(tile, n), at = b * job_.steps + t;
+    const int outputs = job_.shape.outputs;
+    const float* out = out_ + n * job_.lengths.outputs;
+    const bool is_given = t < job_.given_steps, ends = t + 1 == job_.steps;
+    const auto pass = [&](auto* samples, auto* last, auto* mailbox, auto sample) {
       if (thread() % 32) return;
-      class_[n] = *in_block(came_ + tile * N + n, 0) = sample;
+      if (!ends) post(mailbox + tile * N + n, sample, arrival(kSample, tile), 0);
+      samples[at] = sample;
+      if (ends) last[b] = sample;
+    };
+    if (job_.distribution == Distribution::kCategorical) {
+      int32_t sample = quick_categorical(out, outputs, job_.temperature, uniforms_[n]);
+      if (is_given) sample = static_cast<int32_t>(job_.given_class[b * job_.given_steps + t]);
+      pass(job_.classes, job_.last_class, came_, sample);
     } else {
       float sample = sample_mixture(job_, out, uniforms_[2 * n], uniforms_[2 * n + 1]);
       if (is_given) sample = job_.given_value[b * job_.given_steps + t];
-      if (thread() % 32) return;
-      value_[n] = *in_block(came_value_ + tile * N + n, 0) = sample;
+      pass(job_.values, job_.last_value, came_value_, sample);
     }
   }
 
@@ -390,12 +458,14 @@ class Block {
   const Share share_;
   const int64_t first_;
   const bool alone_;
+  const int eight_vector_, eight_number_;  // a thread's first of each_eight
   const W* weights_;
-  float *x_in_, *s_in_, *came_value_, *pending_, *x_, *sum_, *out_, *bias_, *head_bias_, *skip_bias_, *uniforms_,
-      *value_;
+  float *x_in_, *s_in_, *came_value_, *pending_, *x_, *out_, *bias_, *gate_bias_, *head_bias_, *skip_bias_,
+      *input_bias_, *uniforms_;
   Queue* queues_;
   Vectors<W> input_, past_, z_, skips_, hidden_;
-  int64_t *came_, *arrived_, *class_;
+  int32_t* came_;
+  Arrival* arrivals_;
 };
 
 }  // namespace fastgen::wavenet

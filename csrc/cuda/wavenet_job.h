@@ -23,11 +23,25 @@ struct Plan {
   int vectors() const { return tile > 4 ? 2 : 1; }  // fours of vectors that a product takes
 };
 
+// What a product needs of a matrix: its units, tiles and steps through them; where it lies behind the layer's or the
+// head's first weight.
+struct Matrix {
+  int units, tiles, steps;
+  int64_t at;
+
+  Matrix(const Tiles& m, int64_t at)
+      : units(static_cast<int>(m.units)),
+        tiles(static_cast<int>(m.count())),
+        steps(static_cast<int>(m.padded()) / kTileInputs),
+        at(at) {}
+};
+
 struct Job {
   Shape shape;
   int cluster, tile, tiles;
   Layout layout;
   Lengths lengths;
+  Matrix tap, residual, skip, local, hidden, output;
   Distribution distribution;
   float temperature, log_scale_min;
   int64_t streams, steps, given_steps, position, history_rows, history_stride;
@@ -52,6 +66,12 @@ struct Job {
         tiles(plan.tiles),
         layout(shape),
         lengths(layout),
+        tap(layout.tap, 0),
+        residual(layout.residual, layout.residual_at()),
+        skip(layout.skip, layout.skip_at()),
+        local(layout.local, layout.local_at()),
+        hidden(layout.hidden, 0),
+        output(layout.output, layout.hidden.size()),
         scratch(nullptr),
         scratch_bytes(plan.spilled ? most_of_layers(plan) : 0) {}
 
@@ -64,10 +84,10 @@ struct Job {
       const int64_t head = share.head;
       int64_t bytes = plan.spilled ? 0 : of_layers(plan, share.layers());
       for (const int64_t array :
-           {4 * tiles * n * shape.residual, 4 * tiles * n * shape.skip, 8 * tiles * n, 4 * tiles * n,
-            int64_t{24} * tiles, share.size * weight_bytes, 8 * n * lengths.x, 4 * n * lengths.past, 4 * n * shape.skip,
-            4 * head * n * lengths.s, 4 * head * n * lengths.s, 4 * head * n * shape.outputs,
-            4 * head * (shape.skip + shape.outputs), 8 * n, 8 * n, 4 * n, int64_t{rank == 0} * 4 * shape.skip})
+           {4 * tiles * n * lengths.x, 4 * tiles * n * lengths.s, 4 * tiles * n, 4 * tiles * n, int64_t{24} * tiles,
+            share.size * weight_bytes, 4 * n * lengths.x, 4 * n * lengths.past, 4 * head * n * lengths.s,
+            4 * head * n * lengths.s, 4 * head * n * lengths.outputs, 4 * head * (shape.skip + shape.outputs),
+            8 * head * n, int64_t{rank == 0} * 4 * shape.skip, int64_t{rank == 0} * 4 * shape.residual})
         bytes += round_up(array, 16);
       most = std::max(most, bytes);
     }
@@ -77,12 +97,12 @@ struct Job {
   int64_t groups() const { return (streams + tiles * tile - 1) / (tiles * tile); }
 
  private:
-  // What a block keeps of each of its layers: x, pending sums, z, the residual's bias, the queue.
+  // What a block keeps of each of its layers: x, pending sums, z, the residual's and the gates' biases, the queue.
   int64_t of_layers(const Plan& plan, int64_t layers) const {
     const int64_t n = layers * 4 * plan.vectors();
     return round_up(std::max<int64_t>(n, 4 * plan.vectors()) * 4 * lengths.x, 16) +
            round_up(4 * n * 2 * shape.gate, 16) + round_up(4 * n * lengths.z, 16) +
-           round_up(4 * layers * shape.residual, 16) + 32 * layers;
+           round_up(4 * layers * shape.residual, 16) + round_up(8 * layers * shape.gate, 16) + 32 * layers;
   }
   int64_t most_of_layers(const Plan& plan) const {
     int64_t most = 0;

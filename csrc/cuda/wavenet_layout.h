@@ -57,14 +57,15 @@ struct Share {
   FASTGEN_HOST_DEVICE int layers() const { return last - first; }
 };
 
-// Lengths of vectors, padded so that a product may read whole tiles.
+// Lengths of vectors, padded so that a product may read whole tiles, and a sampler whole groups.
 struct Lengths {
-  int x, past, z, s;
+  int x, past, z, s, outputs;
   FASTGEN_HOST_DEVICE explicit Lengths(const Layout& layout)
       : x(static_cast<int>(layout.tap.padded())),
         past(static_cast<int>(layout.local.padded() > x ? layout.local.padded() : x)),
         z(static_cast<int>(layout.skip.padded())),
-        s(static_cast<int>(layout.hidden.padded())) {}
+        s(static_cast<int>(layout.hidden.padded())),
+        outputs(static_cast<int>(round_up(layout.output.units, kGroup))) {}
 };
 
 }  // namespace fastgen::wavenet

@@ -13,13 +13,22 @@ struct Weights {
       *output_bias, *local;
 };
 
+// Where a bfloat16 lies that tiles.h has at `i`: a lane's two rows in the order of a tensor core's registers.
+inline int64_t for_tensor_cores(int64_t i) {
+  const int64_t half = i / 256 % 2, k = i % 8;
+  return i / 512 * 512 + k / 4 * 256 + i % 256 / 8 * 8 + k % 4 / 2 * 4 + half * 2 + k % 2;
+}
+
 // out: layout.weights of W, zeros; floats: layout.floats.
 template <class W>
 void pack(const Weights& w, const Shape& s, const Layout& layout, W* out, float* floats) {
   const auto matrix = [&](int64_t at, const Tiles& m, auto&& weight) {
     for (int64_t unit = 0; unit < m.units; ++unit)
       for (int row = 0; row < (m.pairs ? 2 : 1); ++row)
-        for (int64_t k = 0; k < m.inputs; ++k) convert(weight(row * m.units + unit, k), out + at + m.at(unit, row, k));
+        for (int64_t k = 0; k < m.inputs; ++k) {
+          const int64_t place = m.at(unit, row, k);
+          convert(weight(row * m.units + unit, k), out + at + (sizeof(W) == 2 ? for_tensor_cores(place) : place));
+        }
   };
   const auto plain = [](const float* from, int inputs) {
     return [=](int64_t row, int64_t k) { return from[row * inputs + k]; };
