@@ -88,9 +88,9 @@ FASTGEN_DEVICE void store_release(int64_t* p, int64_t v) {
 #endif
 }
 
-// A message to a block of a cluster: words that `post` sends, each with its arrival, which counts their bytes. The block
-// says with `expect`, by one thread and once for each message, how many come; all its threads `await` them, `parity`:
-// the message's number modulo 2. Where there are no clusters a block only tells itself.
+// A message to a block of a cluster: words that `post` sends, each with its arrival, which counts their bytes. The
+// block says with `expect`, by one thread and once for each message, how many come; all its threads `await` them,
+// `parity`: the message's number modulo 2. Where there are no clusters a block only tells itself.
 using Arrival = uint64_t;
 FASTGEN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 FASTGEN_DEVICE void begin_arrival([[maybe_unused]] Arrival* a) {  // by one thread; then sync_cluster

@@ -49,6 +49,14 @@ class Block {
     came_value_ = shared.take<float>(job.tiles * N);
     arrivals_ = shared.take<Arrival>(3 * job.tiles);
     // the arrays above are where other blocks write: the same in each
+    for (int i = thread(); rank_ == 0 && i < job.tiles * N; i += threads()) {
+      const int64_t b = stream(i / N, i % N);
+      if (i % N >= streams_of(i / N)) continue;
+      if (job.distribution == Distribution::kCategorical)
+        came_[i] = static_cast<int32_t>(job.last_class[b]);
+      else
+        came_value_[i] = job.last_value[b];
+    }
     weights_ = static_cast<const W*>(job.weights) + share_.begin;
     W* own = shared.take<W>(kResident ? share_.size : 0);
     if constexpr (kResident) {
@@ -56,8 +64,7 @@ class Block {
         *reinterpret_cast<Group<W>*>(own + i) = *reinterpret_cast<const Group<W>*>(weights_ + i);
       weights_ = own;
     }
-    input_ = vectors(shared.take<W>(parts(1, job.lengths.x)), 1, job.lengths.x);
-    past_ = vectors(shared.take<W>(parts(1, job.lengths.past)), 1, job.lengths.past);
+    input_ = vectors(shared.take<W>(parts(1, job.lengths.input)), 1, job.lengths.input);
     skips_ = vectors(shared.take<W>(parts(share_.head, job.lengths.s)), share_.head, job.lengths.s);
     hidden_ = vectors(shared.take<W>(parts(share_.head, job.lengths.s)), share_.head, job.lengths.s);
     out_ = shared.take<float>(share_.head * N * job.lengths.outputs);
@@ -204,29 +211,24 @@ class Block {
   }
   FASTGEN_DEVICE void receive(Kind kind, int tile, int live, int64_t number) const {
     await(arrival(kind, tile), static_cast<int>(number & 1));
-    if (thread() == 0) expect_next(kind, tile, live);
+    if (thread() == threads() - 1) expect_next(kind, tile, live);  // who has least to do with what has come
   }
 
   // The layers of this block, from x to x, and their skips.
   FASTGEN_DEVICE void walk(int tile, int live, int64_t t) {
     const int residual = job_.shape.residual, gates = job_.shape.gate, length = job_.lengths.x;
-    if (rank_ == 0) {
-      embed(tile, live, t);
-    } else {
-      receive(kX, tile, live, t);
-      each_eight(0, live, [&](int n, int i) {
-        const Group<float> v = eight(x_in_ + (tile * N + n) * length + i);
-        put(input_, n, i, v);
-        eight(x_ + n * length + i) = v;
-      });
-    }
+    if (share_.layers() == 0 && t > 0) receive(kSample, tile, live, t - 1);
     for (int own = 0; own < share_.layers(); ++own) {
       const W* w = weights_ + job_.layout.layer * own;
       const float* before = pending(own, alone_ ? static_cast<int>(t % kAhead) : 0);
       const Vectors<W> to = z(own);
       product<M, true, kChain>(
           job_.tap, w, input_, live, [&](int unit, int n, int row) { return before[(n * 2 + row) * gates + unit]; },
-          [] { sync_block(); }, [&](int unit, int n, float a, float b) { put(to, n, unit, quick_gate(a, b)); });
+          [&] {
+            if (own == 0) take_x(tile, live, t);
+            sync_block();
+          },
+          [&](int unit, int n, float a, float b) { put(to, n, unit, quick_gate(a, b)); });
       if (share_.first + own + 1 == job_.shape.layers) break;  // no layer takes its x
       const bool passes = own + 1 == share_.layers();
       const float *from = x(own), *bias = bias_ + own * residual;
@@ -251,18 +253,27 @@ class Block {
     x(own)[n * job_.lengths.x + r] = v;
   }
 
-  FASTGEN_DEVICE void embed(int tile, int live, int64_t t) {
+  // The input of this block's first layer.
+  FASTGEN_DEVICE void take_x(int tile, int live, int64_t t) {
+    if (rank_ == 0) {
+      if (t > 0) receive(kSample, tile, live, t - 1);
+      embed(tile, live);
+    } else {
+      receive(kX, tile, live, t);
+      each_eight(0, live, [&](int n, int i) {
+        const Group<float> v = eight(x_in_ + (tile * N + n) * job_.lengths.x + i);
+        put(input_, n, i, v);
+        eight(x_ + n * job_.lengths.x + i) = v;
+      });
+    }
+  }
+
+  FASTGEN_DEVICE void embed(int tile, int live) {
     const bool categorical = job_.distribution == Distribution::kCategorical;
-    if (t > 0) receive(kSample, tile, live, t - 1);
     each(0, live, job_.shape.residual, [&](int n, int r) {
-      const int64_t b = stream(tile, n);
-      const float* row = job_.floats + job_.layout.input;
-      float value = 1;
-      if (categorical)
-        row += (t > 0 ? came_[tile * N + n] : job_.last_class[b]) * job_.shape.residual;
-      else
-        value = t > 0 ? came_value_[tile * N + n] : job_.last_value[b];
-      set_x(0, n, r, row[r] * value + input_bias_[r]);
+      const int64_t row = categorical ? came_[tile * N + n] : 0;
+      const float value = categorical ? 1 : came_value_[tile * N + n];
+      set_x(0, n, r, job_.floats[job_.layout.input + row * job_.shape.residual + r] * value + input_bias_[r]);
     });
   }
 
@@ -331,8 +342,8 @@ class Block {
     const auto add = [&](const Matrix& m, const W* weights, int own, int from, int to) {
       float* sums = pending(own, 0);
       product<M, true, kChain>(
-          m, weights, past_, to, [&](int unit, int n, int row) { return sums[(2 * n + row) * job_.shape.gate + unit]; },
-          [] { sync_block(); },
+          m, weights, input_, to,
+          [&](int unit, int n, int row) { return sums[(2 * n + row) * job_.shape.gate + unit]; }, [] { sync_block(); },
           [&](int unit, int n, float a, float b) {
             if (n < from) return;
             sums[2 * n * job_.shape.gate + unit] = a;
@@ -352,7 +363,7 @@ class Block {
         });
       if (job_.cond && job_.shape.local > 0)
         each(0, columns, job_.shape.local, [&](int n, int k) {
-          put(past_, n, k, job_.cond[(stream_of(n) * job_.steps + step_of(n)) * job_.shape.local + k]);
+          put(input_, n, k, job_.cond[(stream_of(n) * job_.steps + step_of(n)) * job_.shape.local + k]);
         });
       sync_block();
       if (job_.cond && job_.shape.local > 0)
@@ -388,7 +399,7 @@ class Block {
     while (p.own < layers) {
       each_eight(p.from, p.to, [&](int n, int i) {
         if (n != p.from + eight_vector_ || i != eight_number_) coming = past(p, n, i);
-        put(past_, n, i, coming);
+        put(input_, n, i, coming);
       });
       const Past next = after(p.own, p.tap);
       fetch(next);
@@ -405,18 +416,13 @@ class Block {
     float u = 0;
     if (uniform < live * each_has)
       u = job_.uniforms[(stream(tile, uniform / each_has) * job_.steps + t) * each_has + uniform % each_has];
-    if (job_.cluster > 1) {
-      receive(kSum, tile, live, t);
-      for (int n = thread() / 32; n < live; n += threads() / 32)
-        for (int i = thread() % 32 * kGroup; i < job_.lengths.s; i += 32 * kGroup) {
-          Group<float> v = eight(s_in_ + (tile * N + n) * job_.lengths.s + i);
-          for (float& each : v.v) each = fmaxf(each, 0.0f);
-          put(skips_, n, i, v);
-        }
-    }
     const W* w = weights_ + (job_.layout.head - share_.begin);
     product<M, false, kHead>(
-        job_.hidden, w, skips_, live, [&](int unit, int, int) { return head_bias_[unit]; }, [] { sync_block(); },
+        job_.hidden, w, skips_, live, [&](int unit, int, int) { return head_bias_[unit]; },
+        [&] {
+          if (job_.cluster > 1) take_skips(tile, live, t);
+          sync_block();
+        },
         [&](int unit, int n, float v) { put(hidden_, n, unit, fmaxf(v, 0.0f)); });
     if (uniform < live * each_has) uniforms_[uniform] = u;
     product<M, false, kHead>(
@@ -429,6 +435,18 @@ class Block {
         job_.parameters[(stream(tile, n) * job_.steps + t) * outputs + o] = out_[n * job_.lengths.outputs + o];
       });
     sync_block();
+  }
+
+  FASTGEN_DEVICE void take_skips(int tile, int live, int64_t t) {
+    receive(kSum, tile, live, t);
+#pragma unroll 1
+    for (int n = thread() / 32; n < live; n += threads() / 32)
+#pragma unroll 1
+      for (int i = thread() % 32 * kGroup; i < job_.lengths.s; i += 32 * kGroup) {
+        Group<float> v = eight(s_in_ + (tile * N + n) * job_.lengths.s + i);
+        for (float& each : v.v) each = fmaxf(each, 0.0f);
+        put(skips_, n, i, v);
+      }
   }
 
   FASTGEN_DEVICE void choose(int tile, int n, int64_t t) {
@@ -463,7 +481,7 @@ class Block {
   float *x_in_, *s_in_, *came_value_, *pending_, *x_, *out_, *bias_, *gate_bias_, *head_bias_, *skip_bias_,
       *input_bias_, *uniforms_;
   Queue* queues_;
-  Vectors<W> input_, past_, z_, skips_, hidden_;
+  Vectors<W> input_, z_, skips_, hidden_;
   int32_t* came_;
   Arrival* arrivals_;
 };

@@ -85,9 +85,9 @@ struct Job {
       int64_t bytes = plan.spilled ? 0 : of_layers(plan, share.layers());
       for (const int64_t array :
            {4 * tiles * n * lengths.x, 4 * tiles * n * lengths.s, 4 * tiles * n, 4 * tiles * n, int64_t{24} * tiles,
-            share.size * weight_bytes, 4 * n * lengths.x, 4 * n * lengths.past, 4 * head * n * lengths.s,
-            4 * head * n * lengths.s, 4 * head * n * lengths.outputs, 4 * head * (shape.skip + shape.outputs),
-            8 * head * n, int64_t{rank == 0} * 4 * shape.skip, int64_t{rank == 0} * 4 * shape.residual})
+            share.size * weight_bytes, 4 * n * lengths.input, 4 * head * n * lengths.s, 4 * head * n * lengths.s,
+            4 * head * n * lengths.outputs, 4 * head * (shape.skip + shape.outputs), 8 * head * n,
+            int64_t{rank == 0} * 4 * shape.skip, int64_t{rank == 0} * 4 * shape.residual})
         bytes += round_up(array, 16);
       most = std::max(most, bytes);
     }

@@ -59,10 +59,10 @@ struct Share {
 
 // Lengths of vectors, padded so that a product may read whole tiles, and a sampler whole groups.
 struct Lengths {
-  int x, past, z, s, outputs;
+  int x, input, z, s, outputs;
   FASTGEN_HOST_DEVICE explicit Lengths(const Layout& layout)
       : x(static_cast<int>(layout.tap.padded())),
-        past(static_cast<int>(layout.local.padded() > x ? layout.local.padded() : x)),
+        input(static_cast<int>(layout.local.padded() > x ? layout.local.padded() : x)),
         z(static_cast<int>(layout.skip.padded())),
         s(static_cast<int>(layout.hidden.padded())),
         outputs(static_cast<int>(round_up(layout.output.units, kGroup))) {}

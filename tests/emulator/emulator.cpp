@@ -286,7 +286,8 @@ float shuffle_from(float v, int lane, Where where) {
 }
 
 int sum_in_warp(int v, Where where) {
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) v += static_cast<int>(shuffle_xor(static_cast<float>(v), lanes, where));
+  for (int lanes = 1; lanes < kWarp; lanes *= 2)
+    v += static_cast<int>(shuffle_xor(static_cast<float>(v), lanes, where));
   return v;
 }
 
