@@ -57,7 +57,7 @@ def main() -> None:
     for _, make in (entry for entry in listing(options.tiny) if entry[0].split()[0] in OPS):
         for case in make():
             call = case.ways["fastgen"]
-            tuning.asked.clear()
+            tuning.forget()
             call()
             for key, given in list(tuning.asked.items()):
                 gain, chosen = best_options(key, given, call, options.tiny)

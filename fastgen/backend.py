@@ -16,7 +16,7 @@ import platform
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,9 +57,15 @@ def has_triton_kernels(op: str, *names: str) -> None:
     for name in (op, *names):
 
         def launch(*args: Any, name: str = name) -> Any:
-            return getattr(importlib.import_module(f"fastgen.kernels.{op}"), name)(*args)
+            return _launcher(op, name)(*args)
 
         lib.impl(name, launch, "CPU" if INTERPRETED else "CUDA")
+
+
+@functools.cache
+def _launcher(op: str, name: str) -> Callable[..., Any]:
+    launcher: Callable[..., Any] = getattr(importlib.import_module(f"fastgen.kernels.{op}"), name)
+    return launcher
 
 
 def _check_name(name: str, source: str) -> str:

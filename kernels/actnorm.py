@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, splits_for, sum_rows
+from .launch import Plan, cdiv, on_device, planned, power_within, splits_for, sum_rows
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    grad, kept, factor, grad_x, partial_sums, partial_products, batch, channels, pixels, column_blocks, tiles, share,
+    grad, kept, factor, grad_x, partial, batch, channels, pixels, column_blocks, tiles, share,
     splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Each program has a share of the tiles, ROWS samples by COLUMNS pixels, of one channel."""
@@ -47,44 +47,54 @@ def _backward(  # type: ignore[no-untyped-def]
         sums += g
         products += g * tl.load(kept + at, live, other=0.0).to(tl.float32)
         tl.store(grad_x + at, (g * scale).to(grad_x.dtype.element_ty), live)
-    tl.store(partial_sums + channel * splits + split, tl.sum(sums))
-    tl.store(partial_products + channel * splits + split, tl.sum(products))
+    tl.store(partial + channel * splits + split, tl.sum(sums))
+    tl.store(partial + (channels + channel) * splits + split, tl.sum(products))
 
 
 def tile_for(rows: int, pixels: int) -> tuple[int, int]:
     """Rows and columns of a tile of up to 2048 numbers."""
-    columns = min(2048, triton.next_power_of_2(max(pixels, 1)))
-    return max(1, min(2048 // columns, triton.next_power_of_2(max(rows, 1)))), columns
+    columns = power_within(pixels, 1, 2048)
+    return power_within(rows, 1, 2048 // columns), columns
 
 
 def actnorm(x: Tensor, before: Tensor, factor: Tensor, after: Tensor) -> Tensor:
     """Contiguous x (B, C, *S), and (C,) float32 -> (x + before) * factor + after."""
-    y, channels, pixels = torch.empty_like(x), x.shape[1], x.shape[2:].numel()
-    if x.numel():
+    y = torch.empty_like(x)
+    if not x.numel():
+        return y
+
+    def make() -> Plan:
+        channels, pixels = x.shape[1], x.shape[2:].numel()
         rows = x.shape[0] * channels
         tile_rows, columns = tile_for(rows, pixels)
-        blocks = triton.cdiv(pixels, columns)
-        with on_device(x):
-            _forward[(triton.cdiv(rows, tile_rows) * blocks,)](
-                x, before, factor, after, y, rows, channels, pixels, blocks, ROWS=tile_rows, COLUMNS=columns,
-                num_warps=4,
-            )  # fmt: skip
+        blocks = cdiv(pixels, columns)
+        options = {"ROWS": tile_rows, "COLUMNS": columns, "num_warps": 4}
+        return Plan(_forward, cdiv(rows, tile_rows) * blocks, (rows, channels, pixels, blocks), options)
+
+    with on_device(x):
+        planned(_forward, (x.shape, x.dtype), make).run(x, before, factor, after, y)
     return y
 
 
 def actnorm_backward(grad: Tensor, kept: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> grad * factor, and the channels' sums of grad and of grad * kept, float32."""
-    grad_x, (batch, channels), pixels = torch.empty_like(grad), grad.shape[:2], grad.shape[2:].numel()
+    grad_x, channels = torch.empty_like(grad), grad.shape[1]
     if not grad.numel():
         return grad_x, torch.zeros_like(factor), torch.zeros_like(factor)
-    rows, columns = tile_for(batch, pixels)
-    blocks = triton.cdiv(pixels, columns)
-    tiles = triton.cdiv(batch, rows) * blocks
-    share, splits = splits_for(channels, tiles, most=tiles)
-    sums, products = (factor.new_empty(channels, splits) for _ in range(2))
+
+    def make() -> Plan:
+        batch, pixels = grad.shape[0], grad.shape[2:].numel()
+        rows, columns = tile_for(batch, pixels)
+        blocks = cdiv(pixels, columns)
+        tiles = cdiv(batch, rows) * blocks
+        share, splits = splits_for(channels, tiles, 1024)
+        numbers = batch, channels, pixels, blocks, tiles, share, splits
+        options = {"ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+        return Plan(_backward, channels * splits, numbers, options, (), (splits,))
+
     with on_device(grad):
-        _backward[(channels * splits,)](
-            grad, kept, factor, grad_x, sums, products, batch, channels, pixels, blocks, tiles, share,
-            splits, ROWS=rows, COLUMNS=columns, num_warps=4,
-        )  # fmt: skip
-        return grad_x, sum_rows(sums), sum_rows(products)
+        plan = planned(_backward, (grad.shape, grad.dtype), make)
+        sums = factor.new_empty(2 * channels, plan.sizes[0])
+        plan.run(grad, kept, factor, grad_x, sums)
+        of_before, of_factor = sum_rows(sums).split(channels)
+        return grad_x, of_before, of_factor

@@ -7,13 +7,15 @@ Least traffic, in elements: 2 per element of x and 1 per parameter forward; back
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .functions import log1p_unit, tanh
-from .launch import on_device, sum_rows
+from .launch import Plan, cdiv, on_device, planned, power_within, sum_rows
 
 SCALES = ("exp", "tanh", "sigmoid", "none")
 LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
@@ -129,38 +131,45 @@ def _backward(  # type: ignore[no-untyped-def]
 
 def block_for(active: int, size: int) -> int:
     """Numbers for each program: two or four 128-bit accesses of each of its 128 threads, fewer for small samples."""
-    return int(min(2048, max(128, triton.next_power_of_2(max(active, size - active)))))
+    return power_within(max(active, size - active), 128, 2048)
 
 
-def _geometry(
-    x: Tensor, params: Tensor, mask: Tensor | None, scale: int, swap: bool
-) -> tuple[tuple[int, ...], int, int, int]:
-    """-> (size, active, first, rest, pixels, mask stride), chunks of the transformed part and of a sample, BLOCK."""
-    pixels = x.shape[2:].numel()
-    size, active = x.shape[1] * pixels, params.shape[1] * pixels // (1 if SCALES[scale] == "none" else 2)
-    first, rest = (0, active) if swap else (size - active, 0)
-    block = block_for(active, size)
-    active_chunks = triton.cdiv(active, block)
-    stride = size if mask is not None and mask.shape[0] == x.shape[0] else 0
-    chunks = active_chunks + triton.cdiv(size - active, block)
-    return (size, active, first, rest, pixels, stride), active_chunks, chunks, block
+def _plan(
+    kernel: Any, x: Tensor, params: Tensor, mask: Tensor | None, scale: int, bound: float, layout: int, swap: bool,
+    inverse: bool,
+) -> Plan:  # fmt: skip
+    """Its `sizes`: programs for a sample's transformed part."""
+
+    def make() -> Plan:
+        pixels = x.shape[2:].numel()
+        size, active = x.shape[1] * pixels, params.shape[1] * pixels // (1 if SCALES[scale] == "none" else 2)
+        first, rest = (0, active) if swap else (size - active, 0)
+        block = block_for(active, size)
+        active_chunks = cdiv(active, block)
+        chunks = active_chunks + cdiv(size - active, block)
+        mask_stride = size if mask is not None and mask.shape[0] == x.shape[0] else 0
+        numbers = size, active, first, rest, pixels, mask_stride, bound, active_chunks, chunks
+        options = {
+            "SCALE": SCALES[scale], "LAYOUT": LAYOUTS[layout], "INVERSE": inverse, "MASKED": mask is not None,
+            "BLOCK": block, "num_warps": 4,
+        }  # fmt: skip
+        return Plan(kernel, x.shape[0] * chunks, numbers, options, (), (active_chunks,))
+
+    of_mask = None if mask is None else mask.shape[0]
+    return planned(kernel, (x.shape, params.shape, of_mask, x.dtype, scale, bound, layout, swap, inverse), make)
 
 
 def affine_coupling(
     x: Tensor, params: Tensor, mask: Tensor | None, scale: int, bound: float, layout: int, swap: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Contiguous x (B, D, *S), params and mask -> y, log_det (B,) float32."""
-    sizes, active_chunks, chunks, block = _geometry(x, params, mask, scale, swap)
-    y, batch = torch.empty_like(x), x.shape[0]
-    partial = x.new_empty(batch, active_chunks, dtype=torch.float32)
     with on_device(x):
+        plan = _plan(_forward, x, params, mask, scale, bound, layout, swap, inverse)
+        y, partial = torch.empty_like(x), x.new_empty(x.shape[0], plan.sizes[0], dtype=torch.float32)
         if x.numel():
-            _forward[(batch * chunks,)](
-                x, params, mask, y, partial, *sizes, bound, active_chunks, chunks, SCALE=SCALES[scale],
-                LAYOUT=LAYOUTS[layout], INVERSE=inverse, MASKED=mask is not None, BLOCK=block, num_warps=4,
-            )  # fmt: skip
+            plan.run(x, params, mask, y, partial)
         if SCALES[scale] == "none":
-            return y, x.new_zeros(batch, dtype=torch.float32)
+            return y, x.new_zeros(x.shape[0], dtype=torch.float32)
         return y, sum_rows(partial)
 
 
@@ -169,13 +178,9 @@ def affine_coupling_backward(
     layout: int, swap: bool, inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`kept`: x, or the output of the inverse -> gradients of x and params."""
-    sizes, active_chunks, chunks, block = _geometry(kept, params, mask, scale, swap)
     grad_x, grad_params = torch.empty_like(kept), torch.empty_like(params)
     if kept.numel():
         with on_device(kept):
-            _backward[(kept.shape[0] * chunks,)](
-                grad, grad_log_det, kept, params, mask, grad_x, grad_params, *sizes, bound, active_chunks, chunks,
-                SCALE=SCALES[scale], LAYOUT=LAYOUTS[layout], INVERSE=inverse, MASKED=mask is not None, BLOCK=block,
-                num_warps=4,
-            )  # fmt: skip
+            plan = _plan(_backward, kept, params, mask, scale, bound, layout, swap, inverse)
+            plan.run(grad, grad_log_det, kept, params, mask, grad_x, grad_params)
     return grad_x, grad_params

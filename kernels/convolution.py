@@ -21,12 +21,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgen.ops.masked_conv2d import ALIGNED, aligned, positions
 
 from .functions import sigmoid, sigmoid_bf16, tanh, tanh_bf16
-from .launch import MOST_SHARED, fitted, precision_of, shared_memory, splits_for, staged
+from .launch import (
+    MOST_SHARED,
+    Plan,
+    cdiv,
+    fitted,
+    planned,
+    power_within,
+    precision_of,
+    shared_memory,
+    splits_for,
+    staged,
+    sum_rows,
+    tiles_of,
+)
 from .tuning import tuned
 
 
@@ -271,18 +283,19 @@ def _grad_weight(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _collect(partial, out, count, splits, taps, kernel, KERNEL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _collect(  # type: ignore[no-untyped-def]
+    partial, out, count, splits, taps, kernel, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """partial [split][tap][i] -> out [i][kernel]: sums over splits, zeros for taps that are not live."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tap = tl.arange(0, KERNEL)
-    known = (i < count)[None, :] & (tap < taps)[:, None]
-    at = partial + (tap.to(tl.int64) * count)[:, None] + i[None, :]
-    sums = tl.zeros([KERNEL, BLOCK], tl.float32)
-    for _ in range(splits):
-        sums += tl.load(at, known, other=0.0)
-        at += tl.cast(taps, tl.int64) * count
-    to = out + (i * kernel)[None, :] + tap[:, None]
-    tl.store(to, sums.to(out.dtype.element_ty), (i < count)[None, :] & (tap < kernel)[:, None])
+    tap = tl.program_id(0) % kernel
+    i = tl.program_id(0) // kernel * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([SPLITS, BLOCK], tl.float32)
+    if tap < taps:
+        for first in range(0, splits, SPLITS):
+            split = first + tl.arange(0, SPLITS)
+            at = partial + ((split.to(tl.int64) * taps + tap) * count)[:, None] + i[None, :]
+            sums += tl.load(at, (split < splits)[:, None] & (i < count)[None, :], other=0.0)
+    tl.store(out + i.to(tl.int64) * kernel + tap, tl.sum(sums, 0).to(out.dtype.element_ty), i < count)
 
 
 class Shape(NamedTuple):
@@ -314,11 +327,6 @@ class Shape(NamedTuple):
         return self.taps, self.pitch, self.above, self.left, self.kernel_width, self.dilation
 
 
-def power_within(n: int, least: int, most: int) -> int:
-    """The power of two from n on, within bounds."""
-    return int(min(most, max(least, triton.next_power_of_2(n))))
-
-
 def shared_by(tile: dict[str, int], bits: int, limit: int, paired: bool = False) -> int:
     operands = (tile["ROWS"] * (1 + paired) + tile.get("STEPS", tile.get("COLUMNS", 0))) * tile["CHUNK"]
     return staged(operands * bits // 8, tile["num_stages"], limit)
@@ -344,6 +352,11 @@ def is_last(x: Tensor) -> bool:
     return x.stride(2) != 1
 
 
+def block_of(x: Tensor, rows: int, columns: int) -> tuple[int, int]:
+    """Of tiles of x (B, rows, columns), as `tiles_of` has them."""
+    return (columns, rows) if is_last(x) else (rows, columns)
+
+
 def channels_last(x: Tensor, channels: int, positions: int) -> Tensor:
     """A new (B, channels, positions) like x, with its channels last."""
     rows = x.new_empty(x.shape[0], positions, aligned(channels))
@@ -356,22 +369,16 @@ def arranged(x: Tensor, shape: Shape) -> Tensor:
         return x.flatten(2)
     channels, length = x.shape[1], shape.length
     out = channels_last(x, channels, length)
-    rows, columns = power_within(length, 16, 64), power_within(channels, 16, 64)
-    column_tiles, tiles = triton.cdiv(channels, columns), triton.cdiv(length, rows)
-    _turn[(column_tiles * tiles * x.shape[0],)](
-        x, out, channels, shape.height, shape.width, shape.pitch, length, out.stride(2), column_tiles, tiles, ROWS=rows,
-        COLUMNS=columns, num_warps=4,
-    )  # fmt: skip
+
+    def plan() -> Plan:
+        rows, columns = power_within(length, 16, 64), power_within(channels, 16, 64)
+        column_tiles, tiles = cdiv(channels, columns), cdiv(length, rows)
+        numbers = channels, shape.height, shape.width, shape.pitch, length, out.stride(2), column_tiles, tiles
+        options = {"ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+        return Plan(_turn, column_tiles * tiles * x.shape[0], numbers, options)
+
+    planned(_turn, (x.shape, x.dtype, shape), plan).run(x, out)
     return out
-
-
-def tiles_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """x (n, R, C), from which a kernel takes tiles, of `columns` by `rows` where rows are what lies together."""
-    x = x.clone() if x.data_ptr() % 16 else x
-    if is_last(x):
-        x, rows, columns = x.transpose(1, 2), columns, rows
-    count, height, width = x.shape
-    return TensorDescriptor(x, [count, height, width], [height * x.stride(1), x.stride(1), 1], [1, rows, columns])
 
 
 def by_tap(weight: Tensor, taps: int, *, flip: bool = False) -> Tensor:
@@ -404,16 +411,23 @@ def conv(
     flip: bool = False,
 ) -> None:  # fmt: skip
     """weight (taps, O, C) -> out (B, O, pixels), of x (B, C, length)."""
-    (batch, channels, length), rows = x.shape, out.shape[1]
-    sizes = rows, length, channels
-    options = tuned("conv", x, sizes, tile_for(*sizes, 8 * x.element_size(), shared_memory(x)))
-    row_tiles, tiles = triton.cdiv(rows, options["ROWS"]), triton.cdiv(shape.height * shape.pitch, options["STEPS"])
-    _conv[(row_tiles * tiles * batch,)](
-        tiles_of(x, options["CHUNK"], options["STEPS"]), tiles_of(weight, options["ROWS"], options["CHUNK"]), bias,
-        added, out, channels, rows, length, row_tiles, tiles, shape.height, shape.width, *shape.tap_arguments(),
-        PACKED=not shape.margin, BIASED=bias is not None, ADDED=added is not None, FLIP=flip, LAST=is_last(x),
-        PRECISION=precision_of(x), **options,
-    )  # fmt: skip
+    flags = {
+        "PACKED": not shape.margin, "BIASED": bias is not None, "ADDED": added is not None, "FLIP": flip,
+        "LAST": is_last(x), "PRECISION": precision_of(x),
+    }  # fmt: skip
+
+    def plan() -> Plan:
+        (batch, channels, length), rows = x.shape, out.shape[1]
+        sizes = rows, length, channels
+        options = tuned("conv", x, sizes, tile_for(*sizes, 8 * x.element_size(), shared_memory(x)))
+        side, steps, chunk = options["ROWS"], options["STEPS"], options["CHUNK"]
+        row_tiles, tiles = cdiv(rows, side), cdiv(shape.height * shape.pitch, steps)
+        numbers = channels, rows, length, row_tiles, tiles, shape.height, shape.width, *shape.tap_arguments()
+        blocks = block_of(x, chunk, steps), (side, chunk)
+        return Plan(_conv, row_tiles * tiles * batch, numbers, flags | options, blocks)
+
+    key = x.shape, x.dtype, out.shape[1], shape, *flags.values()
+    planned(_conv, key, plan).run(tiles_of(x), tiles_of(weight), bias, added, out)
 
 
 def gated_conv(
@@ -423,22 +437,31 @@ def gated_conv(
     """`conv` and the gate -> out (B, O/2, pixels); kept (B, O, length). With `grad`, that of out: kept is the gradient
     of what goes into the gate. Returns the sums of that, (O, programs) float32.
     """
-    (batch, channels, length), pairs = x.shape, weight.shape[1] // 2
-    sizes = pairs, length, channels
-    heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), paired=True)
-    options = tuned("gated_conv" if grad is None else "gated_conv_backward", x, sizes, heuristic)
-    row_tiles, tiles = triton.cdiv(pairs, options["ROWS"]), triton.cdiv(shape.height * shape.pitch, options["STEPS"])
-    if kept is not None:
-        tiles = triton.cdiv(length, options["STEPS"])  # all of kept is written
-    partial = x.new_empty(2 * pairs, batch * tiles if grad is not None else 0, dtype=torch.float32)
-    every = is_spread(cond, shape)
-    _gated_conv[(row_tiles * tiles * batch,)](
-        tiles_of(x, options["CHUNK"], options["STEPS"]), tiles_of(weight, options["ROWS"], options["CHUNK"]), bias,
-        cond, grad, out, kept, partial, channels, pairs, length, row_tiles, tiles, shape.height, shape.width,
-        shape.height * shape.width if every else 1, int(every), *steps_of(kept), *shape.tap_arguments(),
-        PACKED=not shape.margin, BIASED=bias is not None, CONDITIONED=cond is not None, KEEP=kept is not None,
-        BACKWARD=grad is not None, SHORT=is_short(x), LAST=is_last(x), PRECISION=precision_of(x), **options,
-    )  # fmt: skip
+    pairs, every = weight.shape[1] // 2, is_spread(cond, shape)
+    flags = {
+        "PACKED": not shape.margin, "BIASED": bias is not None, "CONDITIONED": cond is not None,
+        "KEEP": kept is not None, "BACKWARD": grad is not None, "SHORT": is_short(x), "LAST": is_last(x),
+        "PRECISION": precision_of(x),
+    }  # fmt: skip
+
+    def plan() -> Plan:
+        batch, channels, length = x.shape
+        sizes = pairs, length, channels
+        heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), paired=True)
+        options = tuned("gated_conv" if grad is None else "gated_conv_backward", x, sizes, heuristic)
+        side, steps, chunk = options["ROWS"], options["STEPS"], options["CHUNK"]
+        # all of kept is written
+        row_tiles, tiles = cdiv(pairs, side), cdiv(length if flags["KEEP"] else shape.height * shape.pitch, steps)
+        numbers = (
+            channels, pairs, length, row_tiles, tiles, shape.height, shape.width,
+            shape.height * shape.width if every else 1, int(every), *steps_of(kept), *shape.tap_arguments(),
+        )  # fmt: skip
+        blocks = block_of(x, chunk, steps), (side, chunk)
+        return Plan(_gated_conv, row_tiles * tiles * batch, numbers, flags | options, blocks, (batch * tiles,))
+
+    made = planned(_gated_conv, (x.shape, x.dtype, pairs, shape, every, steps_of(kept), *flags.values()), plan)
+    partial = x.new_empty(2 * pairs, made.sizes[0] if grad is not None else 0, dtype=torch.float32)
+    made.run(tiles_of(x), tiles_of(weight), bias, cond, grad, out, kept, partial)
     return partial
 
 
@@ -447,44 +470,60 @@ def gate_grad(grad: Tensor, kept: Tensor, cond: Tensor | None, shape: Shape) -> 
     batch, pairs, length = grad.shape[0], grad.shape[1], kept.shape[2]
     out = channels_last(kept, 2 * pairs, length)
     every = is_spread(cond, shape)
-    of_cond = torch.empty_like(cond) if cond is not None and every else kept.new_empty(0)
-    rows = power_within(pairs, 1, 64)
-    steps = power_within(length, 16, 2048 // rows)
-    row_tiles, tiles = triton.cdiv(pairs, rows), triton.cdiv(length, steps)
+    of_cond = torch.empty_like(cond) if cond is not None and every else None
+
+    def plan() -> Plan:
+        rows = power_within(pairs, 1, 64)
+        steps = power_within(length, 16, 2048 // rows)
+        row_tiles, tiles = cdiv(pairs, rows), cdiv(length, steps)
+        numbers = (
+            pairs, length, row_tiles, tiles, *kept.stride(), *out.stride(), shape.height, shape.width, shape.pitch,
+        )  # fmt: skip
+        options = {
+            "PACKED": not shape.margin, "SPREAD": every, "SHORT": is_short(grad), "ROWS": rows, "STEPS": steps,
+            "num_warps": 4,
+        }  # fmt: skip
+        return Plan(_gate_grad, row_tiles * tiles * batch, numbers, options, (), (tiles,))
+
+    made = planned(_gate_grad, (grad.shape, grad.dtype, kept.stride(), shape, every), plan)
+    tiles = made.sizes[0]
     partial = kept.new_empty(2 * pairs, batch * tiles, dtype=torch.float32)
-    _gate_grad[(row_tiles * tiles * batch,)](
-        grad, kept, out, of_cond, partial, pairs, length, row_tiles, tiles, *kept.stride(), *out.stride(),
-        shape.height, shape.width, shape.pitch, PACKED=not shape.margin, SPREAD=every, SHORT=is_short(grad), ROWS=rows,
-        STEPS=steps, num_warps=4,
-    )  # fmt: skip
-    of_images = partial.view(2 * pairs, batch, tiles).sum(2)  # (O, B)
-    if cond is not None and not every:
-        of_cond = of_images.T.to(cond.dtype).reshape(cond.shape)
-    return out, of_images.sum(1), of_cond
+    made.run(grad, kept, out, of_cond, partial)
+    if cond is None or every:
+        return out, sum_rows(partial), kept.new_empty(0) if of_cond is None else of_cond
+    of_images = sum_rows(partial.view(2 * pairs * batch, tiles)).view(2 * pairs, batch)
+    return out, of_images.sum(1), of_images.T.to(cond.dtype).reshape(cond.shape)
 
 
 def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     """-> the gradient of weight (R, C, ...), of grad (B, R, length) and x (B, C, length)."""
-    (batch, rows, length), channels = grad.shape, x.shape[1]
-    sizes = rows, channels, length
-    heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), across="COLUMNS")
-    options = tuned("grad_weight", x, sizes, heuristic)
-    row_tiles, channel_tiles = triton.cdiv(rows, options["ROWS"]), triton.cdiv(channels, options["COLUMNS"])
-    taps = shape.taps
-    programs = row_tiles * channel_tiles * max(taps, 1)
-    share, splits = splits_for(programs, batch * triton.cdiv(length, options["CHUNK"]), most=256)
+    (batch, rows, length), channels, taps = grad.shape, x.shape[1], shape.taps
+    flags = {"GRAD_LAST": is_last(grad), "LAST": is_last(x), "PRECISION": precision_of(x)}
+
+    def plan() -> Plan:
+        sizes = rows, channels, length
+        heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), across="COLUMNS")
+        options = tuned("grad_weight", x, sizes, heuristic)
+        side, columns, chunk = options["ROWS"], options["COLUMNS"], options["CHUNK"]
+        row_tiles, channel_tiles = cdiv(rows, side), cdiv(channels, columns)
+        programs = row_tiles * channel_tiles * max(taps, 1)
+        share, splits = splits_for(programs, batch * cdiv(length, chunk))
+        numbers = rows, channels, batch, length, row_tiles, channel_tiles, share, *shape.tap_arguments()
+        blocks = block_of(grad, side, chunk), block_of(x, columns, chunk)
+        return Plan(_grad_weight, programs * splits, numbers, flags | options, blocks, (splits,))
+
+    made = planned(_grad_weight, (grad.shape, channels, grad.dtype, shape, *flags.values()), plan)
+    (splits,) = made.sizes
     partial = x.new_empty(splits, taps, rows, channels, dtype=torch.float32)
     if taps:
-        _grad_weight[(programs * splits,)](
-            tiles_of(grad, options["ROWS"], options["CHUNK"]), tiles_of(x, options["COLUMNS"], options["CHUNK"]),
-            partial, rows, channels, batch, length, row_tiles, channel_tiles, share, *shape.tap_arguments(),
-            GRAD_LAST=is_last(grad), LAST=is_last(x), PRECISION=precision_of(x), **options,
-        )  # fmt: skip
+        made.run(tiles_of(grad), tiles_of(x), partial)
     out = weight.new_empty(weight.shape)
-    kernel = weight[0, 0].numel()
-    across = int(triton.next_power_of_2(kernel))
-    block = power_within(2048 // across, 16, 256)
-    _collect[(triton.cdiv(rows * channels, block),)](
-        partial, out, rows * channels, splits, taps, kernel, KERNEL=across, BLOCK=block, num_warps=4
-    )
+
+    def collect() -> Plan:
+        count, kernel = rows * channels, weight[0, 0].numel()
+        block = power_within(count, 16, 128)
+        options = {"SPLITS": power_within(splits, 1, 16), "BLOCK": block, "num_warps": 4}
+        return Plan(_collect, cdiv(count, block) * kernel, (count, splits, taps, kernel), options)
+
+    planned(_collect, (weight.shape, weight.dtype, splits, taps), collect).run(partial, out)
     return out

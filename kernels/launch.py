@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import tuning
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
 MOST_SHARED = 227 << 10  # bytes of shared memory for a program, on Hopper and Blackwell
 BARRIERS = 2048  # bytes of it beside the tiles
 
@@ -27,6 +33,81 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def cdiv(a: int, b: int) -> int:
     """The quotient rounded up; triton.cdiv takes the host 5 us."""
     return -(-a // b)
+
+
+class Tiles(NamedTuple):
+    """A tensor (n, R, C) from which a kernel takes tiles: what Triton's own descriptor says, whose checks take time."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str = "zero"
+
+
+def tiles_of(x: Tensor) -> Tiles:
+    """x (n, R, C), where rows or columns lie together; rows of tiles are what does."""
+    x = x.clone() if x.data_ptr() % 16 else x
+    if x.stride(2) != 1:
+        x = x.transpose(1, 2)
+    shape, across = x.shape, x.stride(1)
+    return Tiles(x, tuple(shape), (shape[1] * across, across, 1))
+
+
+Argument = Tensor | Tiles | None
+
+
+@dataclass
+class Plan:
+    """All of a launch but its tensors: Triton takes longer to look at the arguments than most kernels run.
+
+    blocks: the sides of tiles, for each argument that they are taken from. sizes: what else the launcher wants to know.
+    """
+
+    kernel: Any
+    grid: int
+    numbers: tuple[int | float, ...]
+    options: dict[str, Any]
+    blocks: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[int, ...] = ()
+    ready: dict[tuple[bool, ...], tuple[Any, list[Any]]] = field(default_factory=dict)
+
+    def run(self, *tensors: Argument) -> None:
+        """kernel[grid](*tensors, *numbers, **options), by the code that such an alignment of the tensors was given."""
+        aligned = tuple([t is None or type(t) is Tiles or t.data_ptr() % 16 == 0 for t in tensors])
+        known = self.ready.get(aligned)
+        if known is not None:
+            known[0](*tensors, *known[1])
+            return
+        sides = iter(self.blocks)
+        given = [
+            TensorDescriptor(t.base, list(t.shape), list(t.strides), [1, *next(sides)]) if isinstance(t, Tiles) else t
+            for t in tensors
+        ]
+        compiled = self.kernel[(self.grid,)](*given, *self.numbers, **self.options)
+        if isinstance(self.kernel, JITFunction):  # neither the interpreter nor a test's stand-in
+            constants = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            rest = [*self.numbers, *(self.options[name] for name in constants)]
+            self.ready[aligned] = compiled[(self.grid, 1, 1)], rest
+
+
+_plans: dict[Hashable, Plan] = {}
+MOST_PLANS = 4096
+
+
+def planned(kernel: Any, key: Hashable, make: Callable[[], Plan]) -> Plan:
+    """What `make` returns, which is called once for each key: all that it and the kernel's code depend on."""
+    key = (
+        id(kernel),
+        torch.cuda.current_device() if not INTERPRETED and torch.cuda.is_available() else -1,
+        tuning.trials,
+        key,
+    )
+    plan = _plans.get(key)
+    if plan is None or plan.kernel is not kernel:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = make()
+    return plan
 
 
 @triton.jit
@@ -46,13 +127,24 @@ def sum_rows(x: Tensor) -> Tensor:
         return x[:, 0]
     total = x.new_empty(rows)
     if rows:
-        _sum_rows[(rows,)](x, total, columns, BLOCK=min(1024, triton.next_power_of_2(max(columns, 1))), num_warps=4)
+        block = power_within(columns, 1, 1024)
+        make = functools.partial(Plan, _sum_rows, rows, (columns,), {"BLOCK": block, "num_warps": 4})
+        planned(_sum_rows, x.shape, make).run(x, total)
     return total
+
+
+def power_within(n: int, least: int, most: int) -> int:
+    """The power of two from n on, within bounds."""
+    return min(most, max(least, 1 << max(n - 1, 0).bit_length()))
 
 
 def precision_of(x: Tensor) -> str:
     """Products of float32 are exact unless PyTorch's own may be rounded to TF32; those of 16 bits always are."""
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return (
+        "tf32"
+        if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        else "ieee"
+    )
 
 
 @functools.cache
@@ -81,7 +173,7 @@ def fitted(
     return tile
 
 
-def splits_for(programs: int, tiles: int, most: int = 64) -> tuple[int, int]:
-    """Tiles for each split of a sum, and the splits: about 256 programs in all, at most `most` splits."""
-    share = triton.cdiv(tiles, min(tiles, most, max(1, (8 if INTERPRETED else 264) // programs)))
-    return int(share), int(triton.cdiv(tiles, share))
+def splits_for(programs: int, tiles: int, wanted: int = 264) -> tuple[int, int]:
+    """Tiles for each split of a sum, and the splits: so many that there are about as many programs as wanted."""
+    share = cdiv(tiles, min(tiles, max(1, (8 if INTERPRETED else wanted) // programs)))
+    return share, cdiv(tiles, share)

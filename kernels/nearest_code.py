@@ -24,6 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents as launch_next
+from triton.language.extra.cuda import gdc_wait as wait_for_last
 
 from fastgen.ops.nearest_code import PRECISIONS
 
@@ -108,12 +110,14 @@ def _round(  # type: ignore[no-untyped-def]
 @triton.jit
 def _prepare(  # type: ignore[no-untyped-def]
     codebook, codes, facts, count, padded, dim, width, accumulated,
-    COSINE: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+    COSINE: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Codes rounded, and of each the norm, the norm of what is lost, its part of the score, for cosine 1 / length.
 
     That part is minus infinity for codes that are not finite, and for those that fill the last tile.
     """
+    if EARLY:
+        launch_next()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     within = row < padded
     squares, losses, scale, finite = _round(
@@ -190,9 +194,12 @@ def _search(  # type: ignore[no-untyped-def]
     accumulated,
     PLAIN: tl.constexpr, COSINE: tl.constexpr, CENTRED: tl.constexpr, CERTAIN: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
-    WHOLE: tl.constexpr, FLOATS: tl.constexpr,
+    WHOLE: tl.constexpr, FLOATS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The nearest of a split's codes to ROWS rows. PLAIN: x needs no rounding. CERTAIN: or the scan's leading unit."""
+    """The nearest of a split's codes to ROWS rows. PLAIN: x needs no rounding. CERTAIN: or the scan's leading unit.
+
+    EARLY: while _prepare still runs.
+    """
     LANES: tl.constexpr = CODES // UNIT
     place = tl.arange(0, ROWS)
     row = tl.program_id(0).to(tl.int64) * ROWS + place
@@ -210,6 +217,8 @@ def _search(  # type: ignore[no-untyped-def]
                 v = tl.load(at_row + start).to(tl.float32)
                 squares += tl.sum(v * v, 1)
     else:
+        if EARLY:
+            wait_for_last()
         squares, lost, scale, _ = _round(
             x, facts + 4 * padded, short, row, live, live, rows, dim, width, stride, False, COSINE, CENTRED, ROWS, PART
         )
@@ -221,6 +230,8 @@ def _search(  # type: ignore[no-untyped-def]
         if PLAIN:
             v = held.to(tl.float32)
             squares = tl.sum(v * v, 1)
+    if EARLY and PLAIN:
+        wait_for_last()
     own = tl.sqrt(squares)
     doubt = tl.sqrt(lost) + accumulated * own
     best = tl.full([ROWS, LANES // 4, 4], float("-inf"), tl.float32)
@@ -346,7 +357,10 @@ def scan_options(chunk_bytes: int, whole: bool = True, limit: int = MOST_SHARED)
     """Tile of the scan, and how it is run."""
     if INTERPRETED:
         return {"ROWS": 32, "CODES": 64, "UNIT": 4, "PART": 64, "num_warps": 4, "num_stages": 2}
-    tile = {"ROWS": 128, "CODES": 128, "UNIT": 4, "PART": 16, "num_warps": 8, "num_stages": 2}
+    hopper = limit >= MOST_SHARED
+    tile = {
+        "ROWS": 128, "CODES": 128 if hopper else 64, "UNIT": 4, "PART": 16, "num_warps": 8, "num_stages": 2
+    }  # fmt: skip
     return fitted(tile, limit, lambda t: shared_by(t, chunk_bytes, whole, limit), smaller="ROWS")
 
 
@@ -363,8 +377,16 @@ def accumulation_error(dim: int) -> float:
 
 
 @functools.cache
+def _early(device: torch.device) -> dict[str, bool]:
+    """Launch options by which a kernel starts before the last one has ended, where a GPU can."""
+    early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": early} | ({"launch_pdl": True} if early else {})
+
+
+@functools.cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """A GPU's; without one, so many that few rows are searched in splits."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def nearest_code(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precision: int = 0) -> tuple[Tensor, Tensor]:
@@ -378,7 +400,7 @@ def nearest_code(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precis
         return x.new_empty(rows, dtype=torch.int64), distance
     dtype = torch.float32 if PRECISIONS[precision] == "tf32" else torch.bfloat16
     chunk = min(chunk_for(dim), 512 // dtype.itemsize)
-    width, part = cdiv(dim, chunk) * chunk, min(64, chunk)
+    width = cdiv(dim, chunk) * chunk
     exact = not cosine and x.dtype == codebook.dtype == dtype
     plain, centred = exact and width == dim, not (cosine or exact)
     options = tuned(
@@ -393,17 +415,17 @@ def nearest_code(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precis
         index = x.new_empty(rows, dtype=torch.int64)
     else:
         index = x.new_full((rows,), NOTHING.value, dtype=torch.int64)
-    error, block = accumulation_error(dim), 2048 // part
+    error, block, early = accumulation_error(dim), max(1, 2048 // chunk), _early(x.device)
     with on_device(x):
         _prepare[(cdiv(padded, block),)](
             codebook, codes, facts, count, padded, dim, width, error, COSINE=cosine, CENTRED=centred, ROWS=block,
-            PART=part, num_warps=4,
+            PART=chunk, EARLY=early["EARLY"], num_warps=4,
         )  # fmt: skip
         _search[(cdiv(rows, tile_rows), splits)](
             x, codebook, short, codes, facts, index, distance, rows, count, padded, dim, width, x.stride(0), tiles,
             error, PLAIN=plain, COSINE=cosine, CENTRED=centred, CERTAIN=PRECISIONS[precision] == "ieee",
             SPLIT=splits > 1, CHUNK=chunk, WHOLE=width == chunk, FLOATS=INTERPRETED,
-            **options | {"PART": min(part, options["PART"])},
+            **options | early | {"PART": min(chunk, options["PART"])},
         )  # fmt: skip
         if splits > 1:
             _settle[(cdiv(rows, 1024),)](index, distance, rows, BLOCK=1024, num_warps=4)

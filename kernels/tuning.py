@@ -16,8 +16,16 @@ from torch import Tensor
 FOLDER = Path(__file__).parent / "tuned"
 Options = dict[str, int]
 
-asked: dict[str, Options] = {}  # of the launches since it was cleared: key -> options
+asked: dict[str, Options] = {}  # of the launches since `forget`: key -> options
+trials = 0  # launches planned before another number are planned again
 _trial: dict[str, Options] = {}
+
+
+def forget() -> None:
+    """Whatever was asked."""
+    global trials
+    asked.clear()
+    trials += 1
 
 
 def file_for(device: str) -> Path:
@@ -55,8 +63,11 @@ def tuned(kernel: str, x: Tensor, sizes: tuple[int, ...], options: Options) -> O
 @contextlib.contextmanager
 def trial(key: str, options: Options) -> Iterator[None]:
     """Within it, launches with that key take these options."""
+    global trials
     _trial[key] = options
+    trials += 1
     try:
         yield
     finally:
         del _trial[key]
+        trials += 1

@@ -23,6 +23,7 @@ from fastgen.ops.masked_conv2d import ALIGNED, aligned
 from .convolution import (
     Shape,
     arranged,
+    block_of,
     by_tap,
     gate,
     gate_gradients,
@@ -30,13 +31,11 @@ from .convolution import (
     is_last,
     is_short,
     is_spread,
-    power_within,
     product,
     steps_of,
     store_halves,
     store_sums,
     tile_of,
-    tiles_of,
     with_added,
 )
 from .gated_causal_conv1d import (
@@ -47,7 +46,20 @@ from .gated_causal_conv1d import (
     sums_for,
     through_taps,
 )
-from .launch import MOST_SHARED, fitted, on_device, precision_of, shared_memory, staged
+from .launch import (
+    MOST_SHARED,
+    Plan,
+    cdiv,
+    fitted,
+    on_device,
+    planned,
+    power_within,
+    precision_of,
+    shared_memory,
+    staged,
+    sum_rows,
+    tiles_of,
+)
 from .tuning import tuned
 
 MOST_GATES = 256  # of a sample, on chip
@@ -73,36 +85,43 @@ def _project(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _back(  # type: ignore[no-untyped-def]
-    g, grad, weight, sequence, start, first, outs,
-    PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr, OUTS: tl.constexpr,
+    g, grad, weight, sums, sequence, start, first, outs,
+    SUM: tl.constexpr, PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
-    """g + columns of weight from `first` on, times grad: what reaches the gates from it."""
+    """g + columns of weight from `first` on, times grad: what reaches the gates from it. SUM: of grad over time."""
     for row in range(0, outs, OUTS):
         v = tile_of(grad, sequence, row, start, OUTS, STEPS)
+        if SUM:
+            of = row + tl.arange(0, OUTS)
+            at = sums + of.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            tl.store(at, tl.sum(v.to(tl.float32), 1), of < outs)
         g = tl.dot(tile_of(weight, 0, 0, first + row, GATES, OUTS), v, g, input_precision=PRECISION)
     return g
 
 
 @triton.jit
 def _layer(  # type: ignore[no-untyped-def]
-    x, source, weight, bias, cond, out_weight, out_bias, residual, skip, gate_grads, gates_out, partial,
-    steps, tiles, channels, behind, gates, skips, cond_stride, cond_step, image_step, row_step, step, taps, pitch, above,
-    left, kernel_width, dilation,
+    x, source, weight, bias, cond, out_weight, out_bias, residual, skip, gate_grads, gates_out, partial, out_sums,
+    steps, tiles, channels, behind, gates, skips, cond_stride, cond_step, image_step, row_step, step, taps, pitch,
+    above, left, kernel_width, dilation,
     BIASED: tl.constexpr, CONDITIONED: tl.constexpr, OUT_BIASED: tl.constexpr, BACKWARD: tl.constexpr,
     SHORT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr,
     CHUNK: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
     """source: x as `product` takes it. Backward: residual and skip are gradients that come in, gate_grads
-    [sequence][half gate][time] and gates_out [sequence][gate][time] go out, with sums of the former in partial;
-    out_weight is turned, its columns of the skips begin at `behind`.
+    [sequence][half gate][time] and gates_out [sequence][gate][time] go out, with sums of the former in partial,
+    of residual and skip in out_sums; out_weight is turned, its columns of the skips begin at `behind`.
     """
     sequence, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * STEPS
     gate_row = tl.arange(0, GATES)
     position = start + tl.arange(0, STEPS)
     if BACKWARD:
         g = tl.zeros([GATES, STEPS], tl.float32)
-        g = _back(g, residual, out_weight, sequence, start, 0, channels, PRECISION, GATES, STEPS, OUTS)
-        g = _back(g, skip, out_weight, sequence, start, behind, skips, PRECISION, GATES, STEPS, OUTS)
+        g = _back(
+            g, residual, out_weight, out_sums, sequence, start, 0, channels, OUT_BIASED, PRECISION, GATES, STEPS, OUTS
+        )  # fmt: skip
+        sums = out_sums + tl.cast(channels, tl.int64) * tl.num_programs(0)
+        g = _back(g, skip, out_weight, sums, sequence, start, behind, skips, OUT_BIASED, PRECISION, GATES, STEPS, OUTS)
         g = g.to(x.dtype.element_ty)  # half the registers while the gate is computed
     a, b = product(
         source, weight, sequence, start, 0, gates, channels, steps, taps, pitch, above, left, kernel_width, dilation,
@@ -166,31 +185,44 @@ def turned(out_weight: Tensor, channels: int) -> Tensor:
 def _run(
     x: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None,
     cond: Tensor | None, residual: Tensor, skip: Tensor, shape: Shape, backward: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """Forward; or for `backward`, (gate_grads, gates): those, and the sums of the former, (2H, programs)."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Forward; or for `backward`, (gate_grads, gates): those, and the sums of the former, (2H, programs), and with
+    out_bias of the gradients that come in, (C + S, programs).
+    """
     gates, (batch, channels, steps) = out_weight.shape[1], x.shape
-    skips = len(out_weight) - channels
-    kernel = "layer" if backward is None else "layer_backward"
-    heuristic = options_for(gates, channels, 8 * x.element_size(), shared_memory(x), backward=backward is not None)
-    options = tuned(kernel, x, (gates, channels, skips), heuristic)
-    across, outs, chunk, columns = options["GATES"], options["OUTS"], options["CHUNK"], options["STEPS"]
-    tiles = triton.cdiv(steps, columns)
-    partial = x.new_empty(2 * gates, batch * tiles if backward else 0, dtype=torch.float32)
-    every = is_spread(cond, shape)
+    skips, every = len(out_weight) - channels, is_spread(cond, shape)
     gate_grads, gates_out = backward or (None, None)
+    flags = {
+        "BIASED": bias is not None, "CONDITIONED": cond is not None, "OUT_BIASED": out_bias is not None,
+        "BACKWARD": backward is not None, "SHORT": is_short(x), "LAST": is_last(source), "PRECISION": precision_of(x),
+    }  # fmt: skip
+
+    def plan() -> Plan:
+        kernel = "layer" if backward is None else "layer_backward"
+        heuristic = options_for(gates, channels, 8 * x.element_size(), shared_memory(x), backward=backward is not None)
+        options = tuned(kernel, x, (gates, channels, skips), heuristic)
+        across, outs, chunk, columns = options["GATES"], options["OUTS"], options["CHUNK"], options["STEPS"]
+        tiles = cdiv(steps, columns)
+        numbers = (
+            steps, tiles, channels, aligned(channels), gates, skips, steps if every else 1, int(every),
+            *steps_of(gate_grads), *shape.tap_arguments(),
+        )  # fmt: skip
+        blocks = [block_of(source, chunk, columns), (across, chunk), (across, outs) if backward else (outs, across)]
+        blocks += [(outs, columns)] * 2 if backward else []
+        return Plan(_layer, batch * tiles, numbers, flags | options, tuple(blocks), (batch * tiles,))
+
+    key = x.shape, x.dtype, out_weight.shape, shape, every, steps_of(gate_grads), *flags.values()
+    made = planned(_layer, key, plan)
+    partial, out_sums = (
+        x.new_empty(n, made.sizes[0] if backward else 0, dtype=torch.float32) for n in (2 * gates, len(out_weight))
+    )
     projections = by_tap(out_weight.unsqueeze(2), 1) if backward is None else turned(out_weight, channels)
-    ends = [residual, skip]
-    if backward:
-        ends = [tiles_of(g, outs, columns) for g in (residual, skip)]
-    _layer[(batch * tiles,)](
-        x, tiles_of(source, chunk, columns), tiles_of(by_tap(weight, shape.taps), across, chunk), bias, cond,
-        tiles_of(projections, *((across, outs) if backward else (outs, across))), out_bias, *ends, gate_grads,
-        gates_out, partial, steps, tiles, channels, aligned(channels), gates, skips, steps if every else 1, int(every),
-        *steps_of(gate_grads), *shape.tap_arguments(), BIASED=bias is not None, CONDITIONED=cond is not None,
-        OUT_BIASED=out_bias is not None, BACKWARD=backward is not None, SHORT=is_short(x), LAST=is_last(source),
-        PRECISION=precision_of(x), **options,
+    ends = [tiles_of(t) if backward else t for t in (residual, skip)]
+    made.run(
+        x, tiles_of(source), tiles_of(by_tap(weight, shape.taps)), bias, cond, tiles_of(projections), out_bias, *ends,
+        gate_grads, gates_out, partial, out_sums,
     )  # fmt: skip
-    return partial
+    return partial, out_sums
 
 
 def wavenet_layer_out(
@@ -239,8 +271,8 @@ def wavenet_layer_backward(
     shape, gates = shape_of(x, weight, dilation), out_weight.shape[1]
     grads = (grad_residual, grad_skip)
     with on_device(x):
-        of_out_bias = torch.cat([g.sum((0, 2), dtype=torch.float32) for g in grads]).to(out_weight.dtype)
         if gates > MOST_GATES:
+            of_out_bias = torch.cat([g.sum((0, 2), dtype=torch.float32) for g in grads]).to(out_weight.dtype)
             grad = torch.cat(grads, 1)  # (B, C + S, T)
             z = gated_causal_conv1d(x, weight, bias, cond, dilation)
             of_out_weight = torch.einsum("bot,bht->oh", grad, z)
@@ -251,7 +283,8 @@ def wavenet_layer_backward(
         source = arranged(x, shape)
         of_sums, z = sums_for(source, 2 * gates), x.new_empty(x.shape[0], gates, x.shape[2])
         ends = [g if g.numel() else x for g in grads]  # of an empty skip there is nothing to take tiles from
-        partial = _run(x, source, weight, bias, out_weight, out_bias, cond, *ends, shape, (of_sums, z))
+        partial, out_sums = _run(x, source, weight, bias, out_weight, out_bias, cond, *ends, shape, (of_sums, z))
+        of_out_bias = out_weight.new_zeros(len(out_weight)) if out_bias is None else sum_rows(out_sums).to(x.dtype)
         one = shape._replace(taps=1, left=0, kernel_width=1)
         parts = [
             grad_weight(g, z, w, one)

@@ -65,6 +65,7 @@ class _GatedMaskedConv2d(torch.autograd.Function):
         x, weight, bias, cond, ctx.mask, ctx.colors = inputs
         ctx.has_bias, kept = bias is not None, output[1]
         ctx.mark_non_differentiable(kept)
+        ctx.set_materialize_grads(False)  # kept has none, as large as itself
         ctx.save_for_backward(x, weight, cond, kept)
 
     @staticmethod
