@@ -188,6 +188,18 @@ def test_features_at_the_rate_of_samples(streams, how, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("how", [{}, {"cluster": 3}, {"cluster": 3, "tile": 5, "tiles": 2}], ids=str)
+@pytest.mark.parametrize("mode", ["address", "thread"])
+def test_a_warp_for_each_tile(mode, how, tmp_path):
+    """Products of the sizes for which a warp holds all weights of its tile."""
+    weights = network(residual=50, gate=34)
+    state, args = call(weights, DILATIONS, streams=7 if how.get("tile") else 1, steps=5)
+    check(
+        built("wavenet.cpp", mode), tmp_path, weights, DILATIONS, state, args, bf16=True, threads=160,
+        order="random 1", **how,
+    )  # fmt: skip
+
+
 def test_without_layers(tmp_path):
     weights = network(layers=0)
     state, args = call(weights, [])

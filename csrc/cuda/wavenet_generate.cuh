@@ -95,7 +95,7 @@ class Block {
         const int live = streams_of(tile);
         if (live == 0) break;
         prepare(tile, live, t);
-        if (share_.layers() > 0 || rank_ == 0) walk(tile, live, t);
+        if (share_.layers() > 0 || rank_ == 0) small() ? walk<true>(tile, live, t) : walk<false>(tile, live, t);
         if (share_.head) emit(tile, live, t);
       }
       sync_block();
@@ -214,7 +214,16 @@ class Block {
     if (thread() == threads() - 1) expect_next(kind, tile, live);  // who has least to do with what has come
   }
 
+  // Whether the chain's products are such as `product` has less code for.
+  FASTGEN_DEVICE bool small() const {
+    if constexpr (sizeof(W) != 2) return false;
+    const int warps = threads() / 32;
+    return job_.tap.steps == kChain && job_.residual.steps == kChain && job_.tap.tiles <= warps &&
+           job_.residual.tiles <= warps;
+  }
+
   // The layers of this block, from x to x, and their skips.
+  template <bool kSmall>
   FASTGEN_DEVICE void walk(int tile, int live, int64_t t) {
     const int residual = job_.shape.residual, gates = job_.shape.gate, length = job_.lengths.x;
     if (share_.layers() == 0 && t > 0) receive(kSample, tile, live, t - 1);
@@ -222,7 +231,7 @@ class Block {
       const W* w = weights_ + job_.layout.layer * own;
       const float* before = pending(own, alone_ ? static_cast<int>(t % kAhead) : 0);
       const Vectors<W> to = z(own);
-      product<M, true, kChain>(
+      product<M, true, kChain, kSmall>(
           job_.tap, w, input_, live, [&](int unit, int n, int row) { return before[(n * 2 + row) * gates + unit]; },
           [&] {
             if (own == 0) take_x(tile, live, t);
@@ -232,7 +241,7 @@ class Block {
       if (share_.first + own + 1 == job_.shape.layers) break;  // no layer takes its x
       const bool passes = own + 1 == share_.layers();
       const float *from = x(own), *bias = bias_ + own * residual;
-      product<M, false, kChain>(
+      product<M, false, kChain, kSmall>(
           job_.residual, w, to, live, [&](int unit, int n, int) { return from[n * length + unit] + bias[unit]; },
           [] { sync_block(); },
           [&](int unit, int n, float v) {
@@ -270,11 +279,19 @@ class Block {
 
   FASTGEN_DEVICE void embed(int tile, int live) {
     const bool categorical = job_.distribution == Distribution::kCategorical;
-    each(0, live, job_.shape.residual, [&](int n, int r) {
-      const int64_t row = categorical ? came_[tile * N + n] : 0;
+    const int residual = job_.shape.residual;
+#pragma unroll 1
+    for (int n = thread() / 32; n < live; n += threads() / 32) {
       const float value = categorical ? 1 : came_value_[tile * N + n];
-      set_x(0, n, r, job_.floats[job_.layout.input + row * job_.shape.residual + r] * value + input_bias_[r]);
-    });
+      const float* row = job_.floats + job_.layout.input + (categorical ? int64_t{came_[tile * N + n]} * residual : 0);
+#pragma unroll 1
+      for (int r = thread() % 32; r < residual; r += 64) {
+        const bool two = r + 32 < residual;
+        const float v = row[r], w = two ? row[r + 32] : 0;  // both on their way at once
+        set_x(0, n, r, v * value + input_bias_[r]);
+        if (two) set_x(0, n, r + 32, w * value + input_bias_[r + 32]);
+      }
+    }
   }
 
   // The layers' inputs become part of their past.
@@ -297,7 +314,7 @@ class Block {
   FASTGEN_DEVICE void add_skips(int tile, int live, int64_t t) {
     const Matrix& m = job_.skip;
     const auto with = [&](int of_warp, auto&& known) {
-      TileProduct<M, kChain, W> p;
+      TileProduct<M, kChain, false, W> p;
       for (int own = 0; of_warp < m.tiles && own < share_.layers(); ++own) {
         const W* w = weights_ + job_.layout.layer * own + m.at + of_warp * m.steps * kTileRows * kTileInputs;
         p.hold(w, m.steps);
@@ -341,7 +358,7 @@ class Block {
     const auto step_of = [&](int n) { return alone_ ? t + n : t; };
     const auto add = [&](const Matrix& m, const W* weights, int own, int from, int to) {
       float* sums = pending(own, 0);
-      product<M, true, kChain>(
+      product<M, true, kChain, false>(
           m, weights, input_, to,
           [&](int unit, int n, int row) { return sums[(2 * n + row) * job_.shape.gate + unit]; }, [] { sync_block(); },
           [&](int unit, int n, float a, float b) {
@@ -417,7 +434,7 @@ class Block {
     if (uniform < live * each_has)
       u = job_.uniforms[(stream(tile, uniform / each_has) * job_.steps + t) * each_has + uniform % each_has];
     const W* w = weights_ + (job_.layout.head - share_.begin);
-    product<M, false, kHead>(
+    product<M, false, kHead, false>(
         job_.hidden, w, skips_, live, [&](int unit, int, int) { return head_bias_[unit]; },
         [&] {
           if (job_.cluster > 1) take_skips(tile, live, t);
@@ -425,7 +442,7 @@ class Block {
         },
         [&](int unit, int n, float v) { put(hidden_, n, unit, fmaxf(v, 0.0f)); });
     if (uniform < live * each_has) uniforms_[uniform] = u;
-    product<M, false, kHead>(
+    product<M, false, kHead, false>(
         job_.output, w, hidden_, live, [&](int unit, int, int) { return head_bias_[skip + unit]; },
         [] { sync_block(); }, [&](int unit, int n, float v) { out_[n * job_.lengths.outputs + unit] = v; });
     sync_block();

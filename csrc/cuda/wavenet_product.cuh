@@ -65,29 +65,29 @@ FASTGEN_DEVICE void put(const Vectors<uint16_t>& to, int vector, int number, con
 
 // A warp's product of a tile of weights, `steps` times 32 inputs wide, with 4 M vectors: begin(h, i, v) gives what the
 // sum starts from, hold(w, steps) loads the first kHeld steps' weights, add(w, steps, x, live) multiplies; sums are as
-// multiply_tile has them.
-template <int M, int kHeld, class W>
+// multiply_tile has them. kSmall: there are no more and no fewer steps.
+template <int M, int kHeld, bool kSmall, class W>
 class TileProduct;
 
-template <int M, int kHeld>
-class TileProduct<M, kHeld, uint16_t> {
+template <int M, int kHeld, bool kSmall>
+class TileProduct<M, kHeld, kSmall, uint16_t> {
  public:
   FASTGEN_DEVICE void begin(int h, int i, float v) { d_[i][0][2 * h] = v; }
   FASTGEN_DEVICE void hold(const uint16_t* w, int steps) {
     w += thread() % 32 * kGroup;
     held_[0] = load(w);
     for (int s = 1; s < kHeld; ++s) {
-      held_[s] = {};
-      if (s < steps) held_[s] = load(w + s * kStep);
+      if (!kSmall) held_[s] = {};
+      if (kSmall || s < steps) held_[s] = load(w + s * kStep);
     }
   }
   FASTGEN_DEVICE void add(const uint16_t* w, int steps, const Vectors<uint16_t>& x, int /*live*/) {
     const int lane = thread() % 32, column = lane / 4;  // of 8: two parts of four vectors
     const uint16_t* in = x.data + (column / 2 * x.length + lane % 4 * kGroup) * 2 + column % 2 * kGroup;
     w += lane * kGroup;
-    for (int s = 0; s < kHeld; ++s) multiply(held_[s], in + (s < steps ? s : 0) * 2 * kTileInputs, x.length);
+    for (int s = 0; s < kHeld; ++s) multiply(held_[s], in + (kSmall || s < steps ? s : 0) * 2 * kTileInputs, x.length);
 #pragma unroll 1
-    for (int s = kHeld; s < steps; s += 2) {
+    for (int s = kHeld; !kSmall && s < steps; s += 2) {
       const Step a = load(w + s * kStep), b = s + 1 < steps ? load(w + (s + 1) * kStep) : Step{};
       multiply(a, in + s * 2 * kTileInputs, x.length);
       multiply(b, in + (s + 1 < steps ? s + 1 : s) * 2 * kTileInputs, x.length);
@@ -126,8 +126,8 @@ class TileProduct<M, kHeld, uint16_t> {
   float d_[M][2][4] = {};  // two sums that do not wait for each other
 };
 
-template <int M, int kHeld>
-class TileProduct<M, kHeld, float> {
+template <int M, int kHeld, bool kSmall>
+class TileProduct<M, kHeld, kSmall, float> {
  public:
   FASTGEN_DEVICE void begin(int h, int i, float v) { sums_[h][i] = v; }
   FASTGEN_DEVICE void hold(const float*, int) {}
@@ -160,14 +160,14 @@ FASTGEN_DEVICE void each_sum(const Matrix& m, int tile, int live, F&& f) {
 
 // A warp for each tile. start(unit, vector, row of the pair) gives what is added to the product: read, like the first
 // weights, before wait(), which all threads call once, and after which the vectors are known. Then finish(unit, vector,
-// sum) or, for pairs, finish(unit, vector, sum, second sum).
-template <int M, bool kPairs, int kHeld, class W, class Start, class Wait, class Finish>
+// sum) or, for pairs, finish(unit, vector, sum, second sum). kSmall: each tile has a warp of its own and kHeld steps.
+template <int M, bool kPairs, int kHeld, bool kSmall, class W, class Start, class Wait, class Finish>
 FASTGEN_DEVICE void product(const Matrix& m, const W* w, const Vectors<W>& x, int live, Start&& start, Wait&& wait,
                             Finish&& finish) {
   const auto with = [&](int tile, auto&& known) {
     // loaded where there is no tile too: registers that only some iterations set would be taken in all the kernel
-    const W* of_tile = w + m.at + (tile < m.tiles ? tile : 0) * m.steps * kTileRows * kTileInputs;
-    TileProduct<M, kHeld, W> p;
+    const W* of_tile = w + m.at + (tile < m.tiles ? tile : 0) * (kSmall ? kHeld : m.steps) * kTileRows * kTileInputs;
+    TileProduct<M, kHeld, kSmall, W> p;
     p.hold(of_tile, m.steps);
     each_sum<M, kPairs>(m, tile, live, [&](int unit, int n, int h, int i) { p.begin(h, i, start(unit, n, h)); });
     known();
@@ -185,7 +185,7 @@ FASTGEN_DEVICE void product(const Matrix& m, const W* w, const Vectors<W>& x, in
   const int warps = threads() / 32, warp = thread() / 32;
   with(warp, wait);
 #pragma unroll 1
-  for (int tile = warp + warps; tile < m.tiles; tile += warps) with(tile, [] {});
+  for (int tile = warp + warps; !kSmall && tile < m.tiles; tile += warps) with(tile, [] {});
 }
 
 }  // namespace fastgen::wavenet
