@@ -420,7 +420,8 @@ class Block {
       });
       const Past next = after(p.own, p.tap);
       fetch(next);
-      add(job_.tap, weights_ + job_.layout.layer * p.own + job_.layout.old_at(p.tap), p.own, p.from, p.to);
+      add(job_.tap, weights_ + job_.layout.layer * p.own + job_.old_at + (p.tap - 1) * job_.old_size, p.own, p.from,
+          p.to);
       p = next;
     }
     sync_block();

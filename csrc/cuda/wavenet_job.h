@@ -42,6 +42,7 @@ struct Job {
   Layout layout;
   Lengths lengths;
   Matrix tap, residual, skip, local, hidden, output;
+  int64_t old_at, old_size;  // of a layer's taps before the current one
   Distribution distribution;
   float temperature, log_scale_min;
   int64_t streams, steps, given_steps, position, history_rows, history_stride;
@@ -72,6 +73,8 @@ struct Job {
         local(layout.local, layout.local_at()),
         hidden(layout.hidden, 0),
         output(layout.output, layout.hidden.size()),
+        old_at(layout.old_at(1)),
+        old_size(layout.tap.size()),
         scratch(nullptr),
         scratch_bytes(plan.spilled ? most_of_layers(plan) : 0) {}
 
