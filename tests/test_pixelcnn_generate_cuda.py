@@ -45,7 +45,7 @@ def recorded(monkeypatch, model, batch, size, first_row=0, **options):
     return seen
 
 
-def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=16, threads=64, resident=True, spilled=False,
+def check(folder, seen, mode="plain", cluster=1, images_each=1, row_cluster=1, row_images=1, columns=16, threads=64, resident=True, spilled=False,
           meets=False, order="forward", fill=0xFF):  # fmt: skip
     """The emulated kernel draws what the CPU's kernel draws, from the same parameters."""
     arrays = {f"matrix.{i}": m for i, m in enumerate(seen["matrices"])}
@@ -66,7 +66,7 @@ def check(folder, seen, mode="plain", cluster=1, images_each=1, columns=16, thre
         "levels": seen["table"].shape[0], "features": seen["table"].shape[1], "context_plane": seen["context_plane"],
         "context_channels": 0 if context is None else context.shape[3], "temperature": seen["temperature"],
         "log_scale_min": seen["log_scale_min"], "bf16": int(seen["bf16"]), "threads": threads, "cluster": cluster,
-        "images_each": images_each, "columns": columns, "resident": int(resident), "spilled": int(spilled),
+        "images_each": images_each, "row_cluster": row_cluster, "row_images": row_images, "columns": columns, "resident": int(resident), "spilled": int(spilled),
         "meets": int(meets), "order": ORDERS[order][0],
         "seed": ORDERS[order][1], "fill": fill,
     }  # fmt: skip
@@ -100,10 +100,10 @@ MODELS = {
     "logistic, colors": lambda: (gated(image_channels=3, levels=8, distribution="logistic", mixtures=2), {}),
 }
 HOW = {
-    "one block": {}, "a cluster": {"cluster": 3, "images_each": 2},
-    "more images": {"cluster": 2, "images_each": 3, "columns": 64},
+    "one block": {}, "a cluster": {"cluster": 3, "images_each": 2, "row_cluster": 3},
+    "more images": {"cluster": 2, "images_each": 3, "row_images": 3, "columns": 64},
     "scores in memory": {"cluster": 2, "spilled": True},
-    "weights in memory": {"cluster": 4, "images_each": 3, "resident": False, "threads": 32},
+    "weights in memory": {"cluster": 4, "images_each": 3, "row_cluster": 4, "row_images": 2, "resident": False, "threads": 32},
     "many blocks, step by step": {"cluster": 8, "images_each": 3, "meets": True},
 }  # fmt: skip
 
@@ -133,7 +133,7 @@ def test_in_any_order_of_threads(order, monkeypatch, tmp_path):
 def test_no_races(name, spilled, monkeypatch, tmp_path):
     model, options = MODELS[name]()
     seen = recorded(monkeypatch, model, 2, (2, 2), **options)
-    check(tmp_path, seen, "thread", cluster=2, images_each=2, threads=32, spilled=spilled, order="random 1")
+    check(tmp_path, seen, "thread", cluster=2, images_each=2, row_cluster=2, threads=32, spilled=spilled, order="random 1")
 
 
 def test_completion(monkeypatch, tmp_path):

@@ -76,8 +76,6 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.planes = reinterpret_cast<const Plane*>(start);
   job.instructions = reinterpret_cast<const Instruction*>(start + instructions_at);
   job.matrices = reinterpret_cast<const Matrix*>(start + matrices_at);
-  job.first_row = first_row;
-  job.last_row = last_row;
   job.memory_size = memory.size(1);
   FASTGEN_CHECK(job.memory_size % kGroup == 0, op, ": memory's rows must be multiples of ", kGroup, " floats");
   job.bias_size = biases.size(1);
@@ -106,7 +104,10 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
     scratch = torch::stable::new_empty(memory, std::vector<int64_t>{blocks * each});
     job.scratch = static_cast<float*>(scratch.data_ptr());
   }
-  check(launch(job, bf16, stream), op, "the launch");
+  for (job.y = first_row; job.y < last_row; ++job.y) {
+    if (job.row_count || job.context) check(launch(job, bf16, true, stream), op, "the launch");
+    check(launch(job, bf16, false, stream), op, "the launch");
+  }
 }
 
 }  // namespace

@@ -6,22 +6,28 @@ namespace fastgen::pixelcnn {
 namespace {
 
 template <class W>
-__global__ void __launch_bounds__(kThreads, 1) draw(const __grid_constant__ Job job) {
-  Images<W>(job).draw();
+__global__ void __launch_bounds__(kThreads, 1) draw_rows(const __grid_constant__ Job job) {
+  Rows<W>(job).draw();
+}
+template <class W>
+__global__ void __launch_bounds__(kThreads, 1) draw_pixels(const __grid_constant__ Job job) {
+  Pixels<W>(job).draw();
 }
 
-Launch<Job> launch_of(const Job& job, bool bf16, void* stream) {
-  const int64_t groups = (job.images + job.images_each - 1) / job.images_each;
-  const auto kernel = bf16 ? draw<uint16_t> : draw<float>;
+Launch<Job> launch_of(const Job& job, bool bf16, bool rows, void* stream) {
+  const auto kernel = rows ? bf16 ? draw_rows<uint16_t> : draw_rows<float>
+                           : bf16 ? draw_pixels<uint16_t> : draw_pixels<float>;
+  const int cluster = rows ? job.row_cluster : job.cluster, images = rows ? job.row_images : job.images_each;
   // more than eight blocks in a cluster are not there on every GPU that has clusters: `active` tells
   cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  return {kernel, job.cluster, groups, kThreads, job.shared_bytes(kThreads, bf16 ? 2 : 4), stream};
+  return {kernel,   cluster, images ? (job.images + images - 1) / images : 1,
+          kThreads, rows ? job.row_bytes(kThreads) : job.pixel_bytes(kThreads, bf16 ? 2 : 4), stream};
 }
 
 }  // namespace
 
-int active(const Job& job, bool bf16) { return launch_of(job, bf16, nullptr).active(); }
+int active(const Job& job, bool bf16, bool rows) { return launch_of(job, bf16, rows, nullptr).active(); }
 
-int launch(const Job& job, bool bf16, void* stream) { return launch_of(job, bf16, stream).run(job); }
+int launch(const Job& job, bool bf16, bool rows, void* stream) { return launch_of(job, bf16, rows, stream).run(job); }
 
 }  // namespace fastgen::pixelcnn

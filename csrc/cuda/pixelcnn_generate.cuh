@@ -1,12 +1,14 @@
 // Sampling an image pixel by pixel on a GPU, for any model that is a program over planes
-// (fastgen/ops/pixel_program.py).
+// (fastgen/ops/pixel_program.py). Two kernels take turns for each row of the images, by clusters of blocks that have
+// some images each.
 //
-// A cluster of blocks draws some images together. What is above the current row is multiplied for whole rows: each
-// block has a share of the row's pixels, or of the rows of a matrix where pixels are few; these planes lie in global
-// memory. Then come the pixels, one after the other. A block has a share of the rows of each matrix in its shared
-// memory, and so has every block the vectors of the current pixel: a convolution's result is sent to all, and its
-// arrival is what the next waits for. What earlier pixels of the row give to a convolution was multiplied when they
-// were drawn, while their results were on their way.
+// `Rows`: what is above a row is multiplied for the whole row. A block has a share of its pixels, or of the rows of a
+// matrix where pixels are few; planes lie in global memory, and all blocks meet after each instruction.
+//
+// `Pixels`: one pixel after the other. A block has a share of the rows of each matrix, in its shared memory if they
+// fit, and so has every block the vectors of the current pixel: a convolution's result is sent to all, and its arrival
+// is what the next waits for. What a pixel gives to later ones of its row is multiplied while its results are on their
+// way.
 #pragma once
 
 #include "network.cuh"
@@ -14,79 +16,27 @@
 
 namespace fastgen::pixelcnn {
 
-template <class W>
+template <class T>
+FASTGEN_DEVICE const T* copied(Shared& shared, const T* from, int64_t count) {
+  T* to = shared.take<T>(count);
+  for (int64_t i = thread(); i < count; i += threads()) to[i] = from[i];
+  return to;
+}
+
+// The images of a cluster.
 class Images {
- public:
-  FASTGEN_DEVICE explicit Images(const Job& job)
+ protected:
+  FASTGEN_DEVICE Images(const Job& job, Shared& shared, int cluster, int images_each, int64_t from, int64_t to)
       : job_(job),
-        ranks_(job.cluster),
-        rank_(block() % job.cluster),
+        ranks_(cluster),
+        rank_(block() % cluster),
         width_(static_cast<int>(job.width)),
-        first_(int64_t{block() / job.cluster} * job.images_each),
-        count_(static_cast<int>(first_ + job.images_each < job.images ? job.images_each : job.images - first_)),
-        groups_((job.images_each + kShare - 1) / kShare),
-        room_(static_cast<int>(job.room())) {
-    static_assert(sizeof(Task) == kTaskBytes);
-    Shared shared;
-    arrivals_ = shared.take<Arrival>(2);
+        instruction_count_(static_cast<int>(to - from)),
+        first_(int64_t{block() / cluster} * images_each),
+        count_(static_cast<int>(first_ + images_each < job.images ? images_each : job.images - first_)) {
     planes_ = copied(shared, job.planes, job.plane_count);
-    instructions_ = copied(shared, job.instructions, job.instruction_count);
+    instructions_ = copied(shared, job.instructions + from, to - from);
     matrices_ = copied(shared, job.matrices, job.matrix_count);
-    tasks_ = shared.take<Task>(job.instruction_count);
-    tokens_ = shared.take<uint32_t>(ranks_);
-    const int64_t spilled_scores = job.spilled ? job.scores_of_block(threads()) : 0;
-    float* scratch = job.scratch + block() * job.scratch_floats(threads());
-    weights_ = job.resident ? shared.take<W>(job.weights) : nullptr;
-    old_ = job.resident ? shared.take<float>(job.old_floats()) : scratch + spilled_scores;
-    const int64_t row = job.row_floats(threads()), pixel = job.pixel_floats(threads());
-    slots_ = shared.take<float>(row > pixel ? row : pixel);
-    windows_ = reinterpret_cast<W*>(slots_);
-    partial_ = slots_ + job.columns * job.most_inputs;
-    columns_ = reinterpret_cast<Column*>(partial_ + split_floats(job.columns / 4, threads()));
-    outputs_ = slots_ + room_ * job.slots;
-    scores_ = job.spilled ? scratch : outputs_ + job.outputs_of_block(threads());
-    if (thread() < 2) begin_arrival(arrivals_ + thread());
-    sync_block();
-    for (int64_t i = job.row_count + thread(); i < job.instruction_count; i += threads())
-      if (static_cast<Kind>(instructions_[i].kind) == Kind::kConv) tasks_[i] = task_of(instructions_[i]);
-    sync_block();
-  }
-
-  FASTGEN_DEVICE void draw() {
-    if (job_.resident) take_weights();
-    for (int64_t y = job_.first_row; y < job_.last_row; ++y) {
-      copy_context(y);
-      meet();
-      for (int i = 0; i < job_.row_count; ++i) {
-        draw_row(instructions_[i], y);
-        meet();
-      }
-      for (int64_t i = thread(); i < room_ * job_.slots; i += threads()) slots_[i] = 0;
-      for (int64_t i = thread(); i < job_.old_floats(); i += threads()) old_[i] = 0;
-      for (int64_t i = job_.row_count + thread(); i < job_.instruction_count; i += threads()) {
-        const Instruction& of = instructions_[i];
-        if (static_cast<Kind>(of.kind) != Kind::kConv) continue;
-        if (of.other >= 0) tasks_[i].other = row(of.other, y);
-        tasks_[i].kept = row(of.dst, y);
-      }
-      meet();  // none sends to a block that still multiplies rows
-      for (int x = 0; x < width_; ++x)
-        for (int64_t i = job_.row_count; i < job_.instruction_count; ++i) draw_pixel(i, y, x);
-      receive();
-      meet();
-    }
-  }
-
- private:
-  struct Column {
-    int image, x;
-  };
-
-  template <class T>
-  FASTGEN_DEVICE static const T* copied(Shared& shared, const T* from, int64_t count) {
-    T* to = shared.take<T>(count);
-    for (int64_t i = thread(); i < count; i += threads()) to[i] = from[i];
-    return to;
   }
 
   FASTGEN_DEVICE void meet() {
@@ -129,17 +79,48 @@ class Images {
     return quick_divide(a, part * (1 + quick_exp(-b)));
   }
 
-  FASTGEN_DEVICE void copy_context(int64_t y) const {
+  const Job& job_;
+  const int ranks_, rank_, width_, instruction_count_;
+  const int64_t first_;
+  const int count_;
+  const Plane* planes_;
+  const Instruction* instructions_;
+  const Matrix* matrices_;
+};
+
+template <class W>
+class Rows : Images {
+ public:
+  FASTGEN_DEVICE Rows(const Job& job, Shared&& shared = {})
+      : Images(job, shared, job.row_cluster, job.row_images, 0, job.row_count) {
+    windows_ = shared.take<W>(job.columns * job.most_inputs * Vectors<W>::kParts);
+    partial_ = shared.take<float>(split_floats(job.columns / 4, threads()));
+    columns_ = shared.take<Column>(job.columns);
+    sync_block();
+  }
+
+  FASTGEN_DEVICE void draw() {
+    copy_context();
+    for (int i = 0; i < instruction_count_; ++i) {
+      meet();
+      draw_row(instructions_[i], job_.y);
+    }
+  }
+
+ private:
+  struct Column {
+    int image, x;
+  };
+
+  FASTGEN_DEVICE void copy_context() const {
     if (!job_.context) return;
     const auto channels = static_cast<unsigned>(job_.context_channels), size = channels * width_;
     for (unsigned i = rank_ * threads() + thread(); i < count_ * size; i += ranks_ * threads()) {
       const int image = i / size, x = i % size / channels, c = i % channels;
-      const int64_t pixel = ((job_.own_context ? first_ + image : 0) * job_.height + y) * job_.width + x;
-      at(job_.context_plane, image, y, x)[c] = job_.context[pixel * channels + c];
+      const int64_t pixel = ((job_.own_context ? first_ + image : 0) * job_.height + job_.y) * job_.width + x;
+      at(job_.context_plane, image, job_.y, x)[c] = job_.context[pixel * channels + c];
     }
   }
-
-  // ---- whole rows
 
   // This block's pixels of a row of all images, which it shares with `sharers` blocks, of which it is number `nth`.
   struct Share {
@@ -263,12 +244,54 @@ class Images {
     }
   }
 
-  // ---- single pixels
+  W* windows_;
+  float* partial_;
+  Column* columns_;
+};
+
+template <class W>
+class Pixels : Images {
+ public:
+  FASTGEN_DEVICE Pixels(const Job& job, Shared&& shared = {})
+      : Images(job, shared, job.cluster, job.images_each, job.row_count, job.instruction_count),
+        groups_((job.images_each + kShare - 1) / kShare),
+        room_(static_cast<int>(job.room())) {
+    static_assert(sizeof(Task) == kTaskBytes);
+    float* scratch = job.scratch + block() * job.scratch_floats(threads());
+    arrivals_ = shared.take<Arrival>(2);
+    tasks_ = shared.take<Task>(instruction_count_);
+    tokens_ = shared.take<uint32_t>(ranks_);
+    weights_ = job.resident ? shared.take<W>(job.weights) : nullptr;
+    old_ = job.resident ? shared.take<float>(job.old_floats()) : scratch;
+    slots_ = shared.take<float>(room_ * job.slots);
+    outputs_ = shared.take<float>(job.outputs_of_block(threads()));
+    scores_ = job.spilled ? scratch + (job.resident ? 0 : job.old_floats())
+                          : shared.take<float>(job.scores_of_block(threads()));
+    if (thread() < 2) begin_arrival(arrivals_ + thread());
+    for (int64_t i = thread(); i < room_ * job.slots; i += threads()) slots_[i] = 0;
+    for (int64_t i = thread(); i < job.old_floats(); i += threads()) old_[i] = 0;
+    sync_block();
+    for (int i = thread(); i < instruction_count_; i += threads())
+      if (is_conv(i)) tasks_[i] = task_of(instructions_[i]);
+    sync_block();
+    if (job.resident) take_weights();
+    meet();  // none is sent anything before
+  }
+
+  FASTGEN_DEVICE void draw() {
+    for (int x = 0; x < width_; ++x)
+      for (int i = 0; i < instruction_count_; ++i) draw_pixel(i, job_.y, x);
+    receive();
+    meet();  // none ends while it is sent something
+  }
+
+ private:
+  FASTGEN_DEVICE bool is_conv(int i) const { return static_cast<Kind>(instructions_[i].kind) == Kind::kConv; }
 
   FASTGEN_DEVICE void take_weights() {
-    for (int64_t k = job_.row_count; k < job_.instruction_count; ++k) {
+    for (int k = 0; k < instruction_count_; ++k) {
+      if (!is_conv(k)) continue;
       const Instruction& i = instructions_[k];
-      if (static_cast<Kind>(i.kind) != Kind::kConv) continue;
       const Task& task = tasks_[k];
       const int size = task.size / kGroup;
       for (int nth = 0; nth < task.tiles; ++nth) {
@@ -310,6 +333,8 @@ class Images {
     t.before = static_cast<int>(i.extra) - 1;
     t.steps = padded / static_cast<int>(i.extra) / kTileInputs;
     t.idle = count < ranks_ ? ranks_ - count * (all < sharers ? all : sharers) : 0;
+    if (i.other >= 0) t.other = row(i.other, job_.y);
+    t.kept = row(i.dst, job_.y);
     return t;
   }
 
@@ -387,7 +412,7 @@ class Images {
     }
   }
 
-  FASTGEN_DEVICE void draw_pixel(int64_t number, int64_t y, int x) {
+  FASTGEN_DEVICE void draw_pixel(int number, int64_t y, int x) {
     const Instruction& i = instructions_[number];
     const Kind kind = static_cast<Kind>(i.kind);
     if (kind == Kind::kConv) {
@@ -443,11 +468,16 @@ class Images {
                                  : static_cast<const W*>(job_.weights_at) + matrix.at + int64_t{tile} * task.size;
       const Vectors<W> inputs{src.group(group * M * kShare, 0, 0), src.length};
       const int tap_size = task.steps * kTileInputs * kTileRows;
-      multiply<M>(w + before * tap_size, task.steps, inputs, v);
+      Ahead now, late;
+      now.fetch(w + before * tap_size, task.steps);
+      receive();
+      if (other_sent)
+        for (int k = 0; k < M; ++k)
+          for (int h = 0; h < 2; ++h) v[k][h] += number(i.other, image_of(k), y, x, rows[h]);
+      multiply<M>(now, inputs, v);
+      if (before > 0) late.fetch(w + (before - 1) * tap_size, task.steps);
       for (int k = 0; k < M; ++k) {
         const int image = image_of(k);
-        if (other_sent && image < count_)
-          for (int h = 0; h < 2; ++h) v[k][h] += number(i.other, image, y, x, rows[h]);
         if (one)
           v[k][0] = activated(then, v[k][0], v[k][1]);
         else if (i.then >= 0)
@@ -460,57 +490,65 @@ class Images {
         }
       }
       for (int tap = before - 1; tap >= 0; --tap) {  // for pixels to come
-        float late[2][M] = {};
-        multiply_tile<M>(w + tap * tap_size, task.steps, inputs, 4 * M, late);
+        float sums[M][2] = {};
+        multiply<M>(late, inputs, sums);
+        if (tap > 0) late.fetch(w + (tap - 1) * tap_size, task.steps);
         for (int k = 0; k < M; ++k)
           for (int h = 0; h < 2; ++h) {
             float& sum = old_of(k, x + before - tap, h);
-            sum = tap == 0 ? late[h][k] : sum + late[h][k];  // the first for that pixel
+            sum = tap == 0 ? sums[k][h] : sum + sums[k][h];  // the first for that pixel
           }
       }
     }
   }
 
-  // v[k][h] += of row lane / 4 + 8 h of a tile with vector 4 k + lane % 4, when that has come. The weights are there by
-  // then.
+  // A tile's weights for one pixel of a window: the first are on their way from `fetch` on.
+  struct Ahead {
+    static constexpr int kSteps = 4;
+    const W* w = nullptr;
+    int steps = 0;
+    uint32_t a[kSteps][2][4];
+
+    FASTGEN_DEVICE void fetch(const W* weights, int count) {
+      w = weights;
+      steps = count;
+      if constexpr (sizeof(W) == 2)
+        for (int s = 0; s < kSteps; ++s) load(s < steps ? s : steps - 1, a[s]);
+    }
+    FASTGEN_DEVICE void load(int s, uint32_t (&to)[2][4]) const {
+      const W* from = w + s * kTileInputs * kTileRows + thread() % 32 * kGroup;
+      for (int h = 0; h < 2; ++h) memcpy(to[h], __builtin_assume_aligned(from + h * 32 * kGroup, 16), 16);
+    }
+  };
+
+  // v[k][h] += of row lane / 4 + 8 h of the tile with vector 4 k + lane % 4.
   template <int M>
-  FASTGEN_DEVICE void multiply(const W* w, int steps, const Vectors<W>& x, float (&v)[M][2]) {
+  FASTGEN_DEVICE static void multiply(const Ahead& ahead, const Vectors<W>& x, float (&v)[M][2]) {
     if constexpr (sizeof(W) == 2) {
-      constexpr int kAhead = 4;  // steps
       const int lane = thread() % 32, column = lane / 4;
-      w += lane * kGroup;
-      uint32_t a[kAhead][2][4];
-      const auto load = [&](int s, uint32_t(&to)[2][4]) {
-        for (int h = 0; h < 2; ++h) memcpy(to[h], __builtin_assume_aligned(w + (2 * s + h) * 32 * kGroup, 16), 16);
-      };
-      for (int s = 0; s < kAhead; ++s)
-        if (s < steps) load(s, a[s]);
-      receive();
       float d[2][M][4] = {};
       const auto step = [&](int s, const uint32_t(&a)[2][4]) {
         for (int k = 0; k < M; ++k) {
           uint32_t b[4];
-          memcpy(b,
-                 __builtin_assume_aligned(x.group(4 * k + column / 2, s * kTileInputs + lane % 4 * kGroup, column % 2),
-                                          16),
-                 16);
+          const W* from = x.group(4 * k + column / 2, s * kTileInputs + lane % 4 * kGroup, column % 2);
+          memcpy(b, __builtin_assume_aligned(from, 16), 16);
           multiply_add(d[0][k], {a[0][0], a[1][0], a[0][1], a[1][1]}, {b[0], b[1]});
           multiply_add(d[1][k], {a[0][2], a[1][2], a[0][3], a[1][3]}, {b[2], b[3]});
         }
       };
-      for (int s = 0; s < kAhead; ++s)
-        if (s < steps) step(s, a[s]);
-      for (int s = kAhead; s < steps; ++s) {
-        load(s, a[0]);
-        step(s, a[0]);
+      for (int s = 0; s < Ahead::kSteps; ++s)
+        if (s < ahead.steps) step(s, ahead.a[s]);
+      for (int s = Ahead::kSteps; s < ahead.steps; ++s) {
+        uint32_t a[2][4];
+        ahead.load(s, a);
+        step(s, a);
       }
       for (int k = 0; k < M; ++k)
         for (int h = 0; h < 2; ++h)
           v[k][h] += d[0][k][2 * h] + d[0][k][2 * h + 1] + d[1][k][2 * h] + d[1][k][2 * h + 1];
     } else {
-      receive();
       float sums[2][M] = {};
-      multiply_tile<M>(w, steps, x, 4 * M, sums);
+      multiply_tile<M>(ahead.w, ahead.steps, x, 4 * M, sums);
       for (int k = 0; k < M; ++k)
         for (int h = 0; h < 2; ++h) v[k][h] += sums[h][k];
     }
@@ -683,20 +721,13 @@ class Images {
     return low;
   }
 
-  const Job& job_;
-  const int ranks_, rank_, width_;
-  const int64_t first_;
-  const int count_, groups_, room_;  // images; groups of kShare; places for images
+  const int groups_, room_;  // of kShare images; places for images
   int stage_ = 0, received_ = 0;
   Arrival* arrivals_;
-  const Plane* planes_;
-  const Instruction* instructions_;
-  const Matrix* matrices_;
   Task* tasks_;
   uint32_t* tokens_;
-  W *weights_, *windows_;
-  float *old_, *slots_, *partial_, *outputs_, *scores_;
-  Column* columns_;
+  W* weights_;
+  float *old_, *slots_, *outputs_, *scores_;
 };
 
 }  // namespace fastgen::pixelcnn

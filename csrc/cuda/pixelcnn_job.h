@@ -45,9 +45,11 @@ FASTGEN_HOST_DEVICE inline int64_t row_of_pair(int64_t unit) {
 }
 
 struct Job {
-  int cluster, images_each;  // blocks that draw the same images, and how many
-  int columns;               // pixels of a row that a block multiplies at once: 16 or 64
-  int64_t images, colors, height, width, first_row, last_row, memory_size, bias_size;
+  int cluster, images_each;     // blocks that draw the same images, and how many: pixel by pixel,
+  int row_cluster, row_images;  // and what is above a row
+  int columns;                  // pixels of a row that a block multiplies at once: 16 or 64
+  int64_t images, colors, height, width, memory_size, bias_size;
+  int64_t y;  // the row to draw
   int64_t plane_count, instruction_count, matrix_count;
   int64_t row_count;    // instructions for whole rows, which come first
   int64_t most_inputs;  // of a matrix, padded
@@ -80,23 +82,23 @@ struct Job {
   FASTGEN_HOST_DEVICE int64_t outputs_of_block(int threads) const {
     return outputs > 1 ? threads / 32 * outputs : threads;
   }
-  // of shared memory that whole rows and single pixels use in turns
-  FASTGEN_HOST_DEVICE int64_t row_floats(int threads) const {
-    return columns * most_inputs + columns / 4 * 2 * threads + 2 * columns;
-  }
-  FASTGEN_HOST_DEVICE int64_t pixel_floats(int threads) const {
-    return room() * slots + outputs_of_block(threads) + (spilled ? 0 : scores_of_block(threads));
-  }
   FASTGEN_HOST_DEVICE int64_t scratch_floats(int threads) const {  // of a block
     return (resident ? 0 : old_floats()) + (spilled ? scores_of_block(threads) : 0);
   }
-  int64_t shared_bytes(int threads, int weight_bytes) const {
-    const int64_t program = round_up(plane_count * sizeof(Plane), 16) +
-                            round_up(instruction_count * sizeof(Instruction), 16) +
-                            round_up(matrix_count * sizeof(Matrix), 16) + round_up(instruction_count * kTaskBytes, 16) +
-                            round_up(cluster * 4, 16) + 16;
-    return program + (resident ? round_up(weights * weight_bytes, 16) + old_floats() * 4 : 0) +
-           round_up(std::max(row_floats(threads), pixel_floats(threads)) * 4, 16);
+  // Of shared memory, for all arrays that a block takes.
+  int64_t program_bytes(int64_t instructions) const {
+    return round_up(plane_count * sizeof(Plane), 16) + round_up(instructions * sizeof(Instruction), 16) +
+           round_up(matrix_count * sizeof(Matrix), 16);
+  }
+  int64_t row_bytes(int threads) const {
+    return program_bytes(row_count) + columns * (most_inputs * 4 + 8) + columns / 4 * 2 * threads * 4;
+  }
+  int64_t pixel_bytes(int threads, int weight_bytes) const {
+    const int64_t instructions = instruction_count - row_count;
+    return program_bytes(instructions) + 16 + round_up(instructions * kTaskBytes, 16) + round_up(cluster * 4, 16) +
+           (resident ? round_up(weights * weight_bytes, 16) + round_up(old_floats() * 4, 16) : 0) +
+           round_up(room() * slots * 4, 16) + round_up(outputs_of_block(threads) * 4, 16) +
+           (spilled ? 0 : round_up(scores_of_block(threads) * 4, 16));
   }
 };
 
@@ -291,36 +293,45 @@ void pack(const std::vector<const float*>& weights, const std::vector<int64_t>& 
 }
 
 // What pixelcnn_generate.cu does for pixelcnn_generate.cpp. Errors: of the CUDA runtime.
-int active(const Job& job, bool bf16);                // clusters that the current device holds at once
-int launch(const Job& job, bool bf16, void* stream);  // returns an error, or 0
+int active(const Job& job, bool bf16, bool rows);                // clusters that the current device holds at once
+int launch(const Job& job, bool bf16, bool rows, void* stream);  // draws part of row job.y; returns an error, or 0
 
 // Chooses how many blocks draw how many images together, and what lies in shared memory: as few images as leave no
-// cluster waiting for another, where that many fit. The largest cluster reads the least; but where images are many
-// their vectors cost more on their way to all blocks. -> whether any fit.
+// cluster waiting for another, where that many fit. The largest cluster reads the least; but where images are many their
+// vectors cost more on their way to all blocks. -> whether any fit.
 inline bool arrange(Program* program, int largest, int64_t shared_bytes, bool bf16, Job* job) {
   constexpr int64_t kFew = 8, kCrowd = 16, kSmall = 4;
-  const auto fits = [&](int64_t images, int columns) {
-    job->columns = columns;
+  const auto fits = [&](int64_t images) {
     job->images_each = static_cast<int>(images);
-    return job->shared_bytes(kThreads, bf16 ? 2 : 4) <= shared_bytes;
+    return job->pixel_bytes(kThreads, bf16 ? 2 : 4) <= shared_bytes;
   };
   const auto tried = [&](bool resident) {
     job->resident = resident;
-    job->columns = bf16 && fits(1, 64) ? 64 : 16;
-    const int groups = fits(1, job->columns) ? active(*job, bf16) : 0;
-    if (groups == 0) return false;
-    const int64_t wanted = (job->images + groups - 1) / groups;
+    const int64_t clusters = fits(1) ? active(*job, bf16, false) : 0;
+    if (clusters == 0) return false;
+    const int64_t wanted = (job->images + clusters - 1) / clusters;
     int64_t most = 1;
-    while (most < wanted && fits(most + 1, job->columns)) ++most;
-    fits(most, job->columns);
+    while (most < wanted && fits(most + 1)) ++most;
+    fits(most);
     return !resident || most >= std::min(wanted, kFew);
   };
-  for (int cluster = largest; cluster > 0; cluster /= 2) {
+  int cluster = largest;
+  for (; cluster > 0; cluster /= 2) {
     use(program, cluster, job);
     job->spilled = job->scores_of_block(kThreads) * 16 > shared_bytes;
-    if ((tried(true) || tried(false)) && (job->images_each <= kCrowd || cluster <= kSmall)) return true;
+    if ((tried(true) || tried(false)) && (job->images_each <= kCrowd || cluster <= kSmall)) break;
   }
-  return false;
+  job->columns = bf16 ? 64 : 16;
+  if (job->row_bytes(kThreads) > shared_bytes) job->columns = 16;
+  if (cluster == 0 || job->row_bytes(kThreads) > shared_bytes) return false;
+  // as many blocks for an image as leave none waiting, down to one for some images
+  int64_t clusters = 0;
+  for (job->row_cluster = largest;; job->row_cluster /= 2) {
+    clusters = active(*job, bf16, true);
+    if (job->row_cluster == 1 || clusters >= job->images) break;
+  }
+  job->row_images = static_cast<int>((job->images + clusters - 1) / std::max(clusters, int64_t{1}));
+  return clusters > 0;
 }
 
 }  // namespace fastgen::pixelcnn

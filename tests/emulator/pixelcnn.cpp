@@ -30,12 +30,12 @@ void run() {
   job.resident = option("resident");
   job.meets |= option("meets") != 0;
   job.images_each = option<int>("images_each");
+  job.row_cluster = option<int>("row_cluster");
+  job.row_images = option<int>("row_images");
   job.images = option("images");
   job.colors = option("colors");
   job.height = option("height");
   job.width = option("width");
-  job.first_row = option("first_row");
-  job.last_row = option("last_row");
   job.memory_size = option("memory_size");
   job.bias_size = option("bias_size");
   job.scores = job.height * job.width;
@@ -65,15 +65,22 @@ void run() {
   std::vector<int64_t> values(pixels);
   job.parameters = parameters.data();
   job.values = values.data();
-  fastgen::emulator::Launch how{};
-  how.blocks = static_cast<int>((job.images + job.images_each - 1) / job.images_each) * job.cluster;
-  std::vector<float> scratch(how.blocks * job.scratch_floats(threads), NAN);
+  const auto blocks = [&](int cluster, int images) {
+    return static_cast<int>((job.images + images - 1) / images) * cluster;
+  };
+  std::vector<float> scratch(blocks(job.cluster, job.images_each) * job.scratch_floats(threads), NAN);
   job.scratch = scratch.data();
-  how.cluster = job.cluster;
-  how.threads = threads;
-  how.shared_bytes = job.shared_bytes(threads, sizeof(W));
-  set_order(how);
-  fastgen::emulator::launch(how, [&] { Images<W>(job).draw(); });
+  fastgen::emulator::Launch for_rows{}, for_pixels{};
+  for_rows = {blocks(job.row_cluster, job.row_images), job.row_cluster, threads};
+  for_rows.shared_bytes = job.row_bytes(threads);
+  for_pixels = {blocks(job.cluster, job.images_each), job.cluster, threads};
+  for_pixels.shared_bytes = job.pixel_bytes(threads, sizeof(W));
+  set_order(for_rows);
+  set_order(for_pixels);
+  for (job.y = option("first_row"); job.y < option("last_row"); ++job.y) {
+    fastgen::emulator::launch(for_rows, [&] { Rows<W>(job).draw(); });
+    fastgen::emulator::launch(for_pixels, [&] { Pixels<W>(job).draw(); });
+  }
   write("out.values", values);
   write("out.parameters", parameters);
 }
