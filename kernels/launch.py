@@ -18,7 +18,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
 MOST_SHARED = 227 << 10  # bytes of shared memory for a program, on Hopper and Blackwell
 BARRIERS = 2048  # bytes of it beside the tiles
 
