@@ -261,11 +261,11 @@ class Pixels : Images {
     arrivals_ = shared.take<Arrival>(2);
     tasks_ = shared.take<Task>(instruction_count_);
     tokens_ = shared.take<uint32_t>(ranks_);
-    weights_ = job.resident ? shared.take<W>(job.weights) : nullptr;
-    old_ = job.resident ? shared.take<float>(job.old_floats()) : scratch;
+    weights_ = shared.take<W>(job.weights);
+    old_ = job.far ? scratch : shared.take<float>(job.old_floats());
     slots_ = shared.take<float>(room_ * job.slots);
     outputs_ = shared.take<float>(job.outputs_of_block(threads()));
-    scores_ = job.spilled ? scratch + (job.resident ? 0 : job.old_floats())
+    scores_ = job.spilled ? scratch + (job.far ? job.old_floats() : 0)
                           : shared.take<float>(job.scores_of_block(threads()));
     if (thread() < 2) begin_arrival(arrivals_ + thread());
     for (int64_t i = thread(); i < room_ * job.slots; i += threads()) slots_[i] = 0;
@@ -274,7 +274,7 @@ class Pixels : Images {
     for (int i = thread(); i < instruction_count_; i += threads())
       if (is_conv(i)) tasks_[i] = task_of(instructions_[i]);
     sync_block();
-    if (job.resident) take_weights();
+    take_weights();
     meet();  // none is sent anything before
   }
 
@@ -290,7 +290,7 @@ class Pixels : Images {
 
   FASTGEN_DEVICE void take_weights() {
     for (int k = 0; k < instruction_count_; ++k) {
-      if (!is_conv(k)) continue;
+      if (!is_conv(k) || instructions_[k].weights < 0) continue;
       const Instruction& i = instructions_[k];
       const Task& task = tasks_[k];
       const int size = task.size / kGroup;
@@ -464,7 +464,7 @@ class Pixels : Images {
           if (i.other >= 0 && !other_sent) v[k][h] += at(task.other, image_of(k), x)[rows[h]];
           if (before > 0) v[k][h] += old_of(k, x, h);
         }
-      const W* w = job_.resident ? weights_ + i.weights + nth * task.size
+      const W* w = i.weights >= 0 ? weights_ + i.weights + nth * task.size
                                  : static_cast<const W*>(job_.weights_at) + matrix.at + int64_t{tile} * task.size;
       const Vectors<W> inputs{src.group(group * M * kShare, 0, 0), src.length};
       const int tap_size = task.steps * kTileInputs * kTileRows;

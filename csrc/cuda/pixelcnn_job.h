@@ -31,7 +31,7 @@ struct Plane {
 struct Instruction {
   int64_t kind, per_pixel, dst, src, other, matrix, bias, dy, dx, extra;
   int64_t then;          // the kind of an activation of the convolution's result, or -1
-  int64_t weights, old;  // where a block keeps its tiles, and sums of earlier pixels for later ones
+  int64_t weights, old;  // where a block keeps its tiles, -1 in global memory; and sums of earlier pixels for later ones
 };
 
 struct Matrix {
@@ -54,10 +54,10 @@ struct Job {
   int64_t row_count;    // instructions for whole rows, which come first
   int64_t most_inputs;  // of a matrix, padded
   int64_t slots;        // numbers of an image in shared memory
-  int64_t weights;      // that a block multiplies with for each pixel
+  int64_t weights;      // that a block has in shared memory
   int64_t old;          // tiles of sums that it keeps from pixel to pixel
   int64_t scores;       // for each warp: pixels, where there is attention
-  bool resident;        // weights and sums lie in shared memory; else sums at `scratch`
+  bool far;             // those sums lie in global memory, at `scratch`
   bool spilled;         // the scores lie in global memory, at `scratch`
   bool meets;           // after each pixel all blocks wait for each other
   bool logistic, own_biases, own_context;
@@ -83,7 +83,7 @@ struct Job {
     return outputs > 1 ? threads / 32 * outputs : threads;
   }
   FASTGEN_HOST_DEVICE int64_t scratch_floats(int threads) const {  // of a block
-    return (resident ? 0 : old_floats()) + (spilled ? scores_of_block(threads) : 0);
+    return (far ? old_floats() : 0) + (spilled ? scores_of_block(threads) : 0);
   }
   // Of shared memory, for all arrays that a block takes.
   int64_t program_bytes(int64_t instructions) const {
@@ -96,7 +96,7 @@ struct Job {
   int64_t pixel_bytes(int threads, int weight_bytes) const {
     const int64_t instructions = instruction_count - row_count;
     return program_bytes(instructions) + 16 + round_up(instructions * kTaskBytes, 16) + round_up(cluster * 4, 16) +
-           (resident ? round_up(weights * weight_bytes, 16) + round_up(old_floats() * 4, 16) : 0) +
+           round_up(weights * weight_bytes, 16) + (far ? 0 : round_up(old_floats() * 4, 16)) +
            round_up(room() * slots * 4, 16) + round_up(outputs_of_block(threads) * 4, 16) +
            (spilled ? 0 : round_up(scores_of_block(threads) * 4, 16));
   }
@@ -259,12 +259,24 @@ inline void use(Program* program, int cluster, Job* job) {
   job->weights = job->old = 0;
   for (Instruction& i : program->instructions) {
     if (!i.per_pixel || static_cast<Kind>(i.kind) != Kind::kConv) continue;
-    const Tiles tiles = program->matrices[i.matrix].tiles();
-    const int64_t own = (tiles.count() + cluster - 1) / cluster;
-    i.weights = job->weights;
+    const int64_t tiles = program->matrices[i.matrix].tiles().count(), own = (tiles + cluster - 1) / cluster;
+    i.weights = -1;
     i.old = job->old;
-    job->weights += own * tiles.padded() * kTileRows;
     job->old += own * (i.extra - 1);
+  }
+}
+
+// Gives weights the shared memory that is left.
+inline void keep_weights(Program* program, int64_t shared_bytes, int threads, int weight_bytes, Job* job) {
+  for (Instruction& i : program->instructions) {
+    if (!i.per_pixel || static_cast<Kind>(i.kind) != Kind::kConv) continue;
+    const Tiles tiles = program->matrices[i.matrix].tiles();
+    const int64_t before = job->weights;
+    job->weights += (tiles.count() + job->cluster - 1) / job->cluster * tiles.padded() * kTileRows;
+    if (job->pixel_bytes(threads, weight_bytes) <= shared_bytes)
+      i.weights = before;
+    else
+      job->weights = before;
   }
 }
 
@@ -301,26 +313,28 @@ int launch(const Job& job, bool bf16, bool rows, void* stream);  // draws part o
 // vectors cost more on their way to all blocks. -> whether any fit.
 inline bool arrange(Program* program, int largest, int64_t shared_bytes, bool bf16, Job* job) {
   constexpr int64_t kFew = 8, kCrowd = 16, kSmall = 4;
+  const int weight_bytes = bf16 ? 2 : 4;
   const auto fits = [&](int64_t images) {
     job->images_each = static_cast<int>(images);
-    return job->pixel_bytes(kThreads, bf16 ? 2 : 4) <= shared_bytes;
+    return job->pixel_bytes(kThreads, weight_bytes) <= shared_bytes;
   };
-  const auto tried = [&](bool resident) {
-    job->resident = resident;
+  const auto tried = [&](bool far) {
+    job->far = far;
     const int64_t clusters = fits(1) ? active(*job, bf16, false) : 0;
     if (clusters == 0) return false;
     const int64_t wanted = (job->images + clusters - 1) / clusters;
     int64_t most = 1;
     while (most < wanted && fits(most + 1)) ++most;
     fits(most);
-    return !resident || most >= std::min(wanted, kFew);
+    return far || most >= std::min(wanted, kFew);
   };
   int cluster = largest;
   for (; cluster > 0; cluster /= 2) {
     use(program, cluster, job);
     job->spilled = job->scores_of_block(kThreads) * 16 > shared_bytes;
-    if ((tried(true) || tried(false)) && (job->images_each <= kCrowd || cluster <= kSmall)) break;
+    if ((tried(false) || tried(true)) && (job->images_each <= kCrowd || cluster <= kSmall)) break;
   }
+  if (cluster > 0) keep_weights(program, shared_bytes, kThreads, weight_bytes, job);
   job->columns = bf16 ? 64 : 16;
   if (job->row_bytes(kThreads) > shared_bytes) job->columns = 16;
   if (cluster == 0 || job->row_bytes(kThreads) > shared_bytes) return false;

@@ -27,7 +27,7 @@ void run() {
   Program program = program_of(planes, instructions, shapes, option("outputs"));
   use(&program, option<int>("cluster"), &job);
   job.columns = option<int>("columns");
-  job.resident = option("resident");
+  job.far = !option("resident");
   job.meets |= option("meets") != 0;
   job.images_each = option<int>("images_each");
   job.row_cluster = option<int>("row_cluster");
@@ -38,6 +38,7 @@ void run() {
   job.width = option("width");
   job.memory_size = option("memory_size");
   job.bias_size = option("bias_size");
+  if (!job.far) keep_weights(&program, 1 << 30, threads, sizeof(W), &job);
   job.scores = job.height * job.width;
   job.spilled = option("spilled");
   job.logistic = option("logistic");
