@@ -11,18 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import cdiv, on_device
 
 
 @triton.jit
 def _sum_segments(  # type: ignore[no-untyped-def]
-    x, minus, order, begin, partial, codes, dim, stride, minus_stride, shares,
+    x, minus, order, begin, counts, partial, codes, dim, stride, minus_stride, shares,
     SUBTRACT: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     code = tl.program_id(0) % codes
     share = (tl.program_id(0) // codes).to(tl.int64)
     column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     first, last = tl.load(begin + code), tl.load(begin + code + 1)
+    if (share == 0) & (tl.program_id(1) == 0):
+        tl.store(counts + code, (last - first).to(tl.float32))
     start = first + (last - first) * share // shares
     end = first + (last - first) * (share + 1) // shares
     sums = tl.zeros([ROWS, CHUNK], tl.float32)
@@ -39,21 +41,24 @@ def _sum_segments(  # type: ignore[no-untyped-def]
 
 def shares_for(codes: int, rows: int) -> int:
     """Programs for each segment: about 2048 in all, 4 at least lest all rows be of one code, 256 rows or more each."""
-    return int(max(1, min(max(4, 2048 // codes), triton.cdiv(rows, 256), 64)))
+    return int(max(1, min(max(4, 2048 // codes), cdiv(rows, 256), 64)))
 
 
 def code_statistics(x: Tensor, minus: Tensor | None, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """Sums of x (less minus) over the rows of each code; rows of index -1 are left out."""
     rows, dim = x.shape
     shares = shares_for(num_codes, rows)
+    chunk = min(128, triton.next_power_of_2(dim))
+    counts = x.new_empty(num_codes, dtype=torch.float32)
+    partial = x.new_empty(shares, num_codes, dim, dtype=torch.float32)
+    short = torch.int16 if num_codes < 1 << 15 else torch.int32 if num_codes < 1 << 31 else torch.int64
     with on_device(x):
-        ordered, order = torch.sort(indices, stable=True)
-        begin = torch.searchsorted(ordered, torch.arange(num_codes + 1, device=x.device))
-        partial = x.new_empty(shares, num_codes, dim, dtype=torch.float32)
-        chunk = min(128, triton.next_power_of_2(dim))
-        _sum_segments[(num_codes * shares, triton.cdiv(dim, chunk))](
-            x, minus, order, begin, partial, num_codes, dim, x.stride(0), 0 if minus is None else minus.stride(0),
-            shares, SUBTRACT=minus is not None, ROWS=max(1, 1024 // chunk), CHUNK=chunk, num_warps=4,
+        # sorted in fewer passes; what is no code's goes to either end
+        ordered, order = torch.sort(indices.clamp(-1, num_codes).to(short), stable=True)
+        begin = torch.searchsorted(ordered, torch.arange(num_codes + 1, device=x.device, dtype=short))
+        _sum_segments[(num_codes * shares, cdiv(dim, chunk))](
+            x, minus, order, begin, counts, partial, num_codes, dim, x.stride(0),
+            0 if minus is None else minus.stride(0), shares, SUBTRACT=minus is not None, ROWS=max(1, 1024 // chunk),
+            CHUNK=chunk, num_warps=4,
         )  # fmt: skip
-        sums = partial[0].clone() if shares == 1 else partial.sum(0)
-        return begin.diff().float(), sums
+        return counts, partial[0] if shares == 1 else partial.sum(0)

@@ -60,17 +60,18 @@ def _turn(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _shift(tap, length, pitch, above, left, kernel_width, dilation):  # type: ignore[no-untyped-def]
-    """How far ahead the position under a tap lies; at most beyond all of them."""
-    down = (tap // kernel_width - above).to(tl.int64) * pitch
-    ahead = (down + tap % kernel_width - left) * dilation
-    return tl.minimum(tl.maximum(ahead, -tl.cast(length, tl.int64)), tl.cast(length, tl.int64)).to(tl.int32)
+def tile_of(tensor, i, j, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[j, j + ROWS) x [k, k + COLUMNS) of the i-th matrix, zeros outside of it. TURNED: columns lie together."""
+    if TURNED:
+        return tl.trans(tl.reshape(tensor.load([i, k, j]), [COLUMNS, ROWS]))
+    return tl.reshape(tensor.load([i, j, k]), [ROWS, COLUMNS])
 
 
 @triton.jit
-def tile_of(tensor, i, j, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[j, j + ROWS) x [k, k + COLUMNS) of the i-th matrix, zeros outside of it."""
-    return tl.reshape(tensor.load([i, j, k]), [ROWS, COLUMNS])
+def _within(ahead, length):  # type: ignore[no-untyped-def]
+    """A shift that leads beyond all positions may as well lead just beyond them."""
+    most = tl.cast(length, tl.int64)
+    return tl.minimum(tl.maximum(ahead, -most), most).to(tl.int32)
 
 
 @triton.jit
@@ -81,23 +82,30 @@ def product(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Sums [ROWS, STEPS] over live taps and channels, for rows from `first` on, and PAIRED for those from `second` on.
 
-    FLIP: of what has the position under the tap. LAST: x has its channels last.
+    weight [tap][row][channel]; FLIP: [tap][channel][row], for what has the position under the tap. LAST: x has its
+    channels last.
     """
     a = tl.zeros([ROWS, STEPS], tl.float32)
     b = a
-    parts = tl.cdiv(channels, CHUNK)
-    for step in range(taps * parts):
-        tap, channel = step // parts, step % parts * CHUNK
-        ahead = _shift(tap, length, pitch, above, left, kernel_width, dilation)
-        at = start - ahead if FLIP else start + ahead
-        v = (
-            tl.trans(tile_of(x, image, at, channel, STEPS, CHUNK))
-            if LAST
-            else tile_of(x, image, channel, at, CHUNK, STEPS)
-        )
-        a = tl.dot(tile_of(weight, tap, first, channel, ROWS, CHUNK), v, a, input_precision=PRECISION)
+    tap, channel, column = 0, 0, 0
+    ahead = -(tl.cast(above, tl.int64) * pitch + left) * dilation
+    for _ in range(taps * tl.cdiv(channels, CHUNK)):
+        shift = _within(ahead, length)
+        v = tile_of(x, image, channel, start - shift if FLIP else start + shift, CHUNK, STEPS, LAST)
+        w = tile_of(weight, tap, first, channel, ROWS, CHUNK, FLIP)
+        a = tl.dot(w, v, a, input_precision=PRECISION)
         if PAIRED:
-            b = tl.dot(tile_of(weight, tap, second, channel, ROWS, CHUNK), v, b, input_precision=PRECISION)
+            w = tile_of(weight, tap, second, channel, ROWS, CHUNK, FLIP)
+            b = tl.dot(w, v, b, input_precision=PRECISION)
+        # the next channels, tap and row of taps, without divisions, which take longer than a product
+        channel += CHUNK
+        over = channel >= channels
+        channel = tl.where(over, 0, channel)
+        tap += over
+        column += over
+        end = column == kernel_width
+        column = tl.where(end, 0, column)
+        ahead += tl.where(over, dilation, 0) + tl.where(end, tl.cast(pitch - kernel_width, tl.int64) * dilation, 0)
     return a, b
 
 
@@ -249,37 +257,65 @@ def _gate_grad(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _grad_weight(  # type: ignore[no-untyped-def]
-    grad, x, partial, rows, channels, images, length, row_tiles, channel_tiles, share, taps, pitch, above, left,
-    kernel_width, dilation,
+def _products(  # type: ignore[no-untyped-def]
+    grad, x, tile, tiles, first, second, ahead, length,
     GRAD_LAST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """partial [split][tap][row][channel]: sums over the split's share of all tiles of CHUNK positions."""
-    first = tl.program_id(0) % row_tiles * ROWS
+    """Sums over tiles of CHUNK positions."""
+    parts = tl.cdiv(length, CHUNK)
+    image, start = tile // parts, tile % parts * CHUNK
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for _ in range(tiles):
+        g = tile_of(grad, image, first, start, ROWS, CHUNK, GRAD_LAST)
+        sums = tl.dot(
+            g, tile_of(x, image, start + ahead, second, CHUNK, COLUMNS, not LAST), sums, input_precision=PRECISION
+        )
+        start += CHUNK
+        over = start >= length
+        start = tl.where(over, 0, start)
+        image += over
+    return sums
+
+
+@triton.jit
+def _grad_weight(  # type: ignore[no-untyped-def]
+    grad, other, x, partial, rows, others, channels, images, length, own_tiles, row_tiles, channel_tiles, share, taps,
+    pitch, above, left, kernel_width, dilation,
+    OTHER: tl.constexpr, GRAD_LAST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """partial [split][tap][row][channel]: sums over the split's share of positions. OTHER: grad has further rows."""
+    tile = tl.program_id(0) % row_tiles
     second = tl.program_id(0) // row_tiles % channel_tiles * COLUMNS
     place = tl.program_id(0) // row_tiles // channel_tiles
     tap, split = place % taps, place // taps
-    ahead = _shift(tap, length, pitch, above, left, kernel_width, dilation)
-    parts = tl.cdiv(length, CHUNK)
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for tile in range(split * share, min((split + 1) * share, images * parts)):
-        image, start = tile // parts, tile % parts * CHUNK
-        g = (
-            tl.trans(tile_of(grad, image, start, first, CHUNK, ROWS))
-            if GRAD_LAST
-            else tile_of(grad, image, first, start, ROWS, CHUNK)
-        )
-        at = start + ahead
-        v = (
-            tile_of(x, image, at, second, CHUNK, COLUMNS)
-            if LAST
-            else tl.trans(tile_of(x, image, second, at, COLUMNS, CHUNK))
-        )
-        sums = tl.dot(g, v, sums, input_precision=PRECISION)
-    row, channel = first + tl.arange(0, ROWS), second + tl.arange(0, COLUMNS)
-    at = partial + ((place.to(tl.int64) * rows + row) * channels)[:, None] + channel[None, :]
-    tl.store(at, sums, (row < rows)[:, None] & (channel < channels)[None, :])
+    down = (tap // kernel_width - above).to(tl.int64) * pitch
+    ahead = _within((down + tap % kernel_width - left) * dilation, length)
+    begin = split * share
+    tiles = min(share, images * tl.cdiv(length, CHUNK) - begin)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    known = row < rows
+    if OTHER:
+        if tile < own_tiles:
+            sums = _products(
+                grad, x, begin, tiles, tile * ROWS, second, ahead, length, GRAD_LAST, LAST, PRECISION, ROWS, COLUMNS,
+                CHUNK,
+            )  # fmt: skip
+        else:
+            sums = _products(
+                other, x, begin, tiles, (tile - own_tiles) * ROWS, second, ahead, length, GRAD_LAST, LAST, PRECISION,
+                ROWS, COLUMNS, CHUNK,
+            )  # fmt: skip
+            row += rows - own_tiles * ROWS
+            known = row < rows + others
+    else:
+        sums = _products(
+            grad, x, begin, tiles, tile * ROWS, second, ahead, length, GRAD_LAST, LAST, PRECISION, ROWS, COLUMNS, CHUNK
+        )  # fmt: skip
+    channel = second + tl.arange(0, COLUMNS)
+    at = partial + ((place.to(tl.int64) * (rows + others) + row) * channels)[:, None] + channel[None, :]
+    tl.store(at, sums, known[:, None] & (channel < channels)[None, :])
 
 
 @triton.jit
@@ -381,13 +417,14 @@ def arranged(x: Tensor, shape: Shape) -> Tensor:
     return out
 
 
-def by_tap(weight: Tensor, taps: int, *, flip: bool = False) -> Tensor:
-    """Live weights of (O, C, ...) -> (taps, O, C), or to flip (taps, C, O), with rows that tiles can be cut from."""
-    live = weight.flatten(2)[:, :, :taps].permute(2, 1, 0) if flip else weight.flatten(2)[:, :, :taps].permute(2, 0, 1)
-    if live.shape[2] == aligned(live.shape[2]) and taps:
+def by_tap(weight: Tensor, taps: int) -> Tensor:
+    """Live weights of (O, C, ...) -> (taps, O, C), with rows that tiles can be cut from."""
+    channels = weight.shape[1]
+    live = weight.flatten(2).permute(2, 0, 1)[:taps]
+    if channels % ALIGNED == 0 and taps:
         return live.contiguous()
-    out = weight.new_zeros(max(taps, 1), live.shape[1], aligned(live.shape[2]))
-    out[:taps, :, : live.shape[2]] = live
+    out = weight.new_zeros(max(taps, 1), len(weight), aligned(channels))
+    out[:taps, :, :channels] = live
     return out
 
 
@@ -410,7 +447,7 @@ def conv(
     x: Tensor, weight: Tensor, out: Tensor, shape: Shape, *, bias: Tensor | None = None, added: Tensor | None = None,
     flip: bool = False,
 ) -> None:  # fmt: skip
-    """weight (taps, O, C) -> out (B, O, pixels), of x (B, C, length)."""
+    """weight (taps, O, C), or to flip (taps, C, O) -> out (B, O, pixels), of x (B, C, length)."""
     flags = {
         "PACKED": not shape.margin, "BIASED": bias is not None, "ADDED": added is not None, "FLIP": flip,
         "LAST": is_last(x), "PRECISION": precision_of(x),
@@ -423,7 +460,7 @@ def conv(
         side, steps, chunk = options["ROWS"], options["STEPS"], options["CHUNK"]
         row_tiles, tiles = cdiv(rows, side), cdiv(shape.height * shape.pitch, steps)
         numbers = channels, rows, length, row_tiles, tiles, shape.height, shape.width, *shape.tap_arguments()
-        blocks = block_of(x, chunk, steps), (side, chunk)
+        blocks = block_of(x, chunk, steps), (chunk, side) if flip else (side, chunk)
         return Plan(_conv, row_tiles * tiles * batch, numbers, flags | options, blocks)
 
     key = x.shape, x.dtype, out.shape[1], shape, *flags.values()
@@ -495,32 +532,38 @@ def gate_grad(grad: Tensor, kept: Tensor, cond: Tensor | None, shape: Shape) -> 
     return out, of_images.sum(1), of_images.T.to(cond.dtype).reshape(cond.shape)
 
 
-def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
-    """-> the gradient of weight (R, C, ...), of grad (B, R, length) and x (B, C, length)."""
+def grad_weight(grad: Tensor, x: Tensor, weight: Tensor, shape: Shape, other: Tensor | None = None) -> Tensor:
+    """-> the gradient of weight (R, C, ...), of grad (B, R, length), or that and other's rows, and x (B, C, length)."""
     (batch, rows, length), channels, taps = grad.shape, x.shape[1], shape.taps
-    flags = {"GRAD_LAST": is_last(grad), "LAST": is_last(x), "PRECISION": precision_of(x)}
+    others = len(weight) - rows
+    flags = {
+        "OTHER": other is not None, "GRAD_LAST": is_last(grad), "LAST": is_last(x), "PRECISION": precision_of(x),
+    }  # fmt: skip
 
     def plan() -> Plan:
-        sizes = rows, channels, length
+        sizes = rows + others, channels, length
         heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), across="COLUMNS")
         options = tuned("grad_weight", x, sizes, heuristic)
         side, columns, chunk = options["ROWS"], options["COLUMNS"], options["CHUNK"]
-        row_tiles, channel_tiles = cdiv(rows, side), cdiv(channels, columns)
+        own_tiles, channel_tiles = cdiv(rows, side), cdiv(channels, columns)
+        row_tiles = own_tiles + cdiv(others, side)
         programs = row_tiles * channel_tiles * max(taps, 1)
         share, splits = splits_for(programs, batch * cdiv(length, chunk))
-        numbers = rows, channels, batch, length, row_tiles, channel_tiles, share, *shape.tap_arguments()
-        blocks = block_of(grad, side, chunk), block_of(x, columns, chunk)
-        return Plan(_grad_weight, programs * splits, numbers, flags | options, blocks, (splits,))
+        numbers = (
+            rows, others, channels, batch, length, own_tiles, row_tiles, channel_tiles, share, *shape.tap_arguments(),
+        )  # fmt: skip
+        blocks = [block_of(grad, side, chunk)] * (1 if other is None else 2) + [block_of(x, columns, chunk)]
+        return Plan(_grad_weight, programs * splits, numbers, flags | options, tuple(blocks), (splits,))
 
-    made = planned(_grad_weight, (grad.shape, channels, grad.dtype, shape, *flags.values()), plan)
+    made = planned(_grad_weight, (grad.shape, others, channels, grad.dtype, shape, *flags.values()), plan)
     (splits,) = made.sizes
-    partial = x.new_empty(splits, taps, rows, channels, dtype=torch.float32)
+    partial = x.new_empty(splits, taps, rows + others, channels, dtype=torch.float32)
     if taps:
-        made.run(tiles_of(grad), tiles_of(x), partial)
+        made.run(tiles_of(grad), None if other is None else tiles_of(other), tiles_of(x), partial)
     out = weight.new_empty(weight.shape)
 
     def collect() -> Plan:
-        count, kernel = rows * channels, weight[0, 0].numel()
+        count, kernel = (rows + others) * channels, weight[0, 0].numel()
         block = power_within(count, 16, 128)
         options = {"SPLITS": power_within(splits, 1, 16), "BLOCK": block, "num_warps": 4}
         return Plan(_collect, cdiv(count, block) * kernel, (count, splits, taps, kernel), options)

@@ -40,8 +40,10 @@ def gated_causal_conv1d_backward(
     with on_device(x):
         source = arranged(x, shape)
         of_sums = sums_for(source, len(weight))
-        partial = gated_conv(source, by_tap(weight, shape.taps), bias, cond, None, of_sums, shape, grad=grad)
-        return through_taps(of_sums, partial, source, x, weight, bias, cond, shape, None)
+        live = by_tap(weight, shape.taps)
+        partial = gated_conv(source, live, bias, cond, None, of_sums, shape, grad=grad)
+        of_bias = sum_rows(partial, weight.dtype)
+        return through_taps(of_sums, of_bias, source, x, live, cond, weight, shape, None)
 
 
 def sums_for(source: Tensor, rows: int) -> Tensor:
@@ -56,14 +58,15 @@ def nothing_to_do(x: Tensor, weight: Tensor, cond: Tensor | None) -> tuple[Tenso
 
 
 def through_taps(
-    of_sums: Tensor, partial: Tensor, source: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-    cond: Tensor | None, shape: Shape, added: Tensor | None,
+    of_sums: Tensor, of_bias: Tensor, source: Tensor, x: Tensor, live: Tensor, cond: Tensor | None, weight: Tensor,
+    shape: Shape, added: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """of_sums (B, 2H, length): of what goes into the gate -> gradients of x (with `added`), weight, bias and cond."""
+    """of_sums (B, 2H, length): of what goes into the gate; live: weights by tap -> gradients of x (with `added`),
+    weight, bias and cond.
+    """
     of_x = torch.empty_like(x)
-    conv(of_sums, by_tap(weight, shape.taps, flip=True), of_x, shape, added=added, flip=True)
+    conv(of_sums, live, of_x, shape, added=added, flip=True)
     of_weight = grad_weight(of_sums, source, weight, shape)
-    of_bias = weight.new_zeros(len(weight)) if bias is None else sum_rows(partial).to(weight.dtype)
     of_cond = x.new_empty(0)
     if cond is not None:
         of_steps = of_sums[:, :, : shape.width]

@@ -72,7 +72,7 @@ class Plan:
 
     def run(self, *tensors: Argument) -> None:
         """kernel[grid](*tensors, *numbers, **options), by the code that such an alignment of the tensors was given."""
-        aligned = tuple([t is None or type(t) is Tiles or t.data_ptr() % 16 == 0 for t in tensors])
+        aligned = tuple([t is None or isinstance(t, Tiles) or t.data_ptr() % 16 == 0 for t in tensors])
         known = self.ready.get(aligned)
         if known is not None:
             known[0](*tensors, *known[1])
@@ -116,19 +116,17 @@ def _sum_rows(x, total, columns, BLOCK: tl.constexpr):  # type: ignore[no-untype
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, columns, BLOCK):
         sums += tl.load(x + row * columns + start + lane, lane < columns - start, other=0.0)
-    tl.store(total + row, tl.sum(sums))
+    tl.store(total + row, tl.sum(sums).to(total.dtype.element_ty))
 
 
-def sum_rows(x: Tensor) -> Tensor:
+def sum_rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(n, m) float32 -> (n,), each row in an order that depends on m alone."""
     rows, columns = x.shape
-    if columns == 1:
-        return x[:, 0]
-    total = x.new_empty(rows)
+    total = x.new_empty(rows, dtype=dtype)
     if rows:
-        block = power_within(columns, 1, 1024)
-        make = functools.partial(Plan, _sum_rows, rows, (columns,), {"BLOCK": block, "num_warps": 4})
-        planned(_sum_rows, x.shape, make).run(x, total)
+        options = {"BLOCK": power_within(columns, 1, 1024), "num_warps": 4}
+        plan = planned(_sum_rows, (rows, columns, dtype), lambda: Plan(_sum_rows, rows, (columns,), options))
+        plan.run(x, total)
     return total
 
 

@@ -5,6 +5,8 @@ Beside x and the result, x with its channels last is in memory, and for the back
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from .convolution import Shape, arranged, by_tap, conv, gate_grad, gated_conv, g
 from .launch import on_device
 
 
+@functools.cache
 def live_taps(mask: str, kernel_size: tuple[int, int], colors: int) -> int:
     """How many taps are live, of some color at least: always the first ones in raster order."""
     of_pixel_itself = int(mask == "A" and colors > 1)
@@ -23,7 +26,7 @@ def live_taps(mask: str, kernel_size: tuple[int, int], colors: int) -> int:
 def _shape(x: Tensor, weight: Tensor, mask: str, colors: int) -> Shape:
     height, width = weight.shape[2:]
     taps = live_taps(mask, (height, width), colors)
-    return Shape(*x.shape[2:], taps, height // 2, width // 2, width, margin=width // 2)
+    return Shape(x.shape[2], x.shape[3], taps, height // 2, width // 2, width, margin=width // 2)
 
 
 def _live(weight: Tensor, mask: str, colors: int, gated: bool) -> Tensor:
@@ -78,6 +81,6 @@ def masked_conv2d_backward(
         else:
             of_sums, of_bias, of_cond = gate_grad(grad, kept.transpose(1, 2), cond, shape)
         if need_x:
-            conv(of_sums, by_tap(_live(weight, name, colors, gated), shape.taps, flip=True), of_x, shape, flip=True)
+            conv(of_sums, by_tap(_live(weight, name, colors, gated), shape.taps), of_x, shape, flip=True)
         of_weight = _live(grad_weight(of_sums, arranged(x, shape), weight, shape), name, colors, gated)
         return of_x, of_weight, of_bias.to(weight.dtype), of_cond

@@ -39,13 +39,22 @@ NOTHING = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # no (distance, code)
 
 
 @triton.jit
+def _sample(codes, number, column, count, dim):  # type: ignore[no-untyped-def]
+    """Coordinates of one of SAMPLES codes, zero where they are not finite."""
+    v = tl.load(codes + number * count // SAMPLES * dim + column, column < dim, other=0.0).to(tl.float32)
+    return tl.where(v - v == 0, v, 0.0)
+
+
+@triton.jit
 def _middle(codes, column, count, dim):  # type: ignore[no-untyped-def]
     """The middle one of some codes' values in each coordinate: whatever a few of them are, near the most."""
-    place = tl.arange(0, SAMPLES)
-    code = place.to(tl.int64) * count // SAMPLES
-    v = tl.load(codes + code[None, :] * dim + column[:, None], (column < dim)[:, None], other=0.0).to(tl.float32)
-    v = tl.sort(tl.where(v - v == 0, v, 0.0), 1)
-    middle = tl.sum(tl.where((place == SAMPLES // 2)[None, :], v, 0.0), 1)
+    number = tl.arange(0, SAMPLES).to(tl.int64)[None, :]
+    v = _sample(codes, number, column[:, None], count, dim)
+    rank = tl.zeros(v.shape, tl.int32)
+    for other in tl.static_range(SAMPLES):
+        w = _sample(codes, tl.full([1], other, tl.int64), column, count, dim)[:, None]
+        rank += ((w < v) | ((w == v) & (other < number))).to(tl.int32)
+    middle = tl.sum(tl.where(rank == SAMPLES // 2, v, 0.0), 1)
     return tl.where(tl.abs(middle) < 1e18, middle, 0.0)
 
 

@@ -6,12 +6,14 @@ x, the result, its gradient and x's.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, sum_rows
+from .launch import cdiv, on_device
 from .nearest_code import nearest_code
 
 
@@ -37,6 +39,27 @@ def _gather(  # type: ignore[no-untyped-def]
     tl.store(partial + tl.program_id(0), tl.sum(squares))
     tl.atomic_add(counts + code, 1, kept)  # of integers: the same in any order
     tl.store(index + row, tl.where(kept, code, -1), row < rows)
+
+
+@triton.jit
+def _summarize(  # type: ignore[no-untyped-def]
+    partial, hits, error, counts, programs, rows, codes, dim, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The mean error, summed in an order that depends on sizes alone; and counts as floats."""
+    lane = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, programs, BLOCK):
+            squares += tl.load(partial + start + lane, lane < programs - start, other=0.0)
+        if MASKED:
+            kept = tl.zeros([BLOCK], tl.int64)
+            for start in range(0, codes, BLOCK):
+                kept += tl.load(hits + start + lane, lane < codes - start, other=0)
+            rows = tl.sum(kept)
+        tl.store(error, tl.sum(squares) / tl.maximum(rows * 1.0 * dim, 1.0))
+    else:
+        code = (tl.program_id(0) - 1) * BLOCK + lane
+        tl.store(counts + code, tl.load(hits + code, code < codes, other=0).to(tl.float32), code < codes)
 
 
 @triton.jit
@@ -66,21 +89,22 @@ def _backward(  # type: ignore[no-untyped-def]
         w = u + to
         w = w / tl.maximum(tl.sqrt(_dot_rows(w, w)), 1e-6)
         g = (g - 2 * _dot_rows(g, w) * w + 2 * _dot_rows(g, to) * u) * (q_norm / x_norm)
-    of_error = 2 * tl.load(grad_error).to(tl.float32) / tl.load(used)
+    if MASKED:
+        used = tl.load(used)
+    of_error = 2 * tl.load(grad_error).to(tl.float32) / used
     at = grad_x + row[:, None] * dim + column[None, :]
     result = tl.where(live, g + of_error * (v - q), 0.0)
     tl.store(at, result.to(grad_x.dtype.element_ty), (row < rows)[:, None] & (column < dim)[None, :])
 
 
-def _used(x: Tensor, mask: Tensor | None) -> Tensor:
-    """How many numbers the error is a mean of: on the GPU, so that the host need not wait."""
-    rows = x.new_full((), x.shape[0], dtype=torch.float32) if mask is None else mask.sum().float()
-    return (rows * x.shape[1]).clamp(min=1)
+@functools.cache
+def width_for(dim: int) -> int:
+    return int(triton.next_power_of_2(dim))
 
 
 def rows_for(dim: int) -> int:
     """Rows of a tile of about 2048 numbers."""
-    return int(max(1, 2048 // triton.next_power_of_2(dim)))
+    return max(1, 2048 // width_for(dim))
 
 
 def vector_quantize(
@@ -90,18 +114,20 @@ def vector_quantize(
     rows, dim = x.shape
     index, _ = nearest_code(x, codebook, cosine, strict, precision)
     quantized = x.new_empty(rows, dim)
-    counts = x.new_zeros(codebook.shape[0], dtype=torch.int32)
-    tile = rows_for(dim)
-    programs = triton.cdiv(rows, tile)
-    partial = x.new_empty(1, programs, dtype=torch.float32)
-    if rows:
-        with on_device(x):
-            _gather[(programs,)](
-                x, codebook, mask, index, quantized, partial, counts, rows, dim, x.stride(0),
-                MASKED=mask is not None, ROWS=tile, CHUNK=min(2048, triton.next_power_of_2(dim)), num_warps=4,
-            )  # fmt: skip
+    codes, tile = codebook.shape[0], rows_for(dim)
+    programs = cdiv(rows, tile)
+    hits = x.new_zeros(codes, dtype=torch.int32)
+    partial, counts, error = (x.new_empty(size, dtype=torch.float32) for size in ((programs,), (codes,), ()))
     with on_device(x):
-        return quantized, index, sum_rows(partial)[0] / _used(x, mask), counts.float()
+        if rows:
+            _gather[(programs,)](
+                x, codebook, mask, index, quantized, partial, hits, rows, dim, x.stride(0), MASKED=mask is not None,
+                ROWS=tile, CHUNK=min(2048, width_for(dim)), num_warps=4,
+            )  # fmt: skip
+        _summarize[(1 + cdiv(codes, 1024),)](
+            partial, hits, error, counts, programs, rows, codes, dim, MASKED=mask is not None, BLOCK=1024, num_warps=4
+        )
+    return quantized, index, error, counts
 
 
 def vector_quantize_backward(
@@ -111,11 +137,12 @@ def vector_quantize_backward(
     rows, dim = x.shape
     grad_x = x.new_empty(rows, dim)
     tile = rows_for(dim)
+    # how many numbers the error is a mean of: with a mask on the GPU, so that the host need not wait
+    used = float(rows * dim) if mask is None else (mask.sum() * float(dim)).clamp(min=1)
     if rows:
         with on_device(x):
-            _backward[(triton.cdiv(rows, tile),)](
-                grad_quantized, grad_error, x, quantized, mask, _used(x, mask), grad_x, rows, dim,
-                grad_quantized.stride(0), x.stride(0), MASKED=mask is not None, ROTATION=rotation, ROWS=tile,
-                WIDTH=triton.next_power_of_2(dim), num_warps=4,
+            _backward[(cdiv(rows, tile),)](
+                grad_quantized, grad_error, x, quantized, mask, used, grad_x, rows, dim, grad_quantized.stride(0),
+                x.stride(0), MASKED=mask is not None, ROTATION=rotation, ROWS=tile, WIDTH=width_for(dim), num_warps=4,
             )  # fmt: skip
     return grad_x

@@ -11,6 +11,7 @@ Least work: 2 H (2 C K + C + S) operations for each sample forward, three times 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from fastgen.ops.masked_conv2d import ALIGNED, aligned
+from fastgen.ops.masked_conv2d import ALIGNED
 
 from .convolution import (
     Shape,
@@ -73,7 +74,7 @@ def _project(  # type: ignore[no-untyped-def]
     """out [sequence][outs][time] = rows of weight from `first` on, times z; and x where that is the residual."""
     for start in range(0, outs, OUTS):
         row = start + tl.arange(0, OUTS)
-        sums = tl.dot(tile_of(weight, 0, first + start, 0, OUTS, GATES), z, input_precision=PRECISION)
+        sums = tl.dot(tile_of(weight, 0, first + start, 0, OUTS, GATES, False), z, input_precision=PRECISION)
         if BIASED:
             sums += tl.load(bias + first + row, row < outs, other=0.0).to(tl.float32)[:, None]
         at = ((sequence.to(tl.int64) * outs + row) * steps)[:, None] + position[None, :]
@@ -88,21 +89,21 @@ def _back(  # type: ignore[no-untyped-def]
     g, grad, weight, sums, sequence, start, first, outs,
     SUM: tl.constexpr, PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
-    """g + columns of weight from `first` on, times grad: what reaches the gates from it. SUM: of grad over time."""
+    """g + rows of weight from `first` on, turned, times grad: what reaches the gates from it. SUM: grad over time."""
     for row in range(0, outs, OUTS):
-        v = tile_of(grad, sequence, row, start, OUTS, STEPS)
+        v = tile_of(grad, sequence, row, start, OUTS, STEPS, False)
         if SUM:
             of = row + tl.arange(0, OUTS)
             at = sums + of.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             tl.store(at, tl.sum(v.to(tl.float32), 1), of < outs)
-        g = tl.dot(tile_of(weight, 0, 0, first + row, GATES, OUTS), v, g, input_precision=PRECISION)
+        g = tl.dot(tile_of(weight, 0, 0, first + row, GATES, OUTS, True), v, g, input_precision=PRECISION)
     return g
 
 
 @triton.jit
 def _layer(  # type: ignore[no-untyped-def]
-    x, source, weight, bias, cond, out_weight, out_bias, residual, skip, gate_grads, gates_out, partial, out_sums,
-    steps, tiles, channels, behind, gates, skips, cond_stride, cond_step, image_step, row_step, step, taps, pitch,
+    x, source, weight, bias, cond, out_weight, out_bias, residual, skip, gate_grads, gates_out, partial,
+    steps, tiles, channels, gates, skips, cond_stride, cond_step, image_step, row_step, step, taps, pitch,
     above, left, kernel_width, dilation,
     BIASED: tl.constexpr, CONDITIONED: tl.constexpr, OUT_BIASED: tl.constexpr, BACKWARD: tl.constexpr,
     SHORT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr,
@@ -110,18 +111,21 @@ def _layer(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """source: x as `product` takes it. Backward: residual and skip are gradients that come in, gate_grads
     [sequence][half gate][time] and gates_out [sequence][gate][time] go out, with sums of the former in partial,
-    of residual and skip in out_sums; out_weight is turned, its columns of the skips begin at `behind`.
+    and behind those of residual and skip.
     """
     sequence, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * STEPS
     gate_row = tl.arange(0, GATES)
     position = start + tl.arange(0, STEPS)
     if BACKWARD:
+        out_sums = partial + 2 * tl.cast(gates, tl.int64) * tl.num_programs(0)
         g = tl.zeros([GATES, STEPS], tl.float32)
         g = _back(
             g, residual, out_weight, out_sums, sequence, start, 0, channels, OUT_BIASED, PRECISION, GATES, STEPS, OUTS
         )  # fmt: skip
         sums = out_sums + tl.cast(channels, tl.int64) * tl.num_programs(0)
-        g = _back(g, skip, out_weight, sums, sequence, start, behind, skips, OUT_BIASED, PRECISION, GATES, STEPS, OUTS)
+        g = _back(
+            g, skip, out_weight, sums, sequence, start, channels, skips, OUT_BIASED, PRECISION, GATES, STEPS, OUTS
+        )
         g = g.to(x.dtype.element_ty)  # half the registers while the gate is computed
     a, b = product(
         source, weight, sequence, start, 0, gates, channels, steps, taps, pitch, above, left, kernel_width, dilation,
@@ -174,20 +178,12 @@ def options_for(
     return fitted(fitted(tile, limit, needed, smaller="STEPS"), limit, needed)
 
 
-def turned(out_weight: Tensor, channels: int) -> Tensor:
-    """(C + S, H) -> (1, H, C + S); what belongs to the skips begins where a tile may."""
-    if channels % ALIGNED == 0:
-        return by_tap(out_weight.unsqueeze(2), 1, flip=True)
-    parts = out_weight.split([channels, len(out_weight) - channels])
-    return torch.cat([by_tap(w.unsqueeze(2), 1, flip=True) for w in parts], 2)
-
-
 def _run(
-    x: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None,
+    x: Tensor, source: Tensor, live: Tensor, bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None,
     cond: Tensor | None, residual: Tensor, skip: Tensor, shape: Shape, backward: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Forward; or for `backward`, (gate_grads, gates): those, and the sums of the former, (2H, programs), and with
-    out_bias of the gradients that come in, (C + S, programs).
+) -> Tensor:  # fmt: skip
+    """Forward; or for `backward`, (gate_grads, gates): those, and the sums of the former, and with out_bias of the
+    gradients that come in, (2H + C + S, programs). live: weights by tap.
     """
     gates, (batch, channels, steps) = out_weight.shape[1], x.shape
     skips, every = len(out_weight) - channels, is_spread(cond, shape)
@@ -204,25 +200,22 @@ def _run(
         across, outs, chunk, columns = options["GATES"], options["OUTS"], options["CHUNK"], options["STEPS"]
         tiles = cdiv(steps, columns)
         numbers = (
-            steps, tiles, channels, aligned(channels), gates, skips, steps if every else 1, int(every),
+            steps, tiles, channels, gates, skips, steps if every else 1, int(every),
             *steps_of(gate_grads), *shape.tap_arguments(),
         )  # fmt: skip
-        blocks = [block_of(source, chunk, columns), (across, chunk), (across, outs) if backward else (outs, across)]
+        blocks = [block_of(source, chunk, columns), (across, chunk), (outs, across)]
         blocks += [(outs, columns)] * 2 if backward else []
         return Plan(_layer, batch * tiles, numbers, flags | options, tuple(blocks), (batch * tiles,))
 
     key = x.shape, x.dtype, out_weight.shape, shape, every, steps_of(gate_grads), *flags.values()
     made = planned(_layer, key, plan)
-    partial, out_sums = (
-        x.new_empty(n, made.sizes[0] if backward else 0, dtype=torch.float32) for n in (2 * gates, len(out_weight))
-    )
-    projections = by_tap(out_weight.unsqueeze(2), 1) if backward is None else turned(out_weight, channels)
+    partial = x.new_empty(2 * gates + len(out_weight), made.sizes[0] if backward else 0, dtype=torch.float32)
     ends = [tiles_of(t) if backward else t for t in (residual, skip)]
     made.run(
-        x, tiles_of(source), tiles_of(by_tap(weight, shape.taps)), bias, cond, tiles_of(projections), out_bias, *ends,
-        gate_grads, gates_out, partial, out_sums,
+        x, tiles_of(source), tiles_of(live), bias, cond, tiles_of(by_tap(out_weight.unsqueeze(2), 1)), out_bias, *ends,
+        gate_grads, gates_out, partial,
     )  # fmt: skip
-    return partial, out_sums
+    return partial
 
 
 def wavenet_layer_out(
@@ -235,7 +228,8 @@ def wavenet_layer_out(
     shape, gates = shape_of(x, weight, dilation), out_weight.shape[1]
     with on_device(x):
         if gates <= MOST_GATES:
-            _run(x, arranged(x, shape), weight, bias, out_weight, out_bias, cond, residual, skip, shape)
+            live = by_tap(weight, shape.taps)
+            _run(x, arranged(x, shape), live, bias, out_weight, out_bias, cond, residual, skip, shape)
             return
         out = out_weight @ gated_causal_conv1d(x, weight, bias, cond, dilation)
         if out_bias is not None:
@@ -264,7 +258,7 @@ def wavenet_layer_backward(
         return of_x, of_weight, of_bias, torch.zeros_like(out_weight), out_weight.new_zeros(len(out_weight)), of_cond
     steps = x.shape[2]
     if more := -steps % ALIGNED:
-        wider = [functional.pad(t, (0, more)) for t in (grad_residual, grad_skip, x)]
+        wider: Any = [functional.pad(t, (0, more)) for t in (grad_residual, grad_skip, x)]
         cond = functional.pad(cond, (0, more)) if cond is not None and cond.shape[2] == steps else cond
         of_x, *of_weights, of_cond = wavenet_layer_backward(*wider, weight, bias, out_weight, out_bias, cond, dilation)
         return of_x[..., :steps].contiguous(), *of_weights, of_cond[..., :steps].contiguous()
@@ -282,16 +276,14 @@ def wavenet_layer_backward(
             return of_x + grad_residual, of_weight, of_bias, of_out_weight, of_out_bias, of_cond
         source = arranged(x, shape)
         of_sums, z = sums_for(source, 2 * gates), x.new_empty(x.shape[0], gates, x.shape[2])
-        ends = [g if g.numel() else x for g in grads]  # of an empty skip there is nothing to take tiles from
-        partial, out_sums = _run(x, source, weight, bias, out_weight, out_bias, cond, *ends, shape, (of_sums, z))
-        of_out_bias = out_weight.new_zeros(len(out_weight)) if out_bias is None else sum_rows(out_sums).to(x.dtype)
+        ends: Any = [g if g.numel() else x for g in grads]  # of an empty skip there is nothing to take tiles from
+        live = by_tap(weight, shape.taps)
+        partial = _run(x, source, live, bias, out_weight, out_bias, cond, *ends, shape, (of_sums, z))
+        of_bias, of_out_bias = sum_rows(partial, x.dtype).split([2 * gates, len(out_weight)])
         one = shape._replace(taps=1, left=0, kernel_width=1)
-        parts = [
-            grad_weight(g, z, w, one)
-            for g, w in zip(ends, out_weight.split([x.shape[1], grad_skip.shape[1]]), strict=True)
-            if len(w)
-        ]
+        other = grad_skip if grad_skip.numel() else None
+        of_out_weight = grad_weight(grad_residual, z, out_weight, one, other)
         of_x, of_weight, of_bias, of_cond = through_taps(
-            of_sums, partial, source, x, weight, bias, cond, shape, grad_residual
+            of_sums, of_bias, source, x, live, cond, weight, shape, grad_residual
         )
-        return of_x, of_weight, of_bias, torch.cat(parts), of_out_bias, of_cond
+        return of_x, of_weight, of_bias, of_out_weight, of_out_bias, of_cond

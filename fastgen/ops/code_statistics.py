@@ -50,6 +50,7 @@ def _(*args: object) -> None:
 
 
 has_triton_kernels("code_statistics")
+has_triton_kernels("update_codebook")
 
 
 def code_statistics(x: Tensor, indices: Tensor, num_codes: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -161,7 +162,7 @@ def update_codebook_(
         raise ValueError(f"{op}: decay must lie in [0, 1], got {decay!r}")
     check_positive(op, "eps", eps)
     with torch.no_grad():
-        if resolve(op, backend, embed.device) == "reference":
+        if resolve(op, backend, embed.device, embed.dtype) == "reference":
             new = update_codebook_reference(cluster_size, embed_avg, counts, sums, decay, eps, cosine)
             seen = new[0].sum() != 0  # else the codes stay
             for to, value in zip((cluster_size, embed_avg, embed), new, strict=True):

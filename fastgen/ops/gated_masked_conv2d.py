@@ -43,7 +43,7 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, mask: int, colors: int, keep: bool
 ) -> tuple[Tensor, Tensor]:
     batch, rows, size = x.shape[0], weight.shape[0], x.shape[2:]
-    of_kernel = (positions(*size, weight.shape[3] // 2), rows) if x.is_cuda or INTERPRETED else (rows, *size)
+    of_kernel = (positions(size[0], size[1], weight.shape[3] // 2), rows) if x.is_cuda or INTERPRETED else (rows, *size)
     return x.new_empty(batch, rows // 2, *size), x.new_empty((batch, *of_kernel) if keep else 0)
 
 
