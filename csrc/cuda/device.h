@@ -132,20 +132,6 @@ FASTGEN_DEVICE void post(T* to, T v, [[maybe_unused]] Arrival* a, [[maybe_unused
 #endif
 }
 
-// Four words that lie one after the other, from a multiple of 16 bytes on.
-FASTGEN_DEVICE void post_four([[maybe_unused]] uint32_t* to, [[maybe_unused]] const uint32_t (&v)[4],
-                              [[maybe_unused]] Arrival* a, [[maybe_unused]] int rank) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t there, arrival;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(arrival) : "r"(shared_address(a)), "r"(rank));
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(there),
-      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(arrival)
-      : "memory");
-#endif
-}
-
 // Good to about 1e-6, and to 1e-6 of |v| more for an exponential; nothing below 1e-38.
 FASTGEN_DEVICE float quick_exp(float v) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(v * 1.4426950408889634f));
@@ -163,6 +149,16 @@ FASTGEN_DEVICE void split(float v, uint16_t* high, uint16_t* low) {
   *high = static_cast<uint16_t>(bits >> 16);
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(0.0f), "f"(v - __uint_as_float(bits)));
   *low = static_cast<uint16_t>(bits);
+}
+
+// The same for two numbers that lie side by side.
+FASTGEN_DEVICE void split(const float (&v)[2], uint16_t* high, uint16_t* low) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(v[1]), "f"(v[0]));
+  *reinterpret_cast<uint32_t*>(high) = bits;
+  const float rest = v[0] - __uint_as_float(bits << 16), more = v[1] - __uint_as_float(bits & 0xffff0000u);
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(more), "f"(rest));
+  *reinterpret_cast<uint32_t*>(low) = bits;
 }
 
 // Arrays of a block's dynamic shared memory, one after the other; every thread takes the same ones in the same order.

@@ -280,7 +280,7 @@ class Pixels : Images {
 
   FASTGEN_DEVICE void draw() {
     for (int x = 0; x < width_; ++x)
-      for (int i = 0; i < instruction_count_; ++i) draw_pixel(i, job_.y, x);
+      for (int i = 0; i < instruction_count_; ++i) draw_pixel(i, x);
     receive();
     meet();  // none ends while it is sent something
   }
@@ -288,39 +288,32 @@ class Pixels : Images {
  private:
   FASTGEN_DEVICE bool is_conv(int i) const { return static_cast<Kind>(instructions_[i].kind) == Kind::kConv; }
 
-  FASTGEN_DEVICE void take_weights() {
-    for (int k = 0; k < instruction_count_; ++k) {
-      if (!is_conv(k) || instructions_[k].weights < 0) continue;
-      const Instruction& i = instructions_[k];
-      const Task& task = tasks_[k];
-      const int size = task.size / kGroup;
-      for (int nth = 0; nth < task.tiles; ++nth) {
-        const auto* from = static_cast<const Group<W>*>(job_.weights_at) + matrices_[i.matrix].at / kGroup +
-                           int64_t{task.first + ranks_ * nth} * size;
-        auto* to = reinterpret_cast<Group<W>*>(weights_ + i.weights) + nth * size;
-        for (int e = thread(); e < size; e += threads()) to[e] = from[e];
-      }
-    }
-  }
-
-  // A block's share of a convolution: of its tiles every ranks_-th from `first` on; where there are fewer tiles than
-  // blocks, for some of the images only.
+  // A convolution, as this block and its warps need it. A block has every ranks_-th of the tiles from `first` on; where
+  // there are fewer tiles than blocks, for some of the images only.
   struct Task {
-    int tiles, first, size;   // numbers of a tile
-    int share;                // images that a warp multiplies a tile with, in units of kShare
-    int begin, step, groups;  // such shares: the first, the next, and how many
-    int before, steps;        // earlier pixels of its window; steps of a product for one pixel
-    int idle;                 // blocks without a share
-    Row other, kept;          // where the plane that is added and the result's lie in memory, in the current row
+    const W* weights;          // of the first tile, for the pixel itself
+    const float* bias;         // of the first image
+    float *other, *kept, *old;  // the plane that is added, if it lies in global memory, at the row's begin; the result's
+                                // if it is to lie there; sums of earlier pixels
+    int weights_step, tap_size;  // from tile to tile; of what is for one pixel of a window
+    int bias_step, other_step, kept_step;
+    int src, src_length, added, added_length, dst, dst_length;  // in shared memory; added: -1 for none
+    int tiles, first;
+    int share, begin, step, groups;  // kShare images that a warp multiplies at once; such shares: the first, the next,
+                                     // how many
+    int pairs, then;
+    int before, steps;  // earlier pixels of its window; steps of a product for one pixel
+    int words;          // that come
   };
-  FASTGEN_DEVICE Task task_of(const Instruction& i) const {
-    const Tiles m = matrices_[i.matrix].tiles();
-    const int count = static_cast<int>(m.count()), padded = static_cast<int>(m.padded());
+  FASTGEN_DEVICE Task task_of(const Instruction& i) {
+    const Matrix& matrix = matrices_[i.matrix];
+    const Tiles m = matrix.tiles();
+    const Plane &src = planes_[i.src], &dst = planes_[i.dst];
+    const int count = static_cast<int>(m.count()), size = static_cast<int>(m.padded()) * kTileRows;
     const int sharers = count < ranks_ ? ranks_ / count : 1, nth = count < ranks_ ? rank_ / count : 0;
     Task t{};
     t.first = count < ranks_ ? rank_ % count : rank_;
     t.tiles = (count - t.first + ranks_ - 1) / ranks_;
-    t.size = padded * kTileRows;
     t.begin = nth;
     t.step = sharers;
     int all = 0;
@@ -330,28 +323,71 @@ class Pixels : Images {
       const int most = (all + sharers - 1) / sharers * ((count + ranks_ - 1) / ranks_);  // of any block
       if (most <= threads() / 32 || all == 1 || t.share == kMostShare) break;
     }
+    const int idle = count < ranks_ ? ranks_ - count * (all < sharers ? all : sharers) : 0;
+    t.words = count_ * static_cast<int>(dst.channels) + idle;
     t.before = static_cast<int>(i.extra) - 1;
-    t.steps = padded / static_cast<int>(i.extra) / kTileInputs;
-    t.idle = count < ranks_ ? ranks_ - count * (all < sharers ? all : sharers) : 0;
-    if (i.other >= 0) t.other = row(i.other, job_.y);
-    t.kept = row(i.dst, job_.y);
+    t.tap_size = size / static_cast<int>(i.extra);
+    t.steps = t.tap_size / (kTileInputs * kTileRows);
+    t.weights_step = i.weights >= 0 ? size : ranks_ * size;
+    t.weights = t.before * t.tap_size + (i.weights >= 0 ? weights_ + i.weights
+                                                       : static_cast<const W*>(job_.weights_at) + matrix.at + t.first * size);
+    if (i.bias >= 0) t.bias = job_.biases + (job_.own_biases ? first_ * job_.bias_size : 0) + i.bias;
+    t.bias_step = job_.own_biases ? static_cast<int>(job_.bias_size) : 0;
+    t.added = -1;
+    if (i.other >= 0 && planes_[i.other].slot >= 0) {
+      t.added = room_ * static_cast<int>(planes_[i.other].slot);
+      t.added_length = static_cast<int>(planes_[i.other].length());
+    } else if (i.other >= 0) {
+      const Row at = row(i.other, job_.y);
+      t.other = at.data;
+      t.other_step = at.step;
+    }
+    if (dst.kept) {
+      const Row at = row(i.dst, job_.y);
+      t.kept = at.data;
+      t.kept_step = at.step;
+    }
+    t.old = old_ + i.old * room_ * kTileRows;
+    t.src = room_ * static_cast<int>(src.slot);
+    t.src_length = static_cast<int>(src.length());
+    t.dst = room_ * static_cast<int>(dst.slot);
+    t.dst_length = static_cast<int>(dst.length());
+    t.pairs = matrix.pairs != 0;
+    t.then = static_cast<int>(i.then);
     return t;
+  }
+
+  // This block's tiles into shared memory.
+  FASTGEN_DEVICE void take_weights() {
+    for (int k = 0; k < instruction_count_; ++k) {
+      if (!is_conv(k) || instructions_[k].weights < 0) continue;
+      const Task& task = tasks_[k];
+      const Matrix& matrix = matrices_[instructions_[k].matrix];
+      const int size = task.weights_step / kGroup;
+      for (int nth = 0; nth < task.tiles; ++nth) {
+        const auto* from = static_cast<const Group<W>*>(job_.weights_at) + matrix.at / kGroup +
+                           int64_t{task.first + ranks_ * nth} * size;
+        auto* to = reinterpret_cast<Group<W>*>(weights_ + instructions_[k].weights) + nth * size;
+        for (int e = thread(); e < size; e += threads()) to[e] = from[e];
+      }
+    }
   }
 
   // The current pixel's vectors of a plane, of all images.
   FASTGEN_DEVICE Vectors<W> vectors(const Plane& p) const {
     return {reinterpret_cast<W*>(slots_ + room_ * p.slot), static_cast<int>(p.length())};
   }
-  FASTGEN_DEVICE static float number(const Vectors<W>& v, int vector, int c) {
-    const W* from = v.group(vector, c / kGroup * kGroup, 0) + c % kGroup;
+  FASTGEN_DEVICE static float number(const float* vector, int c) {
+    const W* from = reinterpret_cast<const W*>(vector + c / kGroup * kGroup) + c % kGroup;
     float sum = to_float(*from);
-    if constexpr (Vectors<W>::kParts == 2) sum += to_float(from[kGroup]);
+    if constexpr (sizeof(W) == 2) sum += to_float(from[kGroup]);
     return sum;
   }
   // Of a plane of either kind.
-  FASTGEN_DEVICE float number(int64_t plane, int image, int64_t y, int x, int c) const {
+  FASTGEN_DEVICE float number(int64_t plane, int image, int x, int c) const {
     const Plane& p = planes_[plane];
-    return p.slot >= 0 ? number(vectors(p), image, c) : at(plane, image, y, x)[c];
+    if (p.slot < 0) return at(plane, image, job_.y, x)[c];
+    return number(slots_ + room_ * p.slot + image * p.length(), c);
   }
 
   // All that was sent has come.
@@ -360,12 +396,13 @@ class Pixels : Images {
     received_ = stage_;
     if (ranks_ > 1) await(arrivals_ + (stage_ - 1) % 2, (stage_ - 1) / 2 % 2);
   }
-  // All threads have sent their share of `channels` to all blocks. A block without one sends a word, so that none goes
-  // on before all have come as far.
-  FASTGEN_DEVICE void end_stage(const Task& task, int64_t channels) {
+  // All threads have sent their share to all blocks. A block without one sends a word, so that none goes on before all
+  // have come as far.
+  FASTGEN_DEVICE void end_stage(const Task& task) {
+    Arrival* arrival = arrivals_ + stage_ % 2;
     if (ranks_ > 1) {
-      if (task.groups == 0 && thread() < ranks_) post(tokens_ + rank_, uint32_t{}, arrivals_ + stage_ % 2, thread());
-      if (thread() == 0) expect(arrivals_ + stage_ % 2, (count_ * static_cast<int>(channels) + task.idle) * 4);
+      if (task.groups == 0 && thread() < ranks_) post(tokens_ + rank_, uint32_t{}, arrival, thread());
+      if (thread() == 0) expect(arrival, task.words * 4);
     }
     ++stage_;
     if (job_.meets) receive();
@@ -373,131 +410,113 @@ class Pixels : Images {
     if (job_.meets) meet();
   }
 
-  // A lane has channel `begin` + lane / 4 of an image.
-  FASTGEN_DEVICE void send(const Plane& p, int begin, int image, float v) {
-    const int lane = thread() % 32;
-    uint32_t words[4];
-    int part, nth;
-    const auto both = [&](uint32_t own, int lanes, uint32_t* low, uint32_t* high) {
-      const uint32_t got = shuffle_xor(own, lanes);
-      *low = lane & lanes ? got : own;
-      *high = lane & lanes ? own : got;
-    };
-    if constexpr (sizeof(W) == 2) {  // of eight channels the leading parts, and what remains
+  // To all blocks; a lane has number lane / 4 of eight that lie at `to`.
+  FASTGEN_DEVICE void send(float* to, bool live, float v) const {
+    const int nth = thread() % 32 / 4;
+    uint32_t word;
+    memcpy(&word, &v, 4);
+    if constexpr (sizeof(W) == 2) {  // lanes take turns with the leading parts of two, and with what remains of them
       W parts[2];
       convert(v, &parts[0]);
       convert(v - to_float(parts[0]), &parts[1]);
-      uint32_t low, high, pair[2];
-      both(parts[0] | uint32_t{parts[1]} << 16, 4, &low, &high);
-      part = lane / 4 % 2;
-      nth = lane / 8;
-      both(part ? low >> 16 | (high & 0xFFFF0000u) : (low & 0xFFFFu) | high << 16, 8, &pair[0], &pair[1]);
-      both(pair[0], 16, &words[0], &words[2]);
-      both(pair[1], 16, &words[1], &words[3]);
-    } else {  // four of the eight channels
-      uint32_t own, pair[2];
-      memcpy(&own, &v, 4);
-      part = lane / 16;
-      nth = lane / 4 % 4;
-      both(own, 4, &pair[0], &pair[1]);
-      both(pair[0], 8, &words[0], &words[2]);
-      both(pair[1], 8, &words[1], &words[3]);
-    }
-    if (image >= count_) return;
-    auto* place = reinterpret_cast<uint32_t*>(vectors(p).group(image, begin, 0)) + part * 4;
-    if (ranks_ == 1) {
-      for (int k = 0; nth == 0 && k < 4; ++k) place[k] = words[k];
+      word = parts[0] | uint32_t{parts[1]} << 16;
+      const uint32_t got = shuffle_xor(word, 4);
+      word = nth % 2 ? got >> 16 | (word & 0xFFFF0000u) : (word & 0xFFFFu) | got << 16;
+      to += nth % 2 * 4 + nth / 2;
     } else {
-      for (int r = nth; r < ranks_; r += 4) post_four(place, words, arrivals_ + stage_ % 2, r);
+      to += nth;
     }
+    auto* place = reinterpret_cast<uint32_t*>(to);
+    if (!live) return;
+    if (ranks_ == 1)
+      *place = word;
+    else
+      for (int r = 0; r < ranks_; ++r) post(place, word, arrivals_ + stage_ % 2, r);
   }
 
-  FASTGEN_DEVICE void draw_pixel(int number, int64_t y, int x) {
+  FASTGEN_DEVICE void draw_pixel(int number, int x) {
     const Instruction& i = instructions_[number];
     const Kind kind = static_cast<Kind>(i.kind);
     if (kind == Kind::kConv) {
       const Task& task = tasks_[number];
       if (task.share == 1)
-        convolve<1>(i, task, y, x);
+        convolve<1>(task, x);
       else
-        convolve<kMostShare>(i, task, y, x);
+        convolve<kMostShare>(task, x);
       receive();
-      return end_stage(task, planes_[i.dst].channels);
+      return end_stage(task);
     }
     receive();
     if (kind == Kind::kSample)
-      sample(i, y, x);
+      sample(i, x);
     else if (kind == Kind::kRemember)
-      remember(i, y, x);
+      remember(i, x);
     else if (kind == Kind::kAttention)
-      attend(i, y, x);
+      attend(i, x);
     else
-      activate(i, y, x);
+      activate(i, x);
   }
 
-  // This block's rows, a warp for each tile and 4 M images.
+  // This block's rows, a warp for each tile and 4 M images. The blocks wait for each other in a long chain of these, so
+  // little stands between what comes and what is sent.
   template <int M>
-  FASTGEN_DEVICE void convolve(const Instruction& i, const Task& task, int64_t y, int x) {
-    const Matrix& matrix = matrices_[i.matrix];
-    const bool pairs = matrix.pairs != 0, one = pairs && i.then >= 0;
-    const Plane& to = planes_[i.dst];
-    const int lane = thread() % 32, before = task.before;
-    const Kind then = static_cast<Kind>(i.then);
-    const bool other_sent = i.other >= 0 && planes_[i.other].slot >= 0;
-    const Vectors<W> src = vectors(planes_[i.src]);
+  FASTGEN_DEVICE void convolve(const Task& task, int x) {
+    const int lane = thread() % 32, before = task.before, apart = task.pairs ? kChannelBlock : kGroup;
+    const int turn = before > 1 ? x % before : 0;
+    const bool one = task.pairs && task.then >= 0;  // result of two rows
+    const Kind then = static_cast<Kind>(task.then);
     for (int item = thread() / 32; item < task.tiles * task.groups; item += threads() / 32) {
-      const int nth = item / task.groups, group = task.begin + item % task.groups * task.step;
-      const int tile = task.first + ranks_ * nth;
-      const int unit = tile * (pairs ? kTileRows / 2 : kTileRows) + lane / 4;
-      const int rows[2] = {pairs ? static_cast<int>(row_of_pair(unit)) : unit,
-                           pairs ? static_cast<int>(row_of_pair(unit)) + kChannelBlock : unit + 8};
-      const auto image_of = [&](int k) { return (group * M + k) * kShare + lane % 4; };
-      const auto old_of = [&](int k, int x, int h) -> float& {
-        return old_[((i.old + nth * before + x % before) * (room_ / kShare) + group * M + k) * 64 + h * 32 + lane];
+      int nth = 0, group = item;
+      for (; group >= task.groups; group -= task.groups) ++nth;
+      group = task.begin + group * task.step;
+      const int tile = task.first + ranks_ * nth, image = group * kShare * M + lane % 4;  // the first
+      const int row = (task.pairs ? tile / 2 * 2 * kChannelBlock + tile % 2 * kGroup : tile * kTileRows) + lane / 4;
+      const W* w = task.weights + int64_t{nth} * task.weights_step;
+      float* old = task.old + (nth * before * room_ + group * kShare * M) * kTileRows + lane;
+      const auto old_of = [&](int turn, int k, int h) -> float& {
+        return old[turn * room_ * kTileRows + k * kShare * kTileRows + h * 32];
       };
       // what does not come from the stage before
-      float v[M][2] = {};
-      for (int k = 0; k < M; ++k)
-        for (int h = 0; h < 2; ++h) {
-          if (image_of(k) >= count_) continue;
-          if (i.bias >= 0) v[k][h] = bias(i, image_of(k), rows[h]);
-          if (i.other >= 0 && !other_sent) v[k][h] += at(task.other, image_of(k), x)[rows[h]];
-          if (before > 0) v[k][h] += old_of(k, x, h);
-        }
-      const W* w = i.weights >= 0 ? weights_ + i.weights + nth * task.size
-                                 : static_cast<const W*>(job_.weights_at) + matrix.at + int64_t{tile} * task.size;
-      const Vectors<W> inputs{src.group(group * M * kShare, 0, 0), src.length};
-      const int tap_size = task.steps * kTileInputs * kTileRows;
       Ahead now, late;
-      now.fetch(w + before * tap_size, task.steps);
-      receive();
-      if (other_sent)
-        for (int k = 0; k < M; ++k)
-          for (int h = 0; h < 2; ++h) v[k][h] += number(i.other, image_of(k), y, x, rows[h]);
-      multiply<M>(now, inputs, v);
-      if (before > 0) late.fetch(w + (before - 1) * tap_size, task.steps);
+      now.fetch(w, task.steps);
+      float v[M][2] = {};
       for (int k = 0; k < M; ++k) {
-        const int image = image_of(k);
-        if (one)
-          v[k][0] = activated(then, v[k][0], v[k][1]);
-        else if (i.then >= 0)
-          for (int h = 0; h < 2; ++h) v[k][h] = activated(then, v[k][h], 0);
-        send(to, (one ? unit : rows[0]) - lane / 4, image, v[k][0]);
-        if (!one) send(to, rows[1] - lane / 4, image, v[k][1]);
-        if (to.kept && image < count_) {
-          at(task.kept, image, x)[one ? unit : rows[0]] = v[k][0];
-          if (!one) at(task.kept, image, x)[rows[1]] = v[k][1];
+        const int n = image + k * kShare;
+        for (int h = 0; h < 2 && n < count_; ++h) {
+          if (task.other) v[k][h] += task.other[n * job_.memory_size + x * task.other_step + row + h * apart];
+          if (task.bias) v[k][h] += task.bias[int64_t{n} * task.bias_step + row + h * apart];
+          if (before > 0) v[k][h] += old_of(turn, k, h);
         }
       }
-      for (int tap = before - 1; tap >= 0; --tap) {  // for pixels to come
-        float sums[M][2] = {};
-        multiply<M>(late, inputs, sums);
-        if (tap > 0) late.fetch(w + (tap - 1) * tap_size, task.steps);
+      receive();
+      if (task.added >= 0)
         for (int k = 0; k < M; ++k)
-          for (int h = 0; h < 2; ++h) {
-            float& sum = old_of(k, x + before - tap, h);
-            sum = tap == 0 ? sums[k][h] : sum + sums[k][h];  // the first for that pixel
-          }
+          for (int h = 0; h < 2; ++h)
+            v[k][h] += number(slots_ + task.added + (image + k * kShare) * task.added_length, row + h * apart);
+      const float* src = slots_ + task.src + group * kShare * M * task.src_length;
+      multiply<M>(now, src, task.src_length, v);
+      if (before > 0) late.fetch(w - task.tap_size, task.steps);
+      for (int k = 0; k < M; ++k) {
+        const int n = image + k * kShare;
+        if (task.then >= 0) {
+          v[k][0] = activated(then, v[k][0], v[k][1]);
+          if (!one) v[k][1] = activated(then, v[k][1], 0);
+        }
+        const int rows[2] = {one ? tile * kGroup + lane / 4 : row, row + apart};
+        for (int h = 0; h < 2; ++h) {
+          if (h == 1 && one) continue;
+          send(slots_ + task.dst + n * task.dst_length + rows[h] - lane / 4, n < count_, v[k][h]);
+          if (task.kept && n < count_) task.kept[n * job_.memory_size + x * task.kept_step + rows[h]] = v[k][h];
+        }
+      }
+      for (int d = 1; d <= before; ++d) {  // for the d-th pixel after this one
+        float sums[M][2] = {};
+        multiply<M>(late, src, task.src_length, sums);
+        if (d < before) late.fetch(w - (d + 1) * task.tap_size, task.steps);
+        const int at = turn + d < before ? turn + d : turn + d - before;
+        for (int k = 0; k < M; ++k)
+          for (int h = 0; h < 2; ++h)
+            old_of(at, k, h) = d == before ? sums[k][h] : old_of(at, k, h) + sums[k][h];  // the first for that pixel
       }
     }
   }
@@ -523,15 +542,16 @@ class Pixels : Images {
 
   // v[k][h] += of row lane / 4 + 8 h of the tile with vector 4 k + lane % 4.
   template <int M>
-  FASTGEN_DEVICE static void multiply(const Ahead& ahead, const Vectors<W>& x, float (&v)[M][2]) {
+  FASTGEN_DEVICE static void multiply(const Ahead& ahead, const float* vectors, int length, float (&v)[M][2]) {
     if constexpr (sizeof(W) == 2) {
-      const int lane = thread() % 32, column = lane / 4;
+      const int lane = thread() % 32;
+      // column lane / 4 of eight: two parts of four vectors
+      const float* from = vectors + lane / 8 * length + lane % 4 * kGroup + lane / 4 % 2 * (kGroup / 2);
       float d[2][M][4] = {};
       const auto step = [&](int s, const uint32_t(&a)[2][4]) {
         for (int k = 0; k < M; ++k) {
           uint32_t b[4];
-          const W* from = x.group(4 * k + column / 2, s * kTileInputs + lane % 4 * kGroup, column % 2);
-          memcpy(b, __builtin_assume_aligned(from, 16), 16);
+          memcpy(b, __builtin_assume_aligned(from + k * kShare * length + s * kTileInputs, 16), 16);
           multiply_add(d[0][k], {a[0][0], a[1][0], a[0][1], a[1][1]}, {b[0], b[1]});
           multiply_add(d[1][k], {a[0][2], a[1][2], a[0][3], a[1][3]}, {b[2], b[3]});
         }
@@ -548,14 +568,14 @@ class Pixels : Images {
           v[k][h] += d[0][k][2 * h] + d[0][k][2 * h + 1] + d[1][k][2 * h] + d[1][k][2 * h + 1];
     } else {
       float sums[2][M] = {};
-      multiply_tile<M>(ahead.w, ahead.steps, x, 4 * M, sums);
+      multiply_tile<M>(ahead.w, ahead.steps, Vectors<W>{const_cast<float*>(vectors), length}, 4 * M, sums);
       for (int k = 0; k < M; ++k)
         for (int h = 0; h < 2; ++h) v[k][h] += sums[h][k];
     }
   }
 
   // Every block for itself.
-  FASTGEN_DEVICE void activate(const Instruction& i, int64_t y, int x) {
+  FASTGEN_DEVICE void activate(const Instruction& i, int x) {
     const Kind kind = static_cast<Kind>(i.kind);
     const Plane& p = planes_[i.dst];
     const int channels = static_cast<int>(p.channels), each = channels / kGroup;
@@ -565,22 +585,22 @@ class Pixels : Images {
       Group<float> v;
       for (int k = 0; k < kGroup; ++k) {
         const int c = begin + k, row = pairs ? static_cast<int>(row_of_pair(c)) : c;
-        const float a = number(i.src, image, y, x, row);
+        const float a = number(i.src, image, x, row);
         if (kind == Kind::kAdd)
-          v.v[k] = a + number(i.other, image, y, x, c);
+          v.v[k] = a + number(i.other, image, x, c);
         else
-          v.v[k] = activated(kind, a, pairs ? number(i.src, image, y, x, row + kChannelBlock) : 0);
+          v.v[k] = activated(kind, a, pairs ? number(i.src, image, x, row + kChannelBlock) : 0);
       }
-      put(i.dst, image, begin, y, x, v);
+      put(i.dst, image, begin, x, v);
     }
     sync_block();
   }
 
   // Eight channels into the current pixel's vector, and where rows below read them.
-  FASTGEN_DEVICE void put(int64_t plane, int image, int begin, int64_t y, int x, const Group<float>& v) const {
+  FASTGEN_DEVICE void put(int64_t plane, int image, int begin, int x, const Group<float>& v) const {
     const Plane& p = planes_[plane];
     vectors(p).put(image, begin, v);
-    if (p.kept && image % ranks_ == rank_) *reinterpret_cast<Group<float>*>(at(plane, image, y, x) + begin) = v;
+    if (p.kept && image % ranks_ == rank_) *reinterpret_cast<Group<float>*>(at(plane, image, job_.y, x) + begin) = v;
   }
 
   // Keys [head][channel][pixel] and values [head][pixel][channel] of all pixels drawn.
@@ -595,18 +615,18 @@ class Pixels : Images {
     return {i.bias, i.dy / i.bias, i.dx / i.bias, room, key, key + i.dy * room};
   }
 
-  FASTGEN_DEVICE void remember(const Instruction& i, int64_t y, int x) {
-    const int64_t pixel = y * job_.width + x;
+  FASTGEN_DEVICE void remember(const Instruction& i, int x) {
+    const int64_t pixel = job_.y * job_.width + x;
     const auto channels = static_cast<unsigned>(i.dy + i.dx);
     for (unsigned e = rank_ * threads() + thread(); e < count_ * channels; e += ranks_ * threads()) {
       const int image = e / channels, c = e % channels;
       const Cache cache = cache_of(i, image);
       if (c < i.dy) {
-        cache.key[c * cache.room + pixel] = number(i.src, image, y, x, c);
+        cache.key[c * cache.room + pixel] = number(i.src, image, x, c);
       } else {
         const int64_t v = c - i.dy;
         cache.value[(v / cache.values * cache.room + pixel) * cache.values + v % cache.values] =
-            number(i.other, image, y, x, static_cast<int>(v));
+            number(i.other, image, x, static_cast<int>(v));
       }
     }
     meet();
@@ -614,8 +634,8 @@ class Pixels : Images {
 
   // Softmax of the products with the keys of all pixels before and with a key of zeros, over their values; the value of
   // the key of zeros is zero. A warp for each head of an image; the results go through global memory.
-  FASTGEN_DEVICE void attend(const Instruction& i, int64_t y, int x) {
-    const int pixels = static_cast<int>(y) * width_ + x, warps = threads() / 32, heads = static_cast<int>(i.bias);
+  FASTGEN_DEVICE void attend(const Instruction& i, int x) {
+    const int pixels = static_cast<int>(job_.y) * width_ + x, warps = threads() / 32, heads = static_cast<int>(i.bias);
     const int lane = thread() % 32;
     float* score = scores_ + thread() / 32 * job_.scores;
     for (int item = rank_ * warps + thread() / 32; item < count_ * heads; item += ranks_ * warps) {
@@ -626,7 +646,7 @@ class Pixels : Images {
       for (int j = lane; j < pixels; j += 32) {
         float sum = 0;
         for (int64_t k = h * cache.keys; k < (h + 1) * cache.keys; ++k)
-          sum += cache.key[k * cache.room + j] * (number(i.src, image, y, x, static_cast<int>(k)) * scale);
+          sum += cache.key[k * cache.room + j] * (number(i.src, image, x, static_cast<int>(k)) * scale);
         score[j] = sum;
         top = fmaxf(top, sum);
       }
@@ -635,7 +655,7 @@ class Pixels : Images {
       for (int j = lane; j < pixels; j += 32) total += score[j] = expf(score[j] - top);
       total = sum_of_warp(total) + expf(-top);
       sync_warp();
-      float* to = at(i.dst, image, y, x) + h * cache.values;
+      float* to = at(i.dst, image, job_.y, x) + h * cache.values;
       for (int64_t c = lane; c < cache.values; c += 32) {
         float sum = 0;
         for (int j = 0; j < pixels; ++j) sum += score[j] * cache.value[(h * cache.room + j) * cache.values + c];
@@ -647,25 +667,25 @@ class Pixels : Images {
     const int each = static_cast<int>(planes_[i.dst].channels) / kGroup;
     for (int e = thread(); e < count_ * each; e += threads()) {
       const int image = e / each, c = e % each * kGroup;
-      vectors(planes_[i.dst]).put(image, c, *reinterpret_cast<const Group<float>*>(at(i.dst, image, y, x) + c));
+      vectors(planes_[i.dst]).put(image, c, *reinterpret_cast<const Group<float>*>(at(i.dst, image, job_.y, x) + c));
     }
     sync_block();
   }
 
   // The values of one color of one pixel, and what the network sees of them: every block for itself, a warp for each
   // image, or a thread where there is one parameter. One block tells the caller.
-  FASTGEN_DEVICE void sample(const Instruction& i, int64_t y, int x) {
+  FASTGEN_DEVICE void sample(const Instruction& i, int x) {
     const int64_t plane = job_.height * job_.width;
     const int lanes = job_.outputs > 1 ? 32 : 1, lane = thread() % lanes, at_once = threads() / lanes;
     const int features = static_cast<int>(job_.features), begin = static_cast<int>(i.extra) * features;
     float* out = outputs_ + thread() / lanes * job_.outputs;
     for (int image = thread() / lanes; image < count_; image += at_once) {
       const bool tells = image % ranks_ == rank_;
-      const int64_t pixel = ((first_ + image) * job_.colors + i.extra) * plane + y * job_.width + x;
+      const int64_t pixel = ((first_ + image) * job_.colors + i.extra) * plane + job_.y * job_.width + x;
       const float u = job_.uniforms[pixel];
       float zero = 0;
       for (int o = lane; o < job_.outputs; o += lanes) {
-        out[o] = number(i.src, image, y, x, o);
+        out[o] = number(i.src, image, x, o);
         zero += 0.0f * out[o];
         if (tells && job_.parameters) job_.parameters[pixel * job_.outputs + o] = out[o];
       }
@@ -679,7 +699,7 @@ class Pixels : Images {
         for (int f = lane; f < features; f += lanes) {
           const float v = job_.table[value * features + f];
           vectors(planes_[i.dst]).put(image, begin + f, v);
-          if (tells && planes_[i.dst].kept) at(i.dst, image, y, x)[begin + f] = v;
+          if (tells && planes_[i.dst].kept) at(i.dst, image, job_.y, x)[begin + f] = v;
         }
       if (tells && lane == 0) job_.values[pixel] = zero == 0 ? value : -1;
       if (lanes == 32) sync_warp();

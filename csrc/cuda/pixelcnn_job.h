@@ -15,7 +15,7 @@ constexpr int kThreads = 256;  // of a block
 constexpr int kLargestCluster = 16;
 constexpr int kShare = 4;  // images that a warp multiplies at once, for one pixel, or up to kMostShare times as many
 constexpr int kMostShare = 2;
-constexpr int kTaskBytes = 72;
+constexpr int kTaskBytes = 128;
 
 enum class Kind { kConv, kGate, kGlu, kRelu, kElu, kAdd, kAttention, kRemember, kSample };
 

@@ -66,6 +66,9 @@ inline void split(float v, uint16_t* high, uint16_t* low) {
   convert(v, high);
   convert(v - to_float(*high), low);
 }
+inline void split(const float (&v)[2], uint16_t* high, uint16_t* low) {
+  for (int k = 0; k < 2; ++k) split(v[k], high + k, low + k);
+}
 
 void* shared_chunk(int index, int64_t bytes);
 void* chunk_in_block(void* p, int rank);
@@ -81,10 +84,6 @@ void post(T* to, T v, Arrival* a, int rank) {
   static_assert(sizeof(T) == 4);
   *in_block(to, rank) = v;
   sent(in_block(a, rank), sizeof(T));
-}
-
-inline void post_four(uint32_t* to, const uint32_t (&v)[4], Arrival* a, int rank) {
-  for (int k = 0; k < 4; ++k) post(to + k, v[k], a, rank);
 }
 
 class Shared {
