@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_wait as wait_for_last
 
 from fastgen.ops.nearest_code import PRECISIONS
 
-from .launch import INTERPRETED, MOST_SHARED, cdiv, fitted, on_device, shared_memory, staged
+from .launch import INTERPRETED, MOST_SHARED, cdiv, fitted, on_device, shared_memory
 from .tuning import tuned
 
 NO_DIRECTION = tl.constexpr(1e-30)  # vectors no longer than this are zero to the cosine
@@ -354,23 +354,29 @@ def chunk_for(dim: int) -> int:
     return int(max(16, triton.next_power_of_2(dim))) if dim <= 256 else 128
 
 
-def shared_by(tile: dict[str, int], chunk_bytes: int, whole: bool, limit: int) -> int:
-    """Rows that are held whole are in shared memory once."""
-    rows, codes = tile["ROWS"] * chunk_bytes, tile["CODES"] * chunk_bytes
-    stages = tile["num_stages"]
-    return rows + staged(codes, stages, limit) if whole else staged(rows + codes, stages, limit)
+def shared_by(tile: dict[str, int], chunk_bytes: int, whole: bool, plain: bool) -> int:
+    """Rows that are held whole are in shared memory once; they are rounded and measured by way of it."""
+    rows, codes, stages = tile["ROWS"] * chunk_bytes, tile["CODES"] * chunk_bytes, tile["num_stages"]
+    scan = (0 if plain else 8 << 10) + (rows + stages * codes if whole else stages * (rows + codes))
+    return max(scan, 40 << 10)
 
 
 @functools.cache
-def scan_options(chunk_bytes: int, whole: bool = True, limit: int = MOST_SHARED) -> dict[str, int]:
-    """Tile of the scan, and how it is run."""
+def scan_options(
+    rows: int, chunk_bytes: int, whole: bool = True, plain: bool = True, limit: int = MOST_SHARED, processors: int = 132
+) -> dict[str, int]:
+    """Tile of the scan, and how it is run: warps that do not wait for each other, where registers suffice for them."""
     if INTERPRETED:
         return {"ROWS": 32, "CODES": 64, "UNIT": 4, "PART": 64, "num_warps": 4, "num_stages": 2}
-    hopper = limit >= MOST_SHARED
-    tile = {
-        "ROWS": 128, "CODES": 128 if hopper else 64, "UNIT": 4, "PART": 16, "num_warps": 8, "num_stages": 2
-    }  # fmt: skip
-    return fitted(tile, limit, lambda t: shared_by(t, chunk_bytes, whole, limit), smaller="ROWS")
+    tile = {"ROWS": 128, "CODES": 64, "UNIT": 4, "PART": 16, "num_warps": 8, "num_stages": 2}
+    if limit >= MOST_SHARED:  # Hopper's products
+        if rows <= 64 * processors:
+            tile |= {"ROWS": 64, "CODES": 128, "num_warps": 4}
+        elif chunk_bytes > 256:
+            tile |= {"ROWS": 256, "num_stages": 3}
+        else:
+            tile |= {"CODES": 128, "num_warps": 4, "num_stages": 3}
+    return fitted(tile, limit, lambda t: shared_by(t, chunk_bytes, whole, plain), smaller="ROWS")
 
 
 def splits_for(rows: int, codes: int, tile_rows: int, tile_codes: int, processors: int) -> tuple[int, int]:
@@ -394,8 +400,10 @@ def _early(device: torch.device) -> dict[str, bool]:
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    """A GPU's; without one, so many that few rows are searched in splits."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    """A GPU's; without one those of an H100, in the interpreter so many that few rows are searched in splits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 8 if INTERPRETED else 132
 
 
 def nearest_code(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precision: int = 0) -> tuple[Tensor, Tensor]:
@@ -412,11 +420,11 @@ def nearest_code(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precis
     width = cdiv(dim, chunk) * chunk
     exact = not cosine and x.dtype == codebook.dtype == dtype
     plain, centred = exact and width == dim, not (cosine or exact)
-    options = tuned(
-        "scan", x, (rows, count, width), scan_options(chunk * dtype.itemsize, width == chunk, shared_memory(x))
-    )
+    processors = _processors(x.device)
+    heuristic = scan_options(rows, chunk * dtype.itemsize, width == chunk, plain, shared_memory(x), processors)
+    options = tuned("scan", x, (rows, count, width), heuristic)
     tile_rows, tile_codes = options["ROWS"], options["CODES"]
-    tiles, splits = splits_for(rows, count, tile_rows, tile_codes, _processors(x.device))
+    tiles, splits = splits_for(rows, count, tile_rows, tile_codes, processors)
     padded = cdiv(count, tile_codes) * tile_codes
     codes, facts = x.new_empty(padded, width, dtype=dtype), x.new_empty(4 * padded + width, dtype=torch.float32)
     short = x if plain else x.new_empty(rows, width, dtype=dtype)

@@ -40,7 +40,8 @@ def _codes(  # type: ignore[no-untyped-def]
     new = new / size[:, None]
     if COSINE:
         new = new / tl.maximum(tl.sqrt(tl.sum(new * new, 1)), 1e-6)[:, None]
-    tl.store(embed + at, new, live & (n != 0))  # else the codes stay
+    if n != 0:  # else the codes stay
+        tl.store(embed + at, new, live)
 
 
 def update_codebook(

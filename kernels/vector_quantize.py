@@ -51,12 +51,13 @@ def _summarize(  # type: ignore[no-untyped-def]
         squares = tl.zeros([BLOCK], tl.float32)
         for start in range(0, programs, BLOCK):
             squares += tl.load(partial + start + lane, lane < programs - start, other=0.0)
+        used = rows * 1.0
         if MASKED:
             kept = tl.zeros([BLOCK], tl.int64)
             for start in range(0, codes, BLOCK):
                 kept += tl.load(hits + start + lane, lane < codes - start, other=0)
-            rows = tl.sum(kept)
-        tl.store(error, tl.sum(squares) / tl.maximum(rows * 1.0 * dim, 1.0))
+            used = tl.sum(kept) * 1.0
+        tl.store(error, tl.sum(squares) / tl.maximum(used * dim, 1.0))
     else:
         code = (tl.program_id(0) - 1) * BLOCK + lane
         tl.store(counts + code, tl.load(hits + code, code < codes, other=0).to(tl.float32), code < codes)

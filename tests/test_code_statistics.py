@@ -10,7 +10,6 @@ from fastgen.ops import code_statistics, update_codebook_
 from fastgen.ops.code_statistics import code_statistics_reference
 
 pytestmark = pytest.mark.on_device
-no_kernel = cpu_only("update_codebook_ has no Triton kernel")
 
 
 def check(x, indices, num_codes):
@@ -55,8 +54,7 @@ def test_threads_and_strides_do_not_change_a_bit():
                 assert torch.equal(a, b)
 
 
-@no_kernel
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 @pytest.mark.parametrize("cosine", [False, True])
 def test_update_matches_the_formula(which, cosine):
     k, d, decay, eps = 9, 5, 0.9, 1e-5
@@ -74,8 +72,7 @@ def test_update_matches_the_formula(which, cosine):
     torch.testing.assert_close(embed.double(), expected, atol=1e-6, rtol=1e-5)
 
 
-@no_kernel
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 def test_codes_stay_while_nothing_has_been_seen(which):
     size, average, embed = torch.ones(3), torch.randn(3, 2), torch.randn(3, 2)
     before = embed.clone()
@@ -84,7 +81,6 @@ def test_codes_stay_while_nothing_has_been_seen(which):
     assert float(size.sum()) == 0
 
 
-@no_kernel
 def test_opcheck_and_compile():
     x, indices = torch.randn(30, 4), torch.randint(5, (30,))
     torch.library.opcheck(torch.ops.fastgen.code_statistics.default, (x, None, indices, 5))

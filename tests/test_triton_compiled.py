@@ -22,9 +22,8 @@ WIDTH = {F32: 16, BF16: 128, F16: 32}  # channels: float32's products, which tak
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 STACK = 12  # stores to it: a few numbers are put there by ptxas even where registers are free, of a tile hundreds
-PRODUCTS = ("_conv", "_gated_conv", "_grad_weight", "_layer", "_scan")
-SAME_IN_ALL = ("_sum_rows", "_settle", "_scan")  # whatever the dtype, they see the same
-GATHERS = ("_settle",)  # single numbers from here and there
+PRODUCTS = ("_conv", "_gated_conv", "_grad_weight", "_layer", "_search")
+SAME_IN_ALL = ("_sum_rows", "_settle", "_summarize", "_sizes", "_codes")  # whatever the dtype, they see the same
 
 
 def affine_coupling(dtype, scale="tanh", layout="scale_shift", masked=False) -> list[Launch]:
@@ -59,7 +58,7 @@ def vector_quantize(dtype, rotation=False, masked=False) -> list[Launch]:
     with recorded(nearest_code, vector_quantize) as launches:
         vector_quantize.vector_quantize(x, codebook, mask, False, False)
         vector_quantize.vector_quantize_backward(x, torch.zeros(()), x, x, mask, rotation)
-    return [launch for launch in launches if launch.kernel.__name__ in ("_gather", "_backward")]
+    return [launch for launch in launches if launch.kernel.__name__ in ("_gather", "_summarize", "_backward")]
 
 
 def nearest_code(dtype, size=(65536, 8192, 256), cosine=False, precision="ieee") -> list[Launch]:
@@ -80,6 +79,15 @@ def code_statistics(dtype, subtract=False) -> list[Launch]:
     x, indices = torch.empty(4096, 64, dtype=dtype), torch.zeros(4096, dtype=torch.int64)
     with recorded(module) as launches:
         module.code_statistics(x, x if subtract else None, indices, 512)
+    return launches
+
+
+def update_codebook(dtype) -> list[Launch]:
+    from fastgen.kernels import update_codebook as module
+
+    sizes, codes = torch.empty(512), torch.empty(512, 64)
+    with recorded(module) as launches:
+        module.update_codebook(sizes, codes, codes, sizes, codes, 0.9, 1e-5, True)
     return launches
 
 
@@ -145,8 +153,9 @@ CASES = {  # compiled for every architecture in every dtype
     "affine_coupling": affine_coupling,
     "actnorm": actnorm,
     "vector_quantize": vector_quantize,
-    "nearest_code": nearest_code,
+    "nearest_code": lambda dtype: [*nearest_code(dtype), *nearest_code(dtype, (64, 8192, 256))[1:]],  # and in splits
     "code_statistics": code_statistics,
+    "update_codebook": update_codebook,
     "gated_causal_conv1d": gated_causal_conv1d,
     "wavenet_layer": wavenet_layer,
     "gated_masked_conv2d": lambda dtype: masked_conv2d(dtype, gated=True)[:2],  # the rest is as above
@@ -187,8 +196,9 @@ def expected_shared(launch: Launch, limit: int) -> int:
     from fastgen.kernels.launch import BARRIERS
 
     tile, x = launch.arguments | launch.options, launch.arguments["x"]
-    if launch.kernel.__name__ == "_scan":
-        return BARRIERS + nearest_code.shared_by(tile, tile["CHUNK"] * x.element_size(), tile["WHOLE"], limit)
+    if launch.kernel.__name__ == "_search":
+        chunk = tile["CHUNK"] * tile["codes"].element_size()
+        return BARRIERS + nearest_code.shared_by(tile, chunk, tile["WHOLE"], tile["PLAIN"])
     module = wavenet_layer if launch.kernel.__name__ == "_layer" else convolution
     return BARRIERS + module.shared_by(tile, 8 * x.element_size(), limit)
 
@@ -198,9 +208,12 @@ def spilled(code: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ALL | VARIANTS)
-def test_machine_code(name):
+def test_machine_code(name, monkeypatch):
     """Nothing is spilled, shared memory suffices, memory moves 16 bytes at a time, 16 bits go to tensor cores."""
+    from fastgen.kernels import nearest_code as search
+
     case, dtype, architecture = (ALL | VARIANTS)[name]
+    monkeypatch.setattr(search, "shared_memory", lambda x: SHARED_MEMORY[architecture])
     seen = set()
     for launch in case(dtype):
         kernel = launch.kernel.__name__
@@ -215,11 +228,11 @@ def test_machine_code(name):
         assert len(spilled(code)) <= STACK, f"{what}: registers are spilled: {len(spilled(code))} stores"
         assert compiled.metadata.shared <= SHARED_MEMORY[architecture], what
         if kernel in PRODUCTS:
-            short = kernel == "_scan" or dtype != F32
+            short = kernel == "_search" or dtype != F32
             product = TENSOR_CORES[architecture] if launch.arguments["ROWS"] >= 64 else "HMMA"
             assert not short or product in text, f"{what}: no {product}"
             assert compiled.metadata.shared <= expected_shared(launch, SHARED_MEMORY[architecture]), what
-        if kernel in GATHERS or name.endswith((" of 1", " 8")):
+        if name.endswith((" of 1", " 8")):
             continue
         if kernel in PRODUCTS:
             assert "LDGSTS.E.BYPASS.128" in text, f"{what}: no asynchronous 128-bit loads"
@@ -243,7 +256,7 @@ def test_tiles_fit_into_the_shared_memory_there_is(limit, monkeypatch):
     for module in (conv, search, layer):
         monkeypatch.setattr(module, "shared_memory", lambda x: limit)
     for launch in (
-        wavenet_layer(BF16)[0], *(run for run in nearest_code(BF16) if run.kernel.__name__ == "_scan"),
+        wavenet_layer(BF16)[0], *(run for run in nearest_code(BF16) if run.kernel.__name__ == "_search"),
         gated_causal_conv1d(BF16)[0],
     ):  # fmt: skip
         assert launch.compile(86).metadata.shared <= min(limit, expected_shared(launch, limit))
@@ -257,8 +270,8 @@ def test_tiles_fit_into_the_shared_memory_there_is(limit, monkeypatch):
                 assert layer.shared_by(tile, bits, limit) <= limit
     for chunk_bytes in (32, 128, 256, 512):
         for whole in (False, True):
-            tile = search.scan_options(chunk_bytes, whole, limit)
-            assert search.shared_by(tile, chunk_bytes, whole, limit) <= limit
+            tile = search.scan_options(65536, chunk_bytes, whole, False, limit)
+            assert search.shared_by(tile, chunk_bytes, whole, False) <= limit
             assert tile["ROWS"] >= 16
     assert conv.tile_for(5000, 128, 128, 16, 99 << 10) == conv.tile_for(5000, 128, 128, 16), "nothing to be saved"
 
