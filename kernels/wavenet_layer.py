@@ -11,7 +11,6 @@ Least work: 2 H (2 C K + C + S) operations for each sample forward, three times 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -258,16 +257,17 @@ def wavenet_layer_backward(
         return of_x, of_weight, of_bias, torch.zeros_like(out_weight), out_weight.new_zeros(len(out_weight)), of_cond
     steps = x.shape[2]
     if more := -steps % ALIGNED:
-        wider: Any = [functional.pad(t, (0, more)) for t in (grad_residual, grad_skip, x)]
+        grads = [functional.pad(t, (0, more)) for t in (grad_residual, grad_skip, x)]
         cond = functional.pad(cond, (0, more)) if cond is not None and cond.shape[2] == steps else cond
-        of_x, *of_weights, of_cond = wavenet_layer_backward(*wider, weight, bias, out_weight, out_bias, cond, dilation)
+        of_x, *of_weights, of_cond = wavenet_layer_backward(
+            grads[0], grads[1], grads[2], weight, bias, out_weight, out_bias, cond, dilation
+        )
         return of_x[..., :steps].contiguous(), *of_weights, of_cond[..., :steps].contiguous()
     shape, gates = shape_of(x, weight, dilation), out_weight.shape[1]
-    grads = (grad_residual, grad_skip)
     with on_device(x):
         if gates > MOST_GATES:
-            of_out_bias = torch.cat([g.sum((0, 2), dtype=torch.float32) for g in grads]).to(out_weight.dtype)
-            grad = torch.cat(grads, 1)  # (B, C + S, T)
+            grad = torch.cat([grad_residual, grad_skip], 1)  # (B, C + S, T)
+            of_out_bias = grad.sum((0, 2), dtype=torch.float32).to(x.dtype)
             z = gated_causal_conv1d(x, weight, bias, cond, dilation)
             of_out_weight = torch.einsum("bot,bht->oh", grad, z)
             of_x, of_weight, of_bias, of_cond = gated_causal_conv1d_backward(
@@ -276,9 +276,9 @@ def wavenet_layer_backward(
             return of_x + grad_residual, of_weight, of_bias, of_out_weight, of_out_bias, of_cond
         source = arranged(x, shape)
         of_sums, z = sums_for(source, 2 * gates), x.new_empty(x.shape[0], gates, x.shape[2])
-        ends: Any = [g if g.numel() else x for g in grads]  # of an empty skip there is nothing to take tiles from
+        skip = grad_skip if grad_skip.numel() else x  # of an empty one there is nothing to take tiles from
         live = by_tap(weight, shape.taps)
-        partial = _run(x, source, live, bias, out_weight, out_bias, cond, *ends, shape, (of_sums, z))
+        partial = _run(x, source, live, bias, out_weight, out_bias, cond, grad_residual, skip, shape, (of_sums, z))
         of_bias, of_out_bias = sum_rows(partial, x.dtype).split([2 * gates, len(out_weight)])
         one = shape._replace(taps=1, left=0, kernel_width=1)
         other = grad_skip if grad_skip.numel() else None
