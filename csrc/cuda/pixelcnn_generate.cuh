@@ -23,6 +23,30 @@ FASTGEN_DEVICE const T* copied(Shared& shared, const T* from, int64_t count) {
   return to;
 }
 
+// Of bfloat16 weights, what a warp's lanes have of a tile of 16 rows by 32 inputs (see `place` in pixelcnn_job.h), and
+// of 4 M vectors (see Vectors).
+struct Fragment {
+  static constexpr int kSize = kTileRows * kTileInputs;
+  uint32_t a[2][4];
+
+  FASTGEN_DEVICE void load(const uint16_t* w) {
+    const uint16_t* from = w + thread() % 32 * kGroup;
+    for (int m = 0; m < 2; ++m) memcpy(a[m], __builtin_assume_aligned(from + m * 32 * kGroup, 16), 16);
+  }
+  // The place of the lane's column, of eight: two parts of four vectors.
+  FASTGEN_DEVICE static const float* column(const float* vectors, int length) {
+    const int lane = thread() % 32;
+    return vectors + lane / 8 * length + lane % 4 * kGroup + lane / 4 % 2 * (kGroup / 2);
+  }
+  FASTGEN_DEVICE static void load_column(const float* from, uint32_t (&b)[4]) {
+    memcpy(b, __builtin_assume_aligned(from, 16), 16);
+  }
+  FASTGEN_DEVICE void multiply(const uint32_t (&b)[4], float (&first)[4], float (&second)[4]) const {
+    multiply_add(first, a[0], {b[0], b[1]});
+    multiply_add(second, a[1], {b[2], b[3]});
+  }
+};
+
 // The images of a cluster.
 class Images {
  protected:
@@ -208,9 +232,9 @@ class Rows : Images {
       float sums[2][M] = {};
       if (works) {
         const int from = steps * part / parts;
-        const Vectors<W> inputs{windows_ + from * kTileInputs * Vectors<W>::kParts, static_cast<int>(m.padded())};
-        multiply_tile<M>(w + (tile * m.padded() + from * kTileInputs) * kTileRows, steps * (part + 1) / parts - from,
-                         inputs, live, sums);
+        const W* weights = w + (tile * m.padded() + from * kTileInputs) * kTileRows;
+        multiply_windows<M>(weights, steps * (part + 1) / parts - from, from * kTileInputs,
+                            static_cast<int>(m.padded()), live, sums);
       }
       if (parts > 1) {
         float* of_warp = partial_ + warp * 2 * M * 32 + lane;
@@ -244,6 +268,31 @@ class Rows : Images {
     }
   }
 
+  // sums[h][k]: of row lane / 4 + 8 h of a tile with window 4 k + lane % 4, from an input on.
+  template <int M>
+  FASTGEN_DEVICE void multiply_windows(const W* w, int steps, int input, int length, int live,
+                                       float (&sums)[2][M]) const {
+    if constexpr (sizeof(W) == 2) {
+      const float* from = Fragment::column(reinterpret_cast<const float*>(windows_), length) + input;
+      Fragment now, next;
+      next.load(w);
+      float d[M][4] = {};
+      for (int s = 0; s < steps; ++s) {
+        now = next;
+        if (s + 1 < steps) next.load(w + (s + 1) * Fragment::kSize);
+        for (int k = 0; k < M; ++k) {
+          uint32_t b[4];
+          Fragment::load_column(from + k * kShare * length + s * kTileInputs, b);
+          now.multiply(b, d[k], d[k]);
+        }
+      }
+      for (int k = 0; k < M; ++k)
+        for (int h = 0; h < 2; ++h) sums[h][k] = d[k][2 * h] + d[k][2 * h + 1];
+    } else {
+      multiply_tile<M>(w, steps, Vectors<W>{windows_ + input, length}, live, sums);
+    }
+  }
+
   W* windows_;
   float* partial_;
   Column* columns_;
@@ -265,8 +314,8 @@ class Pixels : Images {
     old_ = job.far ? scratch : shared.take<float>(job.old_floats());
     slots_ = shared.take<float>(room_ * job.slots);
     outputs_ = shared.take<float>(job.outputs_of_block(threads()));
-    scores_ = job.spilled ? scratch + (job.far ? job.old_floats() : 0)
-                          : shared.take<float>(job.scores_of_block(threads()));
+    scores_ =
+        job.spilled ? scratch + (job.far ? job.old_floats() : 0) : shared.take<float>(job.scores_of_block(threads()));
     if (thread() < 2) begin_arrival(arrivals_ + thread());
     for (int64_t i = thread(); i < room_ * job.slots; i += threads()) slots_[i] = 0;
     for (int64_t i = thread(); i < job.old_floats(); i += threads()) old_[i] = 0;
@@ -291,10 +340,10 @@ class Pixels : Images {
   // A convolution, as this block and its warps need it. A block has every ranks_-th of the tiles from `first` on; where
   // there are fewer tiles than blocks, for some of the images only.
   struct Task {
-    const W* weights;          // of the first tile, for the pixel itself
-    const float* bias;         // of the first image
-    float *other, *kept, *old;  // the plane that is added, if it lies in global memory, at the row's begin; the result's
-                                // if it is to lie there; sums of earlier pixels
+    const W* weights;           // of the first tile, for the pixel itself
+    const float* bias;          // of the first image
+    float *other, *kept, *old;  // the plane that is added, if it lies in global memory, at the row's begin; the
+                                // result's if it is to lie there; sums of earlier pixels
     int weights_step, tap_size;  // from tile to tile; of what is for one pixel of a window
     int bias_step, other_step, kept_step;
     int src, src_length, added, added_length, dst, dst_length;  // in shared memory; added: -1 for none
@@ -329,8 +378,9 @@ class Pixels : Images {
     t.tap_size = size / static_cast<int>(i.extra);
     t.steps = t.tap_size / (kTileInputs * kTileRows);
     t.weights_step = i.weights >= 0 ? size : ranks_ * size;
-    t.weights = t.before * t.tap_size + (i.weights >= 0 ? weights_ + i.weights
-                                                       : static_cast<const W*>(job_.weights_at) + matrix.at + t.first * size);
+    t.weights =
+        t.before * t.tap_size +
+        (i.weights >= 0 ? weights_ + i.weights : static_cast<const W*>(job_.weights_at) + matrix.at + t.first * size);
     if (i.bias >= 0) t.bias = job_.biases + (job_.own_biases ? first_ * job_.bias_size : 0) + i.bias;
     t.bias_step = job_.own_biases ? static_cast<int>(job_.bias_size) : 0;
     t.added = -1;
@@ -462,15 +512,16 @@ class Pixels : Images {
   template <int M>
   FASTGEN_DEVICE void convolve(const Task& task, int x) {
     const int lane = thread() % 32, before = task.before, apart = task.pairs ? kChannelBlock : kGroup;
-    const int turn = before > 1 ? x % before : 0;
+    const int turn = before > 1 ? x % before : 0, steps = task.steps, groups = task.groups, items = task.tiles * groups;
     const bool one = task.pairs && task.then >= 0;  // result of two rows
     const Kind then = static_cast<Kind>(task.then);
-    for (int item = thread() / 32; item < task.tiles * task.groups; item += threads() / 32) {
+    for (int item = thread() / 32; item < items; item += threads() / 32) {
       int nth = 0, group = item;
-      for (; group >= task.groups; group -= task.groups) ++nth;
+      for (; group >= groups; group -= groups) ++nth;
       group = task.begin + group * task.step;
       const int tile = task.first + ranks_ * nth, image = group * kShare * M + lane % 4;  // the first
       const int row = (task.pairs ? tile / 2 * 2 * kChannelBlock + tile % 2 * kGroup : tile * kTileRows) + lane / 4;
+      const int result = one ? tile * kGroup + lane / 4 : row;
       const W* w = task.weights + int64_t{nth} * task.weights_step;
       float* old = task.old + (nth * before * room_ + group * kShare * M) * kTileRows + lane;
       const auto old_of = [&](int turn, int k, int h) -> float& {
@@ -478,41 +529,48 @@ class Pixels : Images {
       };
       // what does not come from the stage before
       Ahead now, late;
-      now.fetch(w, task.steps);
+      now.fetch(w, steps);
       float v[M][2] = {};
       for (int k = 0; k < M; ++k) {
         const int n = image + k * kShare;
-        for (int h = 0; h < 2 && n < count_; ++h) {
-          if (task.other) v[k][h] += task.other[n * job_.memory_size + x * task.other_step + row + h * apart];
-          if (task.bias) v[k][h] += task.bias[int64_t{n} * task.bias_step + row + h * apart];
-          if (before > 0) v[k][h] += old_of(turn, k, h);
-        }
+        if (n >= count_) continue;
+        if (const float* other = task.other)
+          for (int h = 0; h < 2; ++h) v[k][h] += other[n * job_.memory_size + x * task.other_step + row + h * apart];
+        if (const float* bias = task.bias)
+          for (int h = 0; h < 2; ++h) v[k][h] += bias[int64_t{n} * task.bias_step + row + h * apart];
+        if (before > 0)
+          for (int h = 0; h < 2; ++h) v[k][h] += old_of(turn, k, h);
       }
+      const int length = task.src_length, added_length = task.added_length, dst_length = task.dst_length;
+      const float* src = slots_ + task.src + group * kShare * M * length;
+      const float* added = task.added < 0 ? nullptr : slots_ + task.added + image * added_length;
+      float* dst = slots_ + task.dst + image * dst_length + result - lane / 4;
+      float* kept = task.kept;
+      const int tap_size = task.tap_size;
       receive();
-      if (task.added >= 0)
+      if (added)
         for (int k = 0; k < M; ++k)
-          for (int h = 0; h < 2; ++h)
-            v[k][h] += number(slots_ + task.added + (image + k * kShare) * task.added_length, row + h * apart);
-      const float* src = slots_ + task.src + group * kShare * M * task.src_length;
-      multiply<M>(now, src, task.src_length, v);
-      if (before > 0) late.fetch(w - task.tap_size, task.steps);
+          for (int h = 0; h < 2; ++h) v[k][h] += number(added + k * kShare * added_length, row + h * apart);
+      multiply<M>(now, src, length, v);
+      if (before > 0) late.fetch(w - tap_size, steps);
       for (int k = 0; k < M; ++k) {
-        const int n = image + k * kShare;
+        const bool live = image + k * kShare < count_;
         if (task.then >= 0) {
           v[k][0] = activated(then, v[k][0], v[k][1]);
           if (!one) v[k][1] = activated(then, v[k][1], 0);
         }
-        const int rows[2] = {one ? tile * kGroup + lane / 4 : row, row + apart};
-        for (int h = 0; h < 2; ++h) {
-          if (h == 1 && one) continue;
-          send(slots_ + task.dst + n * task.dst_length + rows[h] - lane / 4, n < count_, v[k][h]);
-          if (task.kept && n < count_) task.kept[n * job_.memory_size + x * task.kept_step + rows[h]] = v[k][h];
+        send(dst + k * kShare * dst_length, live, v[k][0]);
+        if (!one) send(dst + k * kShare * dst_length + apart, live, v[k][1]);
+        if (kept && live) {
+          float* to = kept + ((image + k * kShare) * job_.memory_size + x * task.kept_step + result);
+          to[0] = v[k][0];
+          if (!one) to[apart] = v[k][1];
         }
       }
       for (int d = 1; d <= before; ++d) {  // for the d-th pixel after this one
         float sums[M][2] = {};
-        multiply<M>(late, src, task.src_length, sums);
-        if (d < before) late.fetch(w - (d + 1) * task.tap_size, task.steps);
+        multiply<M>(late, src, length, sums);
+        if (d < before) late.fetch(w - (d + 1) * tap_size, steps);
         const int at = turn + d < before ? turn + d : turn + d - before;
         for (int k = 0; k < M; ++k)
           for (int h = 0; h < 2; ++h)
@@ -526,17 +584,20 @@ class Pixels : Images {
     static constexpr int kSteps = 4;
     const W* w = nullptr;
     int steps = 0;
-    uint32_t a[kSteps][2][4];
+    Fragment first[kSteps];
 
     FASTGEN_DEVICE void fetch(const W* weights, int count) {
       w = weights;
       steps = count;
-      if constexpr (sizeof(W) == 2)
-        for (int s = 0; s < kSteps; ++s) load(s < steps ? s : steps - 1, a[s]);
+      if constexpr (sizeof(W) == 2) load(0, first);
     }
-    FASTGEN_DEVICE void load(int s, uint32_t (&to)[2][4]) const {
-      const W* from = w + s * kTileInputs * kTileRows + thread() % 32 * kGroup;
-      for (int h = 0; h < 2; ++h) memcpy(to[h], __builtin_assume_aligned(from + h * 32 * kGroup, 16), 16);
+    FASTGEN_DEVICE void load(int from, Fragment (&to)[kSteps]) const {
+      for (int s = 0; s < kSteps; ++s) {
+        if (from + s < steps)
+          to[s].load(w + (from + s) * Fragment::kSize);
+        else
+          to[s] = {};
+      }
     }
   };
 
@@ -544,24 +605,23 @@ class Pixels : Images {
   template <int M>
   FASTGEN_DEVICE static void multiply(const Ahead& ahead, const float* vectors, int length, float (&v)[M][2]) {
     if constexpr (sizeof(W) == 2) {
-      const int lane = thread() % 32;
-      // column lane / 4 of eight: two parts of four vectors
-      const float* from = vectors + lane / 8 * length + lane % 4 * kGroup + lane / 4 % 2 * (kGroup / 2);
+      const float* from = Fragment::column(vectors, length);
       float d[2][M][4] = {};
-      const auto step = [&](int s, const uint32_t(&a)[2][4]) {
-        for (int k = 0; k < M; ++k) {
-          uint32_t b[4];
-          memcpy(b, __builtin_assume_aligned(from + k * kShare * length + s * kTileInputs, 16), 16);
-          multiply_add(d[0][k], {a[0][0], a[1][0], a[0][1], a[1][1]}, {b[0], b[1]});
-          multiply_add(d[1][k], {a[0][2], a[1][2], a[0][3], a[1][3]}, {b[2], b[3]});
-        }
+      const auto some = [&](int begin, const Fragment(&a)[Ahead::kSteps]) {
+        uint32_t b[Ahead::kSteps][M][4];
+        for (int s = 0; s < Ahead::kSteps; ++s)
+          for (int k = 0; k < M; ++k) {
+            const int step = begin + s < ahead.steps ? begin + s : 0;
+            Fragment::load_column(from + k * kShare * length + step * kTileInputs, b[s][k]);
+          }
+        for (int s = 0; s < Ahead::kSteps; ++s)
+          for (int k = 0; k < M; ++k) a[s].multiply(b[s][k], d[0][k], d[1][k]);
       };
-      for (int s = 0; s < Ahead::kSteps; ++s)
-        if (s < ahead.steps) step(s, ahead.a[s]);
-      for (int s = Ahead::kSteps; s < ahead.steps; ++s) {
-        uint32_t a[2][4];
-        ahead.load(s, a);
-        step(s, a);
+      some(0, ahead.first);
+      for (int begin = Ahead::kSteps; begin < ahead.steps; begin += Ahead::kSteps) {
+        Fragment a[Ahead::kSteps];
+        ahead.load(begin, a);
+        some(begin, a);
       }
       for (int k = 0; k < M; ++k)
         for (int h = 0; h < 2; ++h)

@@ -30,8 +30,9 @@ struct Plane {
 // What the fields mean depends on the kind: see fastgen/ops/pixel_program.py.
 struct Instruction {
   int64_t kind, per_pixel, dst, src, other, matrix, bias, dy, dx, extra;
-  int64_t then;          // the kind of an activation of the convolution's result, or -1
-  int64_t weights, old;  // where a block keeps its tiles, -1 in global memory; and sums of earlier pixels for later ones
+  int64_t then;  // the kind of an activation of the convolution's result, or -1
+  int64_t weights,
+      old;  // where a block keeps its tiles, -1 in global memory; and sums of earlier pixels for later ones
 };
 
 struct Matrix {
@@ -280,11 +281,15 @@ inline void keep_weights(Program* program, int64_t shared_bytes, int threads, in
   }
 }
 
-// Where the weight of a stored row and an input lies in a matrix.
-inline int64_t place(const Matrix& m, int64_t row, int64_t input) {
-  if (!m.pairs) return m.tiles().at(row, 0, input);
-  const int64_t unit = row / (2 * kChannelBlock) * kChannelBlock + row % kChannelBlock;
-  return m.tiles().at(unit, row / kChannelBlock % 2, input);
+// Where the weight of a stored row and an input lies in a matrix. Tensor cores take eight numbers of a lane at once: of
+// four inputs, two by two, in a tile's first half and its second.
+inline int64_t place(const Matrix& m, int64_t row, int64_t input, bool bf16) {
+  const int64_t unit = m.pairs ? row / (2 * kChannelBlock) * kChannelBlock + row % kChannelBlock : row;
+  const int64_t at = m.tiles().at(unit, m.pairs ? row / kChannelBlock % 2 : 0, input);
+  if (!bf16) return at;
+  constexpr int64_t kHalf = 32 * kGroup;
+  const int64_t half = at / kHalf % 2, lane = at / kGroup % 32, k = at % kGroup;
+  return at / (2 * kHalf) * 2 * kHalf + k / 4 * kHalf + lane * kGroup + k % 4 / 2 * 4 + half * 2 + k % 2;
 }
 
 // weights: (rows, taps, channels) each; out: zeros.
@@ -299,7 +304,7 @@ void pack(const std::vector<const float*>& weights, const std::vector<int64_t>& 
       for (int64_t tap = 0; row >= 0 && tap < taps; ++tap)
         for (int64_t c = 0; c < channels; ++c)
           convert(weights[m][(row * taps + tap) * channels + c],
-                  out + matrices[m].at + place(matrices[m], r, tap * padded + c));
+                  out + matrices[m].at + place(matrices[m], r, tap * padded + c, sizeof(W) == 2));
     }
   }
 }
@@ -309,8 +314,8 @@ int active(const Job& job, bool bf16, bool rows);                // clusters tha
 int launch(const Job& job, bool bf16, bool rows, void* stream);  // draws part of row job.y; returns an error, or 0
 
 // Chooses how many blocks draw how many images together, and what lies in shared memory: as few images as leave no
-// cluster waiting for another, where that many fit. The largest cluster reads the least; but where images are many their
-// vectors cost more on their way to all blocks. -> whether any fit.
+// cluster waiting for another, where that many fit. The largest cluster reads the least; but where images are many
+// their vectors cost more on their way to all blocks. -> whether any fit.
 inline bool arrange(Program* program, int largest, int64_t shared_bytes, bool bf16, Job* job) {
   constexpr int64_t kFew = 8, kCrowd = 16, kSmall = 4;
   const int weight_bytes = bf16 ? 2 : 4;
