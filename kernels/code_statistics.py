@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, on_device
+from .launch import Plan, cdiv, on_device, planned, power_within
 
 
 @triton.jit
@@ -20,10 +20,11 @@ def _sum_segments(  # type: ignore[no-untyped-def]
     SUBTRACT: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     code = tl.program_id(0) % codes
-    share = (tl.program_id(0) // codes).to(tl.int64)
-    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    share = (tl.program_id(0) // codes % shares).to(tl.int64)
+    first_column = tl.program_id(0) // codes // shares * CHUNK
+    column = first_column + tl.arange(0, CHUNK)
     first, last = tl.load(begin + code), tl.load(begin + code + 1)
-    if (share == 0) & (tl.program_id(1) == 0):
+    if (share == 0) & (first_column == 0):
         tl.store(counts + code, (last - first).to(tl.float32))
     start = first + (last - first) * share // shares
     end = first + (last - first) * (share + 1) // shares
@@ -46,19 +47,22 @@ def shares_for(codes: int, rows: int) -> int:
 
 def code_statistics(x: Tensor, minus: Tensor | None, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """Sums of x (less minus) over the rows of each code; rows of index -1 are left out."""
-    rows, dim = x.shape
+    (rows, dim), subtract = x.shape, minus is not None
     shares = shares_for(num_codes, rows)
-    chunk = min(128, triton.next_power_of_2(dim))
     counts = x.new_empty(num_codes, dtype=torch.float32)
     partial = x.new_empty(shares, num_codes, dim, dtype=torch.float32)
     short = torch.int16 if num_codes < 1 << 15 else torch.int32 if num_codes < 1 << 31 else torch.int64
+    steps = x.stride(0), minus.stride(0) if minus is not None else 0
+
+    def plan() -> Plan:
+        chunk = power_within(dim, 1, 128)
+        options = {"SUBTRACT": subtract, "ROWS": 1024 // chunk, "CHUNK": chunk, "num_warps": 4}
+        return Plan(_sum_segments, num_codes * shares * cdiv(dim, chunk), (num_codes, dim, *steps, shares), options)
+
     with on_device(x):
         # sorted in fewer passes; what is no code's goes to either end
         ordered, order = torch.sort(indices.clamp(-1, num_codes).to(short), stable=True)
         begin = torch.searchsorted(ordered, torch.arange(num_codes + 1, device=x.device, dtype=short))
-        _sum_segments[(num_codes * shares, cdiv(dim, chunk))](
-            x, minus, order, begin, counts, partial, num_codes, dim, x.stride(0),
-            0 if minus is None else minus.stride(0), shares, SUBTRACT=minus is not None, ROWS=max(1, 1024 // chunk),
-            CHUNK=chunk, num_warps=4,
-        )  # fmt: skip
+        key = num_codes, x.shape, steps, x.dtype, subtract
+        planned(_sum_segments, key, plan).run(x, minus, order, begin, counts, partial)
         return counts, partial[0] if shares == 1 else partial.sum(0)

@@ -29,9 +29,10 @@ from triton.language.extra.cuda import gdc_wait as wait_for_last
 
 from fastgen.ops.nearest_code import PRECISIONS
 
-from .launch import INTERPRETED, MOST_SHARED, cdiv, fitted, on_device, shared_memory
+from .launch import INTERPRETED, MOST_SHARED, Plan, cdiv, fitted, on_device, planned, shared_memory
 from .tuning import tuned
 
+DTYPES = (torch.bfloat16, torch.float32, torch.bfloat16)  # of the roundings, for each of PRECISIONS
 NO_DIRECTION = tl.constexpr(1e-30)  # vectors no longer than this are zero to the cosine
 KEEP = tl.constexpr(8)
 SAMPLES = tl.constexpr(16)
@@ -199,7 +200,7 @@ def _member(lane, n, UNIT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _search(  # type: ignore[no-untyped-def]
-    x, codebook, short, codes, facts, index, distance, rows, count, padded, dim, width, stride, tiles,
+    x, codebook, short, codes, facts, index, distance, rows, count, padded, dim, width, stride, tiles, splits,
     accumulated,
     PLAIN: tl.constexpr, COSINE: tl.constexpr, CENTRED: tl.constexpr, CERTAIN: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
@@ -211,7 +212,8 @@ def _search(  # type: ignore[no-untyped-def]
     """
     LANES: tl.constexpr = CODES // UNIT
     place = tl.arange(0, ROWS)
-    row = tl.program_id(0).to(tl.int64) * ROWS + place
+    first_row = (tl.program_id(0) // splits).to(tl.int64) * ROWS
+    row = first_row + place
     live = row < rows
     column = tl.arange(0, CHUNK)
     norms, losses, offsets, scales = facts, facts + padded, facts + 2 * padded, facts + 3 * padded
@@ -246,7 +248,7 @@ def _search(  # type: ignore[no-untyped-def]
     best = tl.full([ROWS, LANES // 4, 4], float("-inf"), tl.float32)
     second = best
     tile = tl.zeros([ROWS, LANES // 4, 4], tl.int32)
-    begin = tl.program_id(1) * tiles
+    begin = tl.program_id(0) % splits * tiles
     end = min(begin + tiles, padded // CODES)
     for t in range(begin, end):
         code = t * CODES + tl.arange(0, CODES)
@@ -306,7 +308,7 @@ def _search(  # type: ignore[no-untyped-def]
             first = tl.min(tl.where(again, place, ROWS), 0)
             this = place == first
             alone = tl.max(tl.where(this & (whole == 0), crowded, -1), 0)  # the lane to be measured; -1: all
-            its_row = tl.zeros([ROWS], tl.int64) + tl.minimum(tl.program_id(0).to(tl.int64) * ROWS + first, rows - 1)
+            its_row = tl.zeros([ROWS], tl.int64) + tl.minimum(first_row + first, rows - 1)
             its_scale = tl.zeros([ROWS], tl.float32) + tl.sum(tl.where(this, scale, 0.0), 0)
             closest = tl.full([ROWS], float("inf"), tl.float32)
             its = tl.zeros([ROWS], tl.int32) + count
@@ -406,44 +408,61 @@ def _processors(device: torch.device) -> int:
     return 8 if INTERPRETED else 132
 
 
+def _plans(x: Tensor, codebook: Tensor, cosine: bool, precision: int) -> tuple[Plan, Plan]:
+    """Of both launches. Sizes: codes with those that fill tiles, the width of roundings, splits, if x needs none."""
+    (rows, dim), count = x.shape, codebook.shape[0]
+    dtype = DTYPES[precision]
+    chunk = min(chunk_for(dim), 512 // dtype.itemsize)
+    width = cdiv(dim, chunk) * chunk
+    exact = not cosine and x.dtype == codebook.dtype == dtype
+    plain, processors = exact and width == dim, _processors(x.device)
+    heuristic = scan_options(rows, chunk * dtype.itemsize, width == chunk, plain, shared_memory(x), processors)
+    options = tuned("scan", x, (rows, count, width), heuristic)
+    tile_rows, tile_codes = options["ROWS"], options["CODES"]
+    tiles, splits = splits_for(rows, count, tile_rows, tile_codes, processors)
+    padded, block, error = cdiv(count, tile_codes) * tile_codes, max(1, 2048 // chunk), accumulation_error(dim)
+    kind = {"COSINE": cosine, "CENTRED": not (cosine or exact)}
+    early = _early(x.device)
+    own = {
+        "PLAIN": plain, "CERTAIN": PRECISIONS[precision] == "ieee", "SPLIT": splits > 1, "CHUNK": chunk,
+        "WHOLE": width == chunk, "FLOATS": INTERPRETED, "PART": min(chunk, options["PART"]),
+    }  # fmt: skip
+    numbers = rows, count, padded, dim, width, x.stride(0), tiles, splits, error
+    prepare = {"ROWS": block, "PART": chunk, "EARLY": early["EARLY"], "num_warps": 4}
+    return (
+        Plan(_prepare, cdiv(padded, block), (count, padded, dim, width, error), kind | prepare),
+        Plan(
+            _search, cdiv(rows, tile_rows) * splits, numbers, options | kind | own | early,
+            sizes=(padded, width, splits, plain),
+        ),
+    )  # fmt: skip
+
+
 def nearest_code(x: Tensor, codebook: Tensor, cosine: bool, strict: bool, precision: int = 0) -> tuple[Tensor, Tensor]:
     """x (N, D) with rows any distance apart, codebook (K, D) contiguous -> indices (N,) int64, distances (N,) float32.
 
     `strict` is the caller's to see to: finding out here would make the host wait. `precision`: of PRECISIONS.
     """
-    (rows, dim), count = x.shape, codebook.shape[0]
+    rows, dtype = x.shape[0], DTYPES[precision]
     distance = x.new_empty(rows, dtype=torch.float32)
     if not rows:
         return x.new_empty(rows, dtype=torch.int64), distance
-    dtype = torch.float32 if PRECISIONS[precision] == "tf32" else torch.bfloat16
-    chunk = min(chunk_for(dim), 512 // dtype.itemsize)
-    width = cdiv(dim, chunk) * chunk
-    exact = not cosine and x.dtype == codebook.dtype == dtype
-    plain, centred = exact and width == dim, not (cosine or exact)
-    processors = _processors(x.device)
-    heuristic = scan_options(rows, chunk * dtype.itemsize, width == chunk, plain, shared_memory(x), processors)
-    options = tuned("scan", x, (rows, count, width), heuristic)
-    tile_rows, tile_codes = options["ROWS"], options["CODES"]
-    tiles, splits = splits_for(rows, count, tile_rows, tile_codes, processors)
-    padded = cdiv(count, tile_codes) * tile_codes
-    codes, facts = x.new_empty(padded, width, dtype=dtype), x.new_empty(4 * padded + width, dtype=torch.float32)
-    short = x if plain else x.new_empty(rows, width, dtype=dtype)
-    if splits == 1:
-        index = x.new_empty(rows, dtype=torch.int64)
-    else:
-        index = x.new_full((rows,), NOTHING.value, dtype=torch.int64)
-    error, block, early = accumulation_error(dim), max(1, 2048 // chunk), _early(x.device)
+    key = x.shape, x.stride(0), len(codebook), x.dtype, codebook.dtype, cosine, precision
     with on_device(x):
-        _prepare[(cdiv(padded, block),)](
-            codebook, codes, facts, count, padded, dim, width, error, COSINE=cosine, CENTRED=centred, ROWS=block,
-            PART=chunk, EARLY=early["EARLY"], num_warps=4,
-        )  # fmt: skip
-        _search[(cdiv(rows, tile_rows), splits)](
-            x, codebook, short, codes, facts, index, distance, rows, count, padded, dim, width, x.stride(0), tiles,
-            error, PLAIN=plain, COSINE=cosine, CENTRED=centred, CERTAIN=PRECISIONS[precision] == "ieee",
-            SPLIT=splits > 1, CHUNK=chunk, WHOLE=width == chunk, FLOATS=INTERPRETED,
-            **options | early | {"PART": min(chunk, options["PART"])},
-        )  # fmt: skip
+        prepare = planned(_prepare, key, lambda: _plans(x, codebook, cosine, precision)[0])
+        search = planned(_search, key, lambda: _plans(x, codebook, cosine, precision)[1])
+        padded, width, splits, plain = search.sizes
+        codes, facts = x.new_empty(padded, width, dtype=dtype), x.new_empty(4 * padded + width, dtype=torch.float32)
+        short = x if plain else x.new_empty(rows, width, dtype=dtype)
+        if splits == 1:
+            index = x.new_empty(rows, dtype=torch.int64)
+        else:
+            index = x.new_full((rows,), NOTHING.value, dtype=torch.int64)
+        prepare.run(codebook, codes, facts)
+        search.run(x, codebook, short, codes, facts, index, distance)
         if splits > 1:
-            _settle[(cdiv(rows, 1024),)](index, distance, rows, BLOCK=1024, num_warps=4)
+            settle = planned(
+                _settle, rows, lambda: Plan(_settle, cdiv(rows, 1024), (rows,), {"BLOCK": 1024, "num_warps": 4})
+            )
+            settle.run(index, distance)
     return index, distance

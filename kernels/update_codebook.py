@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, on_device
+from .launch import Plan, cdiv, on_device, planned, power_within
 
 
 @triton.jit
@@ -49,12 +49,15 @@ def update_codebook(
     cosine: bool,
 ) -> None:  # fmt: skip
     codes, dim = embed.shape
-    width = int(triton.next_power_of_2(dim))
-    rows = max(1, 2048 // width)
-    total = embed.new_empty(())
+    gain, total = 1 - decay, embed.new_empty(())
+
+    def plan() -> Plan:
+        width = power_within(dim, 1, 1 << 20)
+        rows = max(1, 2048 // width)
+        options = {"COSINE": cosine, "ROWS": rows, "WIDTH": width, "num_warps": 4}
+        return Plan(_codes, cdiv(codes, rows), (codes, dim, gain, eps), options)
+
     with on_device(embed):
-        _sizes[(1,)](cluster_size, counts, total, codes, 1 - decay, BLOCK=1024, num_warps=4)
-        _codes[(cdiv(codes, rows),)](
-            cluster_size, embed_avg, embed, sums, total, codes, dim, 1 - decay, eps, COSINE=cosine, ROWS=rows,
-            WIDTH=width, num_warps=4,
-        )  # fmt: skip
+        sizes = planned(_sizes, (codes, gain), lambda: Plan(_sizes, 1, (codes, gain), {"BLOCK": 1024, "num_warps": 4}))
+        sizes.run(cluster_size, counts, total)
+        planned(_codes, (codes, dim, gain, eps, cosine), plan).run(cluster_size, embed_avg, embed, sums, total)

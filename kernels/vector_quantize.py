@@ -6,14 +6,12 @@ x, the result, its gradient and x's.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, on_device
+from .launch import Plan, cdiv, on_device, planned, power_within
 from .nearest_code import nearest_code
 
 
@@ -70,7 +68,7 @@ def _dot_rows(a, b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    grad, grad_error, x, quantized, mask, used, grad_x, rows, dim, grad_stride, stride,
+    grad, grad_error, x, quantized, mask, used, grad_x, elements, rows, dim, grad_stride, stride,
     MASKED: tl.constexpr, ROTATION: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -91,43 +89,43 @@ def _backward(  # type: ignore[no-untyped-def]
         w = w / tl.maximum(tl.sqrt(_dot_rows(w, w)), 1e-6)
         g = (g - 2 * _dot_rows(g, w) * w + 2 * _dot_rows(g, to) * u) * (q_norm / x_norm)
     if MASKED:
-        used = tl.load(used)
-    of_error = 2 * tl.load(grad_error).to(tl.float32) / used
+        elements = tl.load(used)
+    of_error = 2 * tl.load(grad_error).to(tl.float32) / elements
     at = grad_x + row[:, None] * dim + column[None, :]
     result = tl.where(live, g + of_error * (v - q), 0.0)
     tl.store(at, result.to(grad_x.dtype.element_ty), (row < rows)[:, None] & (column < dim)[None, :])
 
 
-@functools.cache
-def width_for(dim: int) -> int:
-    return int(triton.next_power_of_2(dim))
-
-
 def rows_for(dim: int) -> int:
     """Rows of a tile of about 2048 numbers."""
-    return max(1, 2048 // width_for(dim))
+    return 2048 // power_within(dim, 1, 2048)
 
 
 def vector_quantize(
     x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool, strict: bool, precision: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> quantized, indices, mean squared error, counts of the codes."""
-    rows, dim = x.shape
+    (rows, dim), codes, masked = x.shape, len(codebook), mask is not None
     index, _ = nearest_code(x, codebook, cosine, strict, precision)
     quantized = x.new_empty(rows, dim)
-    codes, tile = codebook.shape[0], rows_for(dim)
+    tile = rows_for(dim)
     programs = cdiv(rows, tile)
     hits = x.new_zeros(codes, dtype=torch.int32)
     partial, counts, error = (x.new_empty(size, dtype=torch.float32) for size in ((programs,), (codes,), ()))
+    key = x.shape, x.stride(0), codes, x.dtype, codebook.dtype, masked
+
+    def gather() -> Plan:
+        options = {"MASKED": masked, "ROWS": tile, "CHUNK": power_within(dim, 1, 2048), "num_warps": 4}
+        return Plan(_gather, programs, (rows, dim, x.stride(0)), options)
+
+    def summarize() -> Plan:
+        numbers, options = (programs, rows, codes, dim), {"MASKED": masked, "BLOCK": 1024, "num_warps": 4}
+        return Plan(_summarize, 1 + cdiv(codes, 1024), numbers, options)
+
     with on_device(x):
         if rows:
-            _gather[(programs,)](
-                x, codebook, mask, index, quantized, partial, hits, rows, dim, x.stride(0), MASKED=mask is not None,
-                ROWS=tile, CHUNK=min(2048, width_for(dim)), num_warps=4,
-            )  # fmt: skip
-        _summarize[(1 + cdiv(codes, 1024),)](
-            partial, hits, error, counts, programs, rows, codes, dim, MASKED=mask is not None, BLOCK=1024, num_warps=4
-        )
+            planned(_gather, key, gather).run(x, codebook, mask, index, quantized, partial, hits)
+        planned(_summarize, key, summarize).run(partial, hits, error, counts)
     return quantized, index, error, counts
 
 
@@ -137,13 +135,23 @@ def vector_quantize_backward(
     """`grad_error`: of the commitment -> the gradient of x."""
     rows, dim = x.shape
     grad_x = x.new_empty(rows, dim)
-    tile = rows_for(dim)
     # how many numbers the error is a mean of: with a mask on the GPU, so that the host need not wait
-    used = float(rows * dim) if mask is None else (mask.sum() * float(dim)).clamp(min=1)
+    used = None if mask is None else (mask.sum() * float(dim)).clamp(min=1)
+
+    def backward() -> Plan:
+        tile = rows_for(dim)
+        options = {
+            "MASKED": mask is not None,
+            "ROTATION": rotation,
+            "ROWS": tile,
+            "WIDTH": power_within(dim, 1, 1 << 20),
+        }
+        numbers = float(rows * dim), rows, dim, grad_quantized.stride(0), x.stride(0)
+        return Plan(_backward, cdiv(rows, tile), numbers, options | {"num_warps": 4})
+
     if rows:
         with on_device(x):
-            _backward[(cdiv(rows, tile),)](
-                grad_quantized, grad_error, x, quantized, mask, used, grad_x, rows, dim, grad_quantized.stride(0),
-                x.stride(0), MASKED=mask is not None, ROTATION=rotation, ROWS=tile, WIDTH=width_for(dim), num_warps=4,
-            )  # fmt: skip
+            key = x.shape, x.stride(0), grad_quantized.stride(0), x.dtype, grad_error.dtype, mask is None, rotation
+            plan = planned(_backward, key, backward)
+            plan.run(grad_quantized, grad_error, x, quantized, mask, used, grad_x)
     return grad_x
