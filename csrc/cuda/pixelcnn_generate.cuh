@@ -86,10 +86,6 @@ class Images {
   }
   FASTGEN_DEVICE float* at(int64_t plane, int image, int64_t y, int x) const { return at(row(plane, y), image, x); }
 
-  FASTGEN_DEVICE float bias(const Instruction& i, int image, int row) const {
-    return job_.biases[(job_.own_biases ? first_ + image : 0) * job_.bias_size + i.bias + row];
-  }
-
   // b: the second half of a gate.
   FASTGEN_DEVICE static float activated(Kind kind, float a, float b) {
     if (kind == Kind::kRelu) return a > 0 || a != a ? a : 0.0f;
@@ -133,8 +129,11 @@ class Rows : Images {
 
  private:
   struct Column {
+    int64_t memory;  // where the image's begins
     int image, x;
   };
+  FASTGEN_DEVICE static float* at(const Row& row, const Column& c) { return row.data + c.memory + c.x * row.step; }
+  using Images::at;
 
   FASTGEN_DEVICE void copy_context() const {
     if (!job_.context) return;
@@ -166,7 +165,10 @@ class Rows : Images {
     if (kind == Kind::kConv) {
       for (int begin = own.begin; begin < own.end; begin += job_.columns) {
         const int live = own.end - begin < job_.columns ? own.end - begin : job_.columns;
-        for (int n = thread(); n < live; n += threads()) columns_[n] = {(begin + n) / width_, (begin + n) % width_};
+        for (int n = thread(); n < live; n += threads()) {
+          const int image = (begin + n) / width_;
+          columns_[n] = {image * job_.memory_size, image, (begin + n) % width_};
+        }
         sync_block();
         convolve_row(i, y, live, own);
       }
@@ -194,13 +196,21 @@ class Rows : Images {
     const int padded = static_cast<int>(tiles.padded()), taps = static_cast<int>(i.extra), each = padded / taps;
     const int channels = static_cast<int>(planes_[i.src].channels);
     const Vectors<W> windows{windows_, padded};
-    const Row src = row(i.src, y + i.dy);
-    for (int n = thread() / 32; n < live; n += threads() / 32) {  // a warp for each window
-      const float* from = at(src, columns_[n].image, columns_[n].x + static_cast<int>(i.dx));
-      for (int k = thread() % 32 * kGroup; k < padded; k += 32 * kGroup) {
-        const int tap = k / each, c = k % each;
-        windows.put(n, k,
-                    c < channels ? *reinterpret_cast<const Group<float>*>(from + tap * src.step + c) : Group<float>{});
+    Row src = row(i.src, y + i.dy);
+    src.data += i.dx * src.step;
+    const int groups = padded / kGroup;  // of a window
+    constexpr int kAtOnce = 4;           // on their way from memory
+    for (int begin = thread(); begin < live * groups; begin += kAtOnce * threads()) {
+      Group<float> v[kAtOnce];
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int e = begin + j * threads(), n = e / groups, k = e % groups * kGroup, tap = k / each, c = k % each;
+        v[j] = {};
+        if (n < live && c < channels)
+          v[j] = *reinterpret_cast<const Group<float>*>(at(src, columns_[n]) + tap * src.step + c);
+      }
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int e = begin + j * threads();
+        if (e < live * groups) windows.put(e / groups, e % groups * kGroup, v[j]);
       }
     }
     sync_block();
@@ -217,6 +227,7 @@ class Rows : Images {
     const Row dst = row(i.dst, y), other = i.other >= 0 ? row(i.other, y) : dst;
     const Kind then = static_cast<Kind>(i.then);
     const W* w = static_cast<const W*>(job_.weights_at) + matrices_[i.matrix].at;
+    const float* bias = i.bias >= 0 ? job_.biases + (job_.own_biases ? first_ * job_.bias_size : 0) + i.bias : nullptr;
     const int warps = threads() / 32, warp = thread() / 32, lane = thread() % 32;
     const int steps = static_cast<int>(m.padded()) / kTileInputs, count = static_cast<int>(m.count());
     const int tiles = (count - own.nth + own.sharers - 1) / own.sharers;
@@ -241,22 +252,32 @@ class Rows : Images {
         for (int h = 0; h < 2; ++h)
           for (int k = 0; k < M; ++k) of_warp[(h * M + k) * 32] = sums[h][k];
         sync_block();
-        for (int p = 1; works && part == 0 && p < parts; ++p)
-          for (int h = 0; h < 2; ++h)
-            for (int k = 0; k < M; ++k) sums[h][k] += of_warp[((p * 2 + h) * M + k) * 32];
-      }
-      if (works && part == 0) {
-        for (int k = 0; k < M; ++k)  // all are read before any is written
+#pragma unroll
+        for (int k = 0; k < M; ++k) {  // each has some of the columns
+          if (!works || (k & (parts - 1)) != part) continue;
           for (int h = 0; h < 2; ++h) {
-            const int n = 4 * k + lane % 4;
-            if (n >= live) continue;
-            if (i.bias >= 0) sums[h][k] += bias(i, columns_[n].image, rows[h]);
-            if (i.other >= 0) sums[h][k] += at(other, columns_[n].image, columns_[n].x)[rows[h]];
+            float sum = 0;
+            for (int p = 0; p < parts; ++p) sum += of_warp[(((p - part) * 2 + h) * M + k) * 32];
+            sums[h][k] = sum;
           }
+        }
+      }
+      if (works) {
+#pragma unroll
+        for (int k = 0; k < M; ++k) {  // all are read before any is written
+          const int n = 4 * k + lane % 4;
+          if (n >= live || (k & (parts - 1)) != part) continue;
+          const Column column = columns_[n];
+          for (int h = 0; h < 2; ++h) {
+            sums[h][k] += bias ? bias[(job_.own_biases ? column.image * job_.bias_size : 0) + rows[h]] : 0;
+            if (i.other >= 0) sums[h][k] += at(other, column)[rows[h]];
+          }
+        }
+#pragma unroll
         for (int k = 0; k < M; ++k) {
           const int n = 4 * k + lane % 4;
-          if (n >= live) continue;
-          float* to = at(dst, columns_[n].image, columns_[n].x);
+          if (n >= live || (k & (parts - 1)) != part) continue;
+          float* to = at(dst, columns_[n]);
           if (pairs && i.then >= 0) {
             to[unit] = activated(then, sums[0][k], sums[1][k]);
           } else {
@@ -281,6 +302,7 @@ class Rows : Images {
         now = next;
         if (s + 1 < steps) next.load(w + (s + 1) * Fragment::kSize);
         for (int k = 0; k < M; ++k) {
+          if (k * kShare >= live) break;
           uint32_t b[4];
           Fragment::load_column(from + k * kShare * length + s * kTileInputs, b);
           now.multiply(b, d[k], d[k]);
@@ -460,28 +482,45 @@ class Pixels : Images {
     if (job_.meets) meet();
   }
 
-  // To all blocks; a lane has number lane / 4 of eight that lie at `to`.
+  // To all blocks; a lane has number lane / 4 of eight that lie at `to`, whose eight words become two messages of four,
+  // each of them four lanes': each sends it to every fourth block.
   FASTGEN_DEVICE void send(float* to, bool live, float v) const {
-    const int nth = thread() % 32 / 4;
-    uint32_t word;
-    memcpy(&word, &v, 4);
-    if constexpr (sizeof(W) == 2) {  // lanes take turns with the leading parts of two, and with what remains of them
+    const int lane = thread() % 32;
+    uint32_t words[4];
+    int part, nth;
+    const auto both = [&](uint32_t own, int lanes, uint32_t* low, uint32_t* high) {
+      const uint32_t got = shuffle_xor(own, lanes);
+      *low = lane & lanes ? got : own;
+      *high = lane & lanes ? own : got;
+    };
+    uint32_t pair[2];
+    if constexpr (sizeof(W) == 2) {  // the leading parts, and what remains
       W parts[2];
       convert(v, &parts[0]);
       convert(v - to_float(parts[0]), &parts[1]);
-      word = parts[0] | uint32_t{parts[1]} << 16;
-      const uint32_t got = shuffle_xor(word, 4);
-      word = nth % 2 ? got >> 16 | (word & 0xFFFF0000u) : (word & 0xFFFFu) | got << 16;
-      to += nth % 2 * 4 + nth / 2;
+      uint32_t low, high;
+      both(parts[0] | uint32_t{parts[1]} << 16, 4, &low, &high);
+      part = lane / 4 % 2;
+      nth = lane / 8;
+      both(part ? low >> 16 | (high & 0xFFFF0000u) : (low & 0xFFFFu) | high << 16, 8, &pair[0], &pair[1]);
+      both(pair[0], 16, &words[0], &words[2]);
+      both(pair[1], 16, &words[1], &words[3]);
     } else {
-      to += nth;
+      uint32_t own;
+      memcpy(&own, &v, 4);
+      part = lane / 16;
+      nth = lane / 4 % 4;
+      both(own, 4, &pair[0], &pair[1]);
+      both(pair[0], 8, &words[0], &words[2]);
+      both(pair[1], 8, &words[1], &words[3]);
     }
-    auto* place = reinterpret_cast<uint32_t*>(to);
     if (!live) return;
-    if (ranks_ == 1)
-      *place = word;
-    else
-      for (int r = 0; r < ranks_; ++r) post(place, word, arrivals_ + stage_ % 2, r);
+    auto* place = reinterpret_cast<uint32_t*>(to) + part * 4;
+    if (ranks_ == 1) {
+      for (int k = 0; nth == 0 && k < 4; ++k) place[k] = words[k];
+    } else {
+      for (int r = nth; r < ranks_; r += 4) post_four(place, words, arrivals_ + stage_ % 2, r);
+    }
   }
 
   FASTGEN_DEVICE void draw_pixel(int number, int x) {

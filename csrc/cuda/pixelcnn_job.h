@@ -92,7 +92,7 @@ struct Job {
            round_up(matrix_count * sizeof(Matrix), 16);
   }
   int64_t row_bytes(int threads) const {
-    return program_bytes(row_count) + columns * (most_inputs * 4 + 8) + columns / 4 * 2 * threads * 4;
+    return program_bytes(row_count) + columns * (most_inputs * 4 + 16) + columns / 4 * 2 * threads * 4;
   }
   int64_t pixel_bytes(int threads, int weight_bytes) const {
     const int64_t instructions = instruction_count - row_count;

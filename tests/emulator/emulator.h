@@ -60,6 +60,7 @@ inline void await(const Arrival* a, int parity, Where where = Where::current()) 
 }
 void sent(Arrival* a, int bytes);
 
+inline float quick_exp2(float v) { return std::exp2(v); }
 inline float quick_exp(float v) { return std::exp(v); }
 inline float quick_divide(float a, float b) { return a / b; }
 inline void split(float v, uint16_t* high, uint16_t* low) {
@@ -84,6 +85,10 @@ void post(T* to, T v, Arrival* a, int rank) {
   static_assert(sizeof(T) == 4);
   *in_block(to, rank) = v;
   sent(in_block(a, rank), sizeof(T));
+}
+
+inline void post_four(uint32_t* to, const uint32_t (&v)[4], Arrival* a, int rank) {
+  for (int k = 0; k < 4; ++k) post(to + k, v[k], a, rank);
 }
 
 class Shared {
