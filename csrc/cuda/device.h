@@ -29,6 +29,10 @@ FASTGEN_DEVICE int threads() { return static_cast<int>(blockDim.x); }
 FASTGEN_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 FASTGEN_DEVICE void sync_block() { __syncthreads(); }
 FASTGEN_DEVICE void sync_warp() { __syncwarp(); }
+FASTGEN_DEVICE void sync_half() {  // of the block's threads, the first half or the second
+  const int half = threads() / 2;
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + thread() / half), "r"(half) : "memory");
+}
 FASTGEN_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().sync();

@@ -40,8 +40,9 @@ class Block {
         share_(job.layout, job.shape, rank_, job.cluster),
         first_(int64_t{block() / job.cluster} * job.tiles * job.tile),
         alone_(job.tiles == 1 && streams_of(0) == 1),
-        eight_vector_(thread() / (job.lengths.x / kGroup)),
-        eight_number_(thread() % (job.lengths.x / kGroup) * kGroup) {
+        of_x_(job.lengths.x),
+        of_s_(job.lengths.s),
+        scale_(kLog2e / job.temperature) {
     Shared shared;
     x_in_ = zeros(shared.take<float>(int64_t{job.tiles} * N * job.lengths.x), int64_t{job.tiles} * N * job.lengths.x);
     s_in_ = zeros(shared.take<float>(int64_t{job.tiles} * N * job.lengths.s), int64_t{job.tiles} * N * job.lengths.s);
@@ -109,6 +110,7 @@ class Block {
  private:
   static constexpr int N = 4 * M, kAhead = 4;
   static constexpr int kChain = 2, kHead = 4;  // steps of a product whose weights are loaded ahead
+  static constexpr int kComing = 3;            // past inputs that are on their way at once
 
   // A layer's past inputs: rows of the history from `first`, the current step's at `now`.
   struct Queue {
@@ -190,16 +192,20 @@ class Block {
 #pragma unroll 2
       for (int i = thread() % 32; i < length; i += 32) f(n, i);
   }
-  // f(n, i) for each eight numbers, from i, of layers' inputs, and for n in [from, to).
+  // The first pair of numbers that is this thread's among those of vectors of a length.
+  struct Place {
+    int vector, number, length;
+    FASTGEN_DEVICE explicit Place(int length)
+        : vector(2 * thread() / length), number(2 * thread() % length), length(length) {}
+  };
+  // f(n, i) for each pair of numbers, from i, and for n in [from, to).
   template <class F>
-  FASTGEN_DEVICE void each_eight(int from, int to, F&& f) const {
-    if (from + eight_vector_ < to) f(from + eight_vector_, eight_number_);
-    const int in_each = job_.lengths.x / kGroup;
+  FASTGEN_DEVICE void each_pair(const Place& first, int from, int to, F&& f) const {
+    if (from + first.vector < to) f(from + first.vector, first.number);
 #pragma unroll 1
-    for (int i = thread() + threads(); i < (to - from) * in_each; i += threads())
-      f(from + i / in_each, i % in_each * kGroup);
+    for (int i = 2 * (thread() + threads()); i < (to - from) * first.length; i += 2 * threads())
+      f(from + i / first.length, i % first.length);
   }
-  FASTGEN_DEVICE static Group<float>& eight(float* at) { return *reinterpret_cast<Group<float>*>(at); }
 
   // Messages, of each kind one in a step.
   enum Kind { kX = 0, kSum = 1, kSample = 2 };
@@ -222,28 +228,38 @@ class Block {
            job_.residual.tiles <= warps;
   }
 
+  FASTGEN_DEVICE const W* layer(int own) const { return weights_ + job_.layout.layer * own; }
+
   // The layers of this block, from x to x, and their skips.
   template <bool kSmall>
   FASTGEN_DEVICE void walk(int tile, int live, int64_t t) {
     const int residual = job_.shape.residual, gates = job_.shape.gate, length = job_.lengths.x;
-    if (share_.layers() == 0 && t > 0) receive(kSample, tile, live, t - 1);
-    for (int own = 0; own < share_.layers(); ++own) {
-      const W* w = weights_ + job_.layout.layer * own;
+    const int layers = share_.layers();
+    if (layers == 0 && t > 0) receive(kSample, tile, live, t - 1);
+    Product<M, true, 1, kChain, kSmall, W> taps;
+    Product<M, false, 1, kChain, kSmall, W> residuals;
+    taps.hold(job_.tap, layer(0), layers > 0);
+    for (int own = 0; own < layers; ++own) {
       const float* before = pending(own, alone_ ? static_cast<int>(t % kAhead) : 0);
+      const bool passes = own + 1 == layers;
       const Vectors<W> to = z(own);
-      product<M, true, kChain, kSmall>(
-          job_.tap, w, input_, live, [&](int unit, int n, int row) { return before[(n * 2 + row) * gates + unit]; },
+      taps.run(
+          job_.tap, layer(own), input_, live,
+          [&](int unit, int n, int row) { return before[(n * 2 + row) * gates + unit]; },
           [&] {
             if (own == 0) take_x(tile, live, t);
             sync_block();
           },
+          [&] {
+            residuals.hold(job_.residual, layer(own));
+            taps.hold(job_.tap, layer(passes ? own : own + 1));
+          },
           [&](int unit, int n, float a, float b) { put(to, n, unit, quick_gate(a, b)); });
       if (share_.first + own + 1 == job_.shape.layers) break;  // no layer takes its x
-      const bool passes = own + 1 == share_.layers();
       const float *from = x(own), *bias = bias_ + own * residual;
-      product<M, false, kChain, kSmall>(
-          job_.residual, w, to, live, [&](int unit, int n, int) { return from[n * length + unit] + bias[unit]; },
-          [] { sync_block(); },
+      residuals.run(
+          job_.residual, layer(own), to, live,
+          [&](int unit, int n, int) { return from[n * length + unit] + bias[unit]; }, [] { sync_block(); }, [] {},
           [&](int unit, int n, float v) {
             if (passes)
               post(x_in_ + (tile * N + n) * length + unit, v, arrival(kX, tile), next_);
@@ -269,10 +285,10 @@ class Block {
       embed(tile, live);
     } else {
       receive(kX, tile, live, t);
-      each_eight(0, live, [&](int n, int i) {
-        const Group<float> v = eight(x_in_ + (tile * N + n) * job_.lengths.x + i);
+      each_pair(of_x_, 0, live, [&](int n, int i) {
+        const Pair v = pair(x_in_ + (tile * N + n) * job_.lengths.x + i);
         put(input_, n, i, v);
-        eight(x_ + n * job_.lengths.x + i) = v;
+        pair(x_ + n * job_.lengths.x + i) = v;
       });
     }
   }
@@ -300,8 +316,8 @@ class Block {
       const Queue queue = queues_[own];
       if (queue.length == 0) continue;
       const int64_t row = queue.row(0, 0);
-      each_eight(0, live, [&](int n, int i) {
-        eight(past_row(stream(tile, n), row) + i) = eight(x(own) + n * job_.lengths.x + i);
+      each_pair(of_x_, 0, live, [&](int n, int i) {
+        pair(past_row(stream(tile, n), row) + i) = pair(x(own) + n * job_.lengths.x + i);
       });
     }
   }
@@ -313,31 +329,39 @@ class Block {
   // All own layers' skips on top of the sum that comes from the block before.
   FASTGEN_DEVICE void add_skips(int tile, int live, int64_t t) {
     const Matrix& m = job_.skip;
+    const int layers = share_.layers(), warps = threads() / 32;
     const auto with = [&](int of_warp, auto&& known) {
-      TileProduct<M, kChain, false, W> p;
-      for (int own = 0; of_warp < m.tiles && own < share_.layers(); ++own) {
-        const W* w = weights_ + job_.layout.layer * own + m.at + of_warp * m.steps * kTileRows * kTileInputs;
-        p.hold(w, m.steps);
-        p.add(w, m.steps, z(own), live);
+      const bool exists = of_warp < m.tiles;
+      const auto weights = [&](int own) {
+        return layer(own < layers ? own : 0) + m.at + of_warp * m.steps * kTileRows * kTileInputs;
+      };
+      Held<kChain, false, W> even, odd;  // layers' weights, one's on their way while the other's are used
+      Sums<M, W> sums;
+      even.load(weights(0), m.steps, exists && layers > 0);
+#pragma unroll 1
+      for (int own = 0; exists && own < layers; own += 2) {
+        odd.load(weights(own + 1), m.steps);
+        sums.add(even, weights(own), m.steps, z(own), live);
+        even.load(weights(own + 2), m.steps);
+        if (own + 1 < layers) sums.add(odd, weights(own + 1), m.steps, z(own + 1), live);
       }
-      float sums[2][M];
-      p.sums(sums);
       known();
+      float all[2][M];
+      sums.get(all);
       each_sum<M, false>(m, of_warp, live, [&](int unit, int n, int h, int i) {
         const int at = (tile * N + n) * job_.lengths.s + unit;
-        const float v = sums[h][i] + (rank_ > 0 ? s_in_[at] : skip_bias_[unit]);
+        const float v = all[h][i] + (rank_ > 0 ? s_in_[at] : skip_bias_[unit]);
         if (share_.head)
           put(skips_, n, unit, fmaxf(v, 0.0f));
         else
           post(s_in_ + at, v, arrival(kSum, tile), next_);
       });
     };
-    const int warps = threads() / 32, warp = thread() / 32;
-    with(warp, [&] {
+    with(thread() / 32, [&] {
       if (rank_ > 0) receive(kSum, tile, live, t);
     });
 #pragma unroll 1
-    for (int of_warp = warp + warps; of_warp < m.tiles; of_warp += warps) with(of_warp, [] {});
+    for (int of_warp = thread() / 32 + warps; of_warp < m.tiles; of_warp += warps) with(of_warp, [] {});
   }
 
   // The past inputs of a layer at one tap, for vectors from `from` to `to`.
@@ -352,23 +376,31 @@ class Block {
   FASTGEN_DEVICE void prepare(int tile, int live, int64_t t) {
     const int gates = 2 * job_.shape.gate, layers = share_.layers();
     const int now = alone_ ? static_cast<int>(t % kAhead) : 0;
+    Product<M, true, 1, kChain, false, W> taps;
     const int64_t left = job_.steps - t;
     const int columns = alone_ ? static_cast<int>(left < kAhead ? left : kAhead) : live;
     const auto stream_of = [&](int n) { return alone_ ? first_ : stream(tile, n); };
     const auto step_of = [&](int n) { return alone_ ? t + n : t; };
-    const auto add = [&](const Matrix& m, const W* weights, int own, int from, int to) {
-      float* sums = pending(own, 0);
-      product<M, true, kChain, false>(
-          m, weights, input_, to,
-          [&](int unit, int n, int row) { return sums[(2 * n + row) * job_.shape.gate + unit]; }, [] { sync_block(); },
+    // unless they are there already, the sums begin with the first tap's
+    const bool begun = alone_ || job_.cond || job_.gate_bias_stride || job_.shape.kernel_size == 1;
+    const auto add = [&](const Matrix& m, const W* w, const Past& p, auto&& meanwhile) {
+      float* sums = pending(p.own, 0);
+      const float* bias = gate_bias_ + p.own * gates;
+      const bool begins = !begun && p.tap == 1;
+      taps.run(
+          m, w, input_, p.to,
+          [&](int unit, int n, int row) {
+            return begins ? bias[row * job_.shape.gate + unit] : sums[(2 * n + row) * job_.shape.gate + unit];
+          },
+          [] { sync_block(); }, meanwhile,
           [&](int unit, int n, float a, float b) {
-            if (n < from) return;
+            if (n < p.from) return;
             sums[2 * n * job_.shape.gate + unit] = a;
             sums[(2 * n + 1) * job_.shape.gate + unit] = b;
           });
       sync_block();
     };
-    if (now == 0) {
+    if (begun && now == 0) {
       for (int own = 0; own < layers; ++own)
         each(0, columns, gates, [&](int n, int g) {
           const int l = share_.first + own;
@@ -384,7 +416,10 @@ class Block {
         });
       sync_block();
       if (job_.cond && job_.shape.local > 0)
-        for (int own = 0; own < layers; ++own) add(job_.local, weights_ + job_.layout.layer * own, own, 0, columns);
+        for (int own = 0; own < layers; ++own) {
+          taps.hold(job_.local, layer(own));
+          add(job_.local, layer(own), Past{own, 0, 0, columns, false, 0}, [] {});
+        }
     }
 
     // the next that is due after tap `tap` of layer `own`
@@ -403,26 +438,31 @@ class Block {
     };
     const auto past = [&](const Past& p, int n, int i) {
       const int64_t row = queues_[p.own].row(p.ahead ? n : 0, p.distance);
-      return eight(past_row(stream_of(n), row) + i);
+      return pair(past_row(stream_of(n), row) + i);
     };
-    // each thread's first eight numbers come while the product before is made
-    Group<float> coming{};
-    const auto fetch = [&](const Past& p) {
-      if (p.from + eight_vector_ < p.to) coming = past(p, p.from + eight_vector_, eight_number_);
+    const auto weights = [&](const Past& p) {
+      return p.own < layers ? layer(p.own) + job_.old_at + (p.tap - 1) * job_.old_size : weights_;
     };
-    Past p = after(0, 0);
-    fetch(p);
+    // each thread's first pairs come while the products before are made
+    Pair coming[kComing] = {};
+    Past p[kComing + 1];
+    for (int k = 0; k < kComing; ++k) {
+      p[k] = k ? after(p[k - 1].own, p[k - 1].tap) : after(0, 0);
+      if (p[k].from + of_x_.vector < p[k].to) coming[k] = past(p[k], p[k].from + of_x_.vector, of_x_.number);
+    }
+    taps.hold(job_.tap, weights(p[0]), p[0].own < layers);
 #pragma unroll 1
-    while (p.own < layers) {
-      each_eight(p.from, p.to, [&](int n, int i) {
-        if (n != p.from + eight_vector_ || i != eight_number_) coming = past(p, n, i);
-        put(input_, n, i, coming);
+    while (p[0].own < layers) {
+      each_pair(of_x_, p[0].from, p[0].to, [&](int n, int i) {
+        const bool first = n == p[0].from + of_x_.vector && i == of_x_.number;
+        put(input_, n, i, first ? Pair{coming[0].v[0], coming[0].v[1]} : past(p[0], n, i));
       });
-      const Past next = after(p.own, p.tap);
-      fetch(next);
-      add(job_.tap, weights_ + job_.layout.layer * p.own + job_.old_at + (p.tap - 1) * job_.old_size, p.own, p.from,
-          p.to);
-      p = next;
+      p[kComing] = after(p[kComing - 1].own, p[kComing - 1].tap);
+      for (int k = 0; k + 1 < kComing; ++k) coming[k] = coming[k + 1];
+      const Past& last = p[kComing];
+      if (last.from + of_x_.vector < last.to) coming[kComing - 1] = past(last, last.from + of_x_.vector, of_x_.number);
+      add(job_.tap, weights(p[0]), p[0], [&] { taps.hold(job_.tap, weights(p[1]), p[1].own < layers); });
+      for (int k = 0; k < kComing; ++k) p[k] = p[k + 1];
     }
     sync_block();
   }
@@ -435,17 +475,21 @@ class Block {
     if (uniform < live * each_has)
       u = job_.uniforms[(stream(tile, uniform / each_has) * job_.steps + t) * each_has + uniform % each_has];
     const W* w = weights_ + (job_.layout.head - share_.begin);
-    product<M, false, kHead, false>(
+    Product<M, false, 1, kHead, false, W> hidden;
+    Product<M, false, kResident ? 2 : 1, kHead, false, W> output;
+    hidden.hold(job_.hidden, w);
+    output.hold(job_.output, w);
+    hidden.run(
         job_.hidden, w, skips_, live, [&](int unit, int, int) { return head_bias_[unit]; },
         [&] {
           if (job_.cluster > 1) take_skips(tile, live, t);
           sync_block();
         },
-        [&](int unit, int n, float v) { put(hidden_, n, unit, fmaxf(v, 0.0f)); });
+        [] {}, [&](int unit, int n, float v) { put(hidden_, n, unit, fmaxf(v, 0.0f)); });
     if (uniform < live * each_has) uniforms_[uniform] = u;
-    product<M, false, kHead, false>(
+    output.run(
         job_.output, w, hidden_, live, [&](int unit, int, int) { return head_bias_[skip + unit]; },
-        [] { sync_block(); }, [&](int unit, int n, float v) { out_[n * job_.lengths.outputs + unit] = v; });
+        [] { sync_block(); }, [] {}, [&](int unit, int n, float v) { out_[n * job_.lengths.outputs + unit] = v; });
     sync_block();
     for (int n = thread() / 32; n < live; n += threads() / 32) choose(tile, n, t);
     if (job_.parameters)
@@ -457,14 +501,10 @@ class Block {
 
   FASTGEN_DEVICE void take_skips(int tile, int live, int64_t t) {
     receive(kSum, tile, live, t);
-#pragma unroll 1
-    for (int n = thread() / 32; n < live; n += threads() / 32)
-#pragma unroll 1
-      for (int i = thread() % 32 * kGroup; i < job_.lengths.s; i += 32 * kGroup) {
-        Group<float> v = eight(s_in_ + (tile * N + n) * job_.lengths.s + i);
-        for (float& each : v.v) each = fmaxf(each, 0.0f);
-        put(skips_, n, i, v);
-      }
+    each_pair(of_s_, 0, live, [&](int n, int i) {
+      const Pair v = pair(s_in_ + (tile * N + n) * job_.lengths.s + i);
+      put(skips_, n, i, Pair{fmaxf(v.v[0], 0.0f), fmaxf(v.v[1], 0.0f)});
+    });
   }
 
   FASTGEN_DEVICE void choose(int tile, int n, int64_t t) {
@@ -479,7 +519,7 @@ class Block {
       if (ends) last[b] = sample;
     };
     if (job_.distribution == Distribution::kCategorical) {
-      int32_t sample = quick_categorical(out, outputs, job_.temperature, uniforms_[n]);
+      int32_t sample = quick_categorical(out, outputs, scale_, uniforms_[n]);
       if (is_given) sample = static_cast<int32_t>(job_.given_class[b * job_.given_steps + t]);
       pass(job_.classes, job_.last_class, came_, sample);
     } else {
@@ -494,7 +534,8 @@ class Block {
   const Share share_;
   const int64_t first_;
   const bool alone_;
-  const int eight_vector_, eight_number_;  // a thread's first of each_eight
+  const Place of_x_, of_s_;
+  const float scale_;  // of logits
   const W* weights_;
   float *x_in_, *s_in_, *came_value_, *pending_, *x_, *out_, *bias_, *gate_bias_, *head_bias_, *skip_bias_,
       *input_bias_, *uniforms_;

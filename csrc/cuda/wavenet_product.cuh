@@ -8,43 +8,75 @@ namespace fastgen::wavenet {
 
 constexpr float kFarBelow = -3.4e38f;
 
+constexpr float kLog2e = 1.4426950409f;
+
 // tanh(a) / (1 + exp(-b)), good to 1e-6, with one division.
 FASTGEN_DEVICE float quick_gate(float a, float b) {
-  const float u = quick_exp(-2 * (a < -15 ? -15 : a)), v = quick_exp(-b);
+  const float u = quick_exp2(-2 * kLog2e * (a < -15 ? -15 : a)), v = quick_exp2(-kLog2e * b);
   return quick_divide(1 - u, (1 + u) * (1 + v));
 }
 
-// As sample_categorical, of logits that are padded to a multiple of eight by ones far below. By one warp.
-FASTGEN_APART int quick_categorical(const float* logits, int classes, float temperature, float u) {
-  const int lane = thread() % 32, own = (classes + 255) / 256 * 8, begin = lane * own;
+// As sample_categorical for probabilities in proportion to 2^(scale logits), of logits padded to a multiple of eight by
+// ones far below: a lane has eight after eight of them. By one warp.
+FASTGEN_APART int quick_categorical(const float* logits, int classes, float scale, float u) {
+  const int lane = thread() % 32, own = (classes + 255) / 256 * kGroup, begin = lane * own;
   const int end = begin + own < classes ? begin + own : classes;
-  const float scale = 1 / temperature;
-  const auto each = [&](auto&& f) {
-#pragma unroll 1
-    for (int c = begin; c < end; c += kGroup) {
-      const auto group = *reinterpret_cast<const Group<float>*>(logits + c);
-      for (const float v : group.v) f(v * scale);
-    }
+  const auto eight = [&](int c) {
+    Group<float> v;
+    for (float& each : v.v) each = kFarBelow;
+    if (c < end) v = *reinterpret_cast<const Group<float>*>(logits + c);
+    return v;
   };
-  float top = kFarBelow;
-  each([&](float v) { top = fmaxf(top, v); });
+  Group<float> v = eight(begin);
+  const auto most = [](const Group<float>& g) {
+    return fmaxf(fmaxf(fmaxf(g.v[0], g.v[1]), fmaxf(g.v[2], g.v[3])),
+                 fmaxf(fmaxf(g.v[4], g.v[5]), fmaxf(g.v[6], g.v[7])));
+  };
+  float top = most(v);
+#pragma unroll 1
+  for (int c = begin + kGroup; c < end; c += kGroup) top = fmaxf(top, most(eight(c)));
   top = most_in_warp(top);
-  float sum = 0;
-  each([&](float v) { sum += quick_exp(v - top); });
+  // sums of probabilities, times a factor, up to each of the eight
+  const auto add = [&](Group<float> g, float before) {
+    for (float& each : g.v) each = before += quick_exp2((each - top) * scale);
+    return g;
+  };
+  v = add(v, 0);
+  float sum = v.v[kGroup - 1];
+#pragma unroll 1
+  for (int c = begin + kGroup; c < end; c += kGroup) sum = add(eight(c), sum).v[kGroup - 1];
   float until = sum;
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const float before = shuffle_up(until, lanes);
     if (lane >= lanes) until += before;
   }
-  const float threshold = u * shuffle_from(until, 31);
-  float below = until - sum;
+  const float threshold = u * shuffle_from(until, 31), below = until - sum;
   int count = 0;
-  each([&](float v) { count += (below += quick_exp(v - top)) <= threshold; });
+  for (const float each : v.v) count += below + each <= threshold;
+  float last = v.v[kGroup - 1];
+#pragma unroll 1
+  for (int c = begin + kGroup; c < end; c += kGroup) {
+    const Group<float> more = add(eight(c), last);
+    for (const float each : more.v) count += below + each <= threshold;
+    last = more.v[kGroup - 1];
+  }
   const int chosen = sum_in_warp(count);
   return chosen < classes ? chosen : classes - 1;
 }
 
-// A number of a vector, and eight of them from a multiple of eight.
+// Two numbers of a vector, from an even one on, and one.
+struct alignas(8) Pair {
+  float v[2];
+};
+FASTGEN_DEVICE Pair& pair(float* at) { return *reinterpret_cast<Pair*>(at); }
+
+FASTGEN_DEVICE void put(const Vectors<float>& to, int vector, int number, const Pair& v) {
+  pair(to.data + vector * to.length + number) = v;
+}
+FASTGEN_DEVICE void put(const Vectors<uint16_t>& to, int vector, int number, const Pair& v) {
+  uint16_t* at = to.data + vector * to.length * 2 + number + (number & ~7);
+  split(v.v, at, at + kGroup);
+}
 FASTGEN_DEVICE void put(const Vectors<float>& to, int vector, int number, float v) {
   to.data[vector * to.length + number] = v;
 }
@@ -52,92 +84,100 @@ FASTGEN_DEVICE void put(const Vectors<uint16_t>& to, int vector, int number, flo
   uint16_t* at = to.data + vector * to.length * 2 + number + (number & ~7);
   split(v, at, at + kGroup);
 }
-FASTGEN_DEVICE void put(const Vectors<float>& to, int vector, int number, const Group<float>& v) {
-  *reinterpret_cast<Group<float>*>(to.data + vector * to.length + number) = v;
-}
-FASTGEN_DEVICE void put(const Vectors<uint16_t>& to, int vector, int number, const Group<float>& v) {
-  Group<uint16_t> high, low;
-  for (int k = 0; k < kGroup; ++k) split(v.v[k], &high.v[k], &low.v[k]);
-  auto* at = reinterpret_cast<Group<uint16_t>*>(to.data + (vector * to.length + number) * 2);
-  at[0] = high;
-  at[1] = low;
-}
 
-// A warp's product of a tile of weights, `steps` times 32 inputs wide, with 4 M vectors: begin(h, i, v) gives what the
-// sum starts from, hold(w, steps) loads the first kHeld steps' weights, add(w, steps, x, live) multiplies; sums are as
-// multiply_tile has them. kSmall: there are no more and no fewer steps.
-template <int M, int kHeld, bool kSmall, class W>
-class TileProduct;
+// The weights of a tile's first kHeld steps (of 32 inputs), as a warp's lanes have them; kSmall: there are no more and
+// no fewer steps.
+template <int kHeld, bool kSmall, class W>
+class Held;
 
-template <int M, int kHeld, bool kSmall>
-class TileProduct<M, kHeld, kSmall, uint16_t> {
+// Sums of a tile's products with 4 M vectors: begin(h, i, v) gives what one starts from, add(held, w, steps, x, live)
+// multiplies; in the end they are as multiply_tile has them.
+template <int M, class W>
+class Sums;
+
+template <int kHeld, bool kSmall>
+class Held<kHeld, kSmall, uint16_t> {
+ public:
+  // A lane's weights for the two multiplications of a step, in the order of for_tensor_cores.
+  struct Step {
+    uint32_t of[2][4];
+  };
+
+  FASTGEN_DEVICE static Step load_step(const uint16_t* w, int step) {
+    w += step * kTileRows * kTileInputs + thread() % 32 * kGroup;
+    Step a;
+    memcpy(a.of[0], __builtin_assume_aligned(w, 16), 16);
+    memcpy(a.of[1], __builtin_assume_aligned(w + 32 * kGroup, 16), 16);
+    return a;
+  }
+  // Zeros where there is nothing: registers that only some iterations set would be taken throughout the kernel.
+  FASTGEN_DEVICE void load(const uint16_t* w, int steps, bool exists = true) {
+    for (int s = 0; s < kHeld; ++s) {
+      step[s] = {};
+      if (exists && (kSmall || s < steps)) step[s] = load_step(w, s);
+    }
+  }
+
+  Step step[kHeld];
+};
+
+template <int M>
+class Sums<M, uint16_t> {
  public:
   FASTGEN_DEVICE void begin(int h, int i, float v) { d_[i][0][2 * h] = v; }
-  FASTGEN_DEVICE void hold(const uint16_t* w, int steps) {
-    w += thread() % 32 * kGroup;
-    held_[0] = load(w);
-    for (int s = 1; s < kHeld; ++s) {
-      if (!kSmall) held_[s] = {};
-      if (kSmall || s < steps) held_[s] = load(w + s * kStep);
-    }
-  }
-  FASTGEN_DEVICE void add(const uint16_t* w, int steps, const Vectors<uint16_t>& x, int /*live*/) {
-    const int lane = thread() % 32, column = lane / 4;  // of 8: two parts of four vectors
-    const uint16_t* in = x.data + (column / 2 * x.length + lane % 4 * kGroup) * 2 + column % 2 * kGroup;
-    w += lane * kGroup;
-    for (int s = 0; s < kHeld; ++s) multiply(held_[s], in + (kSmall || s < steps ? s : 0) * 2 * kTileInputs, x.length);
+  template <int kHeld, bool kSmall>
+  FASTGEN_DEVICE void add(const Held<kHeld, kSmall, uint16_t>& held, const uint16_t* w, int steps,
+                          const Vectors<uint16_t>& x, int live) {
+    for (int s = 0; s < kHeld; ++s) multiply(held.step[s], x, kSmall || s < steps ? s : 0, live);
 #pragma unroll 1
     for (int s = kHeld; !kSmall && s < steps; s += 2) {
-      const Step a = load(w + s * kStep), b = s + 1 < steps ? load(w + (s + 1) * kStep) : Step{};
-      multiply(a, in + s * 2 * kTileInputs, x.length);
-      multiply(b, in + (s + 1 < steps ? s + 1 : s) * 2 * kTileInputs, x.length);
+      const bool two = s + 1 < steps;
+      const auto a = held.load_step(w, s), b = held.load_step(w, two ? s + 1 : s);
+      multiply(a, x, s, live);
+      if (two) multiply(b, x, s + 1, live);
     }
   }
-  FASTGEN_DEVICE void sums(float (&to)[2][M]) const {
+  FASTGEN_DEVICE void get(float (&to)[2][M]) const {
     for (int i = 0; i < M; ++i)
       for (int h = 0; h < 2; ++h)
         to[h][i] = (d_[i][0][2 * h] + d_[i][0][2 * h + 1]) + (d_[i][1][2 * h] + d_[i][1][2 * h + 1]);
   }
 
  private:
-  static constexpr int kStep = kTileRows * kTileInputs;
-
-  // A lane's weights for the two multiplications of a step, in the order of for_tensor_cores.
-  struct Step {
-    uint32_t of[2][4];
-  };
-
-  FASTGEN_DEVICE static Step load(const uint16_t* w) {
-    Step a;
-    memcpy(a.of[0], __builtin_assume_aligned(w, 16), 16);
-    memcpy(a.of[1], __builtin_assume_aligned(w + 32 * kGroup, 16), 16);
-    return a;
-  }
-  FASTGEN_DEVICE void multiply(const Step& a, const uint16_t* in, int length) {
+  template <class Step>
+  FASTGEN_DEVICE void multiply(const Step& a, const Vectors<uint16_t>& x, int step, int live) {
+    const int lane = thread() % 32, column = lane / 4;  // of 8: two parts of four vectors
     for (int i = 0; i < M; ++i) {
-      uint32_t b[4];
-      memcpy(b, __builtin_assume_aligned(in + 4 * i * length * 2, 16), 16);
+      const int n = 4 * i + column / 2;
+      uint32_t b[4] = {};
+      if (n < live)
+        memcpy(b, __builtin_assume_aligned(x.group(n, step * kTileInputs + lane % 4 * kGroup, column % 2), 16), 16);
       multiply_add(d_[i][0], a.of[0], {b[0], b[1]});
       multiply_add(d_[i][1], a.of[1], {b[2], b[3]});
     }
   }
 
-  Step held_[kHeld];
   float d_[M][2][4] = {};  // two sums that do not wait for each other
 };
 
-template <int M, int kHeld, bool kSmall>
-class TileProduct<M, kHeld, kSmall, float> {
+template <int kHeld, bool kSmall>
+class Held<kHeld, kSmall, float> {
+ public:
+  FASTGEN_DEVICE void load(const float*, int, bool = true) {}
+};
+
+template <int M>
+class Sums<M, float> {
  public:
   FASTGEN_DEVICE void begin(int h, int i, float v) { sums_[h][i] = v; }
-  FASTGEN_DEVICE void hold(const float*, int) {}
-  FASTGEN_DEVICE void add(const float* w, int steps, const Vectors<float>& x, int live) {
+  template <class Held>
+  FASTGEN_DEVICE void add(const Held&, const float* w, int steps, const Vectors<float>& x, int live) {
     float more[2][M] = {};
     multiply_tile<M>(w, steps, x, live, more);
     for (int h = 0; h < 2; ++h)
       for (int i = 0; i < M; ++i) sums_[h][i] += more[h][i];
   }
-  FASTGEN_DEVICE void sums(float (&to)[2][M]) const {
+  FASTGEN_DEVICE void get(float (&to)[2][M]) const {
     for (int h = 0; h < 2; ++h)
       for (int i = 0; i < M; ++i) to[h][i] = sums_[h][i];
   }
@@ -151,6 +191,7 @@ class TileProduct<M, kHeld, kSmall, float> {
 template <int M, bool kPairs, class F>
 FASTGEN_DEVICE void each_sum(const Matrix& m, int tile, int live, F&& f) {
   const int lane = thread() % 32;
+#pragma unroll
   for (int i = 0; i < M; ++i)
     for (int h = 0; h < 2; ++h) {
       const int n = 4 * i + lane % 4, unit = tile * (kPairs ? 8 : 16) + lane / 4 + (kPairs ? 0 : 8 * h);
@@ -158,34 +199,70 @@ FASTGEN_DEVICE void each_sum(const Matrix& m, int tile, int live, F&& f) {
     }
 }
 
-// A warp for each tile. start(unit, vector, row of the pair) gives what is added to the product: read, like the first
-// weights, before wait(), which all threads call once, and after which the vectors are known. Then finish(unit, vector,
-// sum) or, for pairs, finish(unit, vector, sum, second sum). kSmall: each tile has a warp of its own and kHeld steps.
-template <int M, bool kPairs, int kHeld, bool kSmall, class W, class Start, class Wait, class Finish>
-FASTGEN_DEVICE void product(const Matrix& m, const W* w, const Vectors<W>& x, int live, Start&& start, Wait&& wait,
-                            Finish&& finish) {
-  const auto with = [&](int tile, auto&& known) {
-    // loaded where there is no tile too: registers that only some iterations set would be taken in all the kernel
-    const W* of_tile = w + m.at + (tile < m.tiles ? tile : 0) * (kSmall ? kHeld : m.steps) * kTileRows * kTileInputs;
-    TileProduct<M, kHeld, kSmall, W> p;
-    p.hold(of_tile, m.steps);
-    each_sum<M, kPairs>(m, tile, live, [&](int unit, int n, int h, int i) { p.begin(h, i, start(unit, n, h)); });
-    known();
-    if (tile >= m.tiles) return;
-    p.add(of_tile, m.steps, x, live);
-    float sums[2][M];
-    p.sums(sums);
-    each_sum<M, kPairs>(m, tile, live, [&](int unit, int n, int h, int i) {
-      if constexpr (!kPairs)
-        finish(unit, n, sums[h][i]);
-      else if (h == 1)
-        finish(unit, n, sums[0][i], sums[1][i]);
-    });
-  };
-  const int warps = threads() / 32, warp = thread() / 32;
-  with(warp, wait);
+// A matrix's product with vectors, kTiles tiles to a warp at a time. kSmall: no warp has more, each of kHeld steps.
+template <int M, bool kPairs, int kTiles, int kHeld, bool kSmall, class W>
+class Product {
+ public:
+  // Loads a warp's first weights, if there are any; run() takes them.
+  FASTGEN_DEVICE void hold(const Matrix& m, const W* w, bool exists = true) { hold_from(m, w, thread() / 32, exists); }
+
+  // start(unit, vector, row of the pair) gives what is added to the product: it is read before wait(), which all
+  // threads call once, and after which the vectors are known. meanwhile() may load the next product's weights. Then
+  // come finish(unit, vector, sum) or, for pairs, finish(unit, vector, sum, second sum).
+  template <class Start, class Wait, class Meanwhile, class Finish>
+  FASTGEN_DEVICE void run(const Matrix& m, const W* w, const Vectors<W>& x, int live, Start&& start, Wait&& wait,
+                          Meanwhile&& meanwhile, Finish&& finish) {
+    const int at_once = kTiles * (threads() / 32);
+    round(m, w, thread() / 32, x, live, start, wait, meanwhile, finish);
 #pragma unroll 1
-  for (int tile = warp + warps; !kSmall && tile < m.tiles; tile += warps) with(tile, [] {});
-}
+    for (int tile = thread() / 32 + at_once; !kSmall && tile < m.tiles; tile += at_once) {
+      Product more;  // what this one holds is the next run's
+      more.hold_from(m, w, tile, true);
+      more.round(m, w, tile, x, live, start, [] {}, [] {}, finish);
+    }
+  }
+
+ private:
+  FASTGEN_DEVICE static const W* weights(const Matrix& m, const W* w, int tile) {
+    return w + m.at + tile * (kSmall ? kHeld : m.steps) * kTileRows * kTileInputs;
+  }
+  FASTGEN_DEVICE void hold_from(const Matrix& m, const W* w, int first, bool exists) {
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) {
+      const int tile = first + k * (threads() / 32);
+      held_[k].load(weights(m, w, tile), m.steps, exists && tile < m.tiles);
+    }
+  }
+  template <class Start, class Wait, class Meanwhile, class Finish>
+  FASTGEN_DEVICE void round(const Matrix& m, const W* w, int first, const Vectors<W>& x, int live, Start&& start,
+                            Wait&& wait, Meanwhile&& meanwhile, Finish&& finish) {
+    Sums<M, W> sums[kTiles];
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k)
+      each_sum<M, kPairs>(m, first + k * (threads() / 32), live,
+                          [&](int unit, int n, int h, int i) { sums[k].begin(h, i, start(unit, n, h)); });
+    wait();
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) {
+      const int tile = first + k * (threads() / 32);
+      if (tile < m.tiles) sums[k].add(held_[k], weights(m, w, tile), m.steps, x, live);
+    }
+    sync_warp();  // so that the compiler leaves what comes meanwhile behind the vectors
+    meanwhile();
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) {
+      float all[2][M];
+      sums[k].get(all);
+      each_sum<M, kPairs>(m, first + k * (threads() / 32), live, [&](int unit, int n, int h, int i) {
+        if constexpr (!kPairs)
+          finish(unit, n, all[h][i]);
+        else if (h == 1)
+          finish(unit, n, all[0][i], all[1][i]);
+      });
+    }
+  }
+
+  Held<kHeld, kSmall, W> held_[kTiles];
+};
 
 }  // namespace fastgen::wavenet

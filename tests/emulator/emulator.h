@@ -34,6 +34,7 @@ int threads();
 int block();
 void sync_block(Where where = Where::current());
 void sync_warp(Where where = Where::current());
+void sync_half(Where where = Where::current());
 void sync_cluster(Where where = Where::current());
 float shuffle_xor(float v, int lanes, Where where = Where::current());
 inline uint32_t shuffle_xor(uint32_t v, int lanes, Where where = Where::current()) {
