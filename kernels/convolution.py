@@ -43,17 +43,26 @@ from .tuning import tuned
 
 
 @triton.jit
+def pixels_of(position, height, width, pitch, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where results for positions go in [height][width], and whether there is anything. PACKED: without margins."""
+    if PACKED:
+        return position, position < height * width
+    i, j = position // pitch, position % pitch
+    # so that neighbouring threads take neighbouring pixels; single ones, as nothing is said of where pairs begin
+    return tl.max_contiguous(i * width + j, 2), (i < height) & (j < width)
+
+
+@triton.jit
 def _turn(  # type: ignore[no-untyped-def]
     x, out, channels, height, width, pitch, length, stride, column_tiles, tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """x [image][channel][pixel] -> out [image][position][channel]: zeros where there is no pixel."""
     column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     place = tl.program_id(0) // column_tiles
     image, position = (place // tiles).to(tl.int64), place % tiles * ROWS + tl.arange(0, ROWS)
-    i, j = position // pitch, position % pitch
-    live = (i < height) & (j < width)
-    at = x + ((image * channels + column) * height * width)[None, :] + (i * width + j)[:, None]
+    index, live = pixels_of(position, height, width, pitch, PACKED)
+    at = x + ((image * channels + column) * height * width)[None, :] + index[:, None]
     v = tl.load(at, live[:, None] & (column < channels)[None, :], other=0.0)
     to = out + ((image * length + position) * stride)[:, None] + column[None, :]
     tl.store(to, v, (position < length)[:, None] & (column < channels)[None, :])
@@ -107,15 +116,6 @@ def product(  # type: ignore[no-untyped-def]
         column = tl.where(end, 0, column)
         ahead += tl.where(over, dilation, 0) + tl.where(end, tl.cast(pitch - kernel_width, tl.int64) * dilation, 0)
     return a, b
-
-
-@triton.jit
-def pixels_of(position, height, width, pitch, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where results for positions go in [height][width], and whether there is anything. PACKED: without margins."""
-    if PACKED:
-        return position, position < height * width
-    i, j = position // pitch, position % pitch
-    return i * width + j, (i < height) & (j < width)
 
 
 @triton.jit
@@ -216,17 +216,18 @@ def _gated_conv(  # type: ignore[no-untyped-def]
     pair = first + tl.arange(0, ROWS)
     position = start + tl.arange(0, STEPS)
     index, live = pixels_of(position, height, width, pitch, PACKED)
+    a, b = with_added(a, b, bias, cond, image, pair, index, live, pairs, cond_stride, cond_step, BIASED, CONDITIONED)
+    if KEEP and not BACKWARD:
+        store_halves(kept, a, b, image, pair, position, pairs, length, image_step, row_step, step)
     known = (pair < pairs)[:, None] & live[None, :]
     at = ((image.to(tl.int64) * pairs + pair) * height * width)[:, None] + index[None, :]
-    a, b = with_added(a, b, bias, cond, image, pair, index, live, pairs, cond_stride, cond_step, BIASED, CONDITIONED)
     if BACKWARD:
         a, b = gate_gradients(tl.load(grad + at, known, other=0.0).to(tl.float32), a, b, SHORT)
         store_sums(partial, a, b, pair, pairs, tl.num_programs(0) // row_tiles, place)
+        store_halves(kept, a, b, image, pair, position, pairs, length, image_step, row_step, step)
     else:
         t, s = gate(a, b, SHORT)
         tl.store(out + at, (t * s).to(out.dtype.element_ty), known)
-    if KEEP:
-        store_halves(kept, a, b, image, pair, position, pairs, length, image_step, row_step, step)
 
 
 @triton.jit
@@ -364,8 +365,12 @@ class Shape(NamedTuple):
 
 
 def shared_by(tile: dict[str, int], bits: int, limit: int, paired: bool = False) -> int:
-    operands = (tile["ROWS"] * (1 + paired) + tile.get("STEPS", tile.get("COLUMNS", 0))) * tile["CHUNK"]
-    return staged(operands * bits // 8, tile["num_stages"], limit)
+    """Of what is multiplied, and of float32 what is turned on the way."""
+    rows, columns = (
+        tile["ROWS"] * (1 + paired) * tile["CHUNK"],
+        tile.get("STEPS", tile.get("COLUMNS", 0)) * tile["CHUNK"],
+    )
+    return staged((rows + columns) * bits // 8, tile["num_stages"], limit) + (4 * (rows + columns) if bits == 32 else 0)
 
 
 def tile_for(
@@ -373,8 +378,10 @@ def tile_for(
     across: str = "STEPS",
 ) -> dict[str, int]:  # fmt: skip
     """Sides of a product's tile, and how it is run: what tensor cores want and shared memory holds."""
+    exact, plain = bits == 32, limit < MOST_SHARED  # before Hopper a tile's addresses take registers
+    most = 32 if paired and exact else 64 if paired or plain else 128
     tile = {
-        "ROWS": power_within(rows, 16, 64 if paired else 128), across: power_within(columns, 16, 128),
+        "ROWS": power_within(rows, 16, most), across: power_within(columns, 16, 64 if paired and exact else 128),
         "CHUNK": power_within(inner, 16, 1024 // bits),
     }  # fmt: skip
     few = 4096 if bits == 16 else 1024  # results, whose operands four warps have registers for
@@ -410,7 +417,7 @@ def arranged(x: Tensor, shape: Shape) -> Tensor:
         rows, columns = power_within(length, 16, 64), power_within(channels, 16, 64)
         column_tiles, tiles = cdiv(channels, columns), cdiv(length, rows)
         numbers = channels, shape.height, shape.width, shape.pitch, length, out.stride(2), column_tiles, tiles
-        options = {"ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+        options = {"PACKED": not shape.margin, "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
         return Plan(_turn, column_tiles * tiles * x.shape[0], numbers, options)
 
     planned(_turn, (x.shape, x.dtype, shape), plan).run(x, out)

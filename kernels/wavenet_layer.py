@@ -167,10 +167,12 @@ def options_for(
 ) -> dict[str, int]:
     """Tile of a program: as many samples as leave both halves of their gates, and a gradient's, in registers."""
     across = power_within(gates, 16, MOST_GATES)
-    steps = min(128, (4096 if bits == 32 else 8192 if backward else 16384) // across)
+    plain = limit < MOST_SHARED  # before Hopper a tile's addresses take registers
+    steps = min(128, (4096 if bits == 32 else 8192 if backward else 16384) // across) // (1 + plain)
     few = 2048 if bits == 16 else 4096  # gates, which four warps have registers for
     tile = {
-        "GATES": across, "STEPS": steps, "CHUNK": power_within(channels, 16, 1024 // bits), "OUTS": 1024 // bits,
+        "GATES": across, "STEPS": steps, "CHUNK": power_within(channels, 16, 1024 // bits),
+        "OUTS": 1024 // bits // (1 + plain),
         "num_warps": 8 if steps * across > few else 4, "num_stages": 3 if across < 256 else 2,
     }  # fmt: skip
     needed = functools.partial(shared_by, bits=bits, limit=limit)

@@ -85,20 +85,20 @@ def test_heuristics_of_products():
     assert [shares_for(*size) for size in ((1, 1 << 20), (256, 65536), (8192, 65536), (1, 3))] == [64, 8, 4, 1]
     assert [chunk_for(d) for d in (1, 16, 17, 64, 100, 129, 256, 257)] == [16, 16, 32, 64, 128, 256, 256, 128]
     small, large = convolution.tile_for(3, 5, 1, 16), convolution.tile_for(16000, 512, 256, 16)
-    assert [small[k] for k in ("ROWS", "COLUMNS", "CHUNK", "num_warps")] == [16, 16, 16, 4]
-    assert [large[k] for k in ("ROWS", "COLUMNS", "CHUNK", "num_warps")] == [128, 128, 64, 8]
+    assert [small[k] for k in ("ROWS", "STEPS", "CHUNK", "num_warps")] == [16, 16, 16, 4]
+    assert [large[k] for k in ("ROWS", "STEPS", "CHUNK", "num_warps")] == [128, 128, 64, 8]
     assert convolution.tile_for(16000, 512, 256, 32)["CHUNK"] == 32
     for gates, bits in ((1, 16), (100, 16), (256, 16), (128, 32)):
         for backward, most in ((False, 16384), (True, 8192)):
             tile = options_for(gates, 256, bits, backward=backward)
             assert gates <= tile["GATES"]
-            assert tile["ROWS"] * tile["GATES"] <= (most if bits == 16 else 4096)
+            assert tile["STEPS"] * tile["GATES"] <= (most if bits == 16 else 4096)
     for programs in (1, 8, 1000):
         for tiles in (1, 7, 5000):
-            for most in (64, tiles):
-                share, splits = launch.splits_for(programs, tiles, most)
+            for wanted in (64, 1000):
+                share, splits = launch.splits_for(programs, tiles, wanted)
                 assert (splits - 1) * share < tiles <= splits * share
-                assert splits <= most
+                assert splits * programs <= max(wanted, programs)
     for rows in (1, 128, 4096, 1 << 20):
         for codes in (1, 64, 1000, 8192, 100000):
             share, splits = splits_for(rows, codes, 128, 64, 132)
