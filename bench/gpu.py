@@ -5,14 +5,15 @@ first; what fails is written down, the rest goes on, and the exit status says so
 and makes kernels for each case's shapes (dynamic=False), cuDNN chooses its algorithms by trial, and caches are cleared
 before each call. `least` is the floor: what bytes and operations take at the copy bandwidth and the bfloat16 matrix
 rate measured in the same run, or where steps wait for each other about what they take in turn; `peak_bytes` is what a
-call takes in memory beyond its arguments. Cases are in gpu_cases.py and gpu_generation.py, the targets in
-gpu_report.py. With --tiny the sizes are those of a rehearsal, which Triton's interpreter can do on a CPU
-(TRITON_INTERPRET=1 FASTGEN_BACKEND=triton).
+call takes in memory beyond its arguments, `graph_seconds` what the GPU takes without the host. Cases are in
+gpu_cases.py and gpu_generation.py, the targets in gpu_report.py. With --tiny the sizes are those of a rehearsal, which
+Triton's interpreter can do on a CPU (TRITON_INTERPRET=1 FASTGEN_BACKEND=triton).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -21,6 +22,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,6 +58,20 @@ def seconds(call: Callable[[], object]) -> float:
     if not CUDA or statistics.median(times) > LONG:
         return statistics.median(times)
     return float(triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median")) / 1e3
+
+
+def graph_seconds(call: Callable[[], object], count: int = 3) -> float:
+    """What the GPU takes, without the host: the median of replays of a graph of `count` calls, caches as they are."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    return float(triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median")) / 1e3 / count
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -103,7 +119,7 @@ def machine() -> dict[str, Any]:
 
 def measure(case: Case, limits: dict[str, float], failed: Callable[[str, Exception], None]) -> dict[str, Any]:
     """Time and memory of all ways of a case; `failed` is told of those that raise."""
-    times, peaks = {}, {}
+    times, peaks, graphs = {}, {}, {}
     for way, call in case.ways.items():
         try:
             times[way] = seconds(call) / case.shares.get(way, 1)
@@ -111,11 +127,16 @@ def measure(case: Case, limits: dict[str, float], failed: Callable[[str, Excepti
                 peaks[way] = peak_bytes(call)
         except Exception as error:
             failed(way, error)
+            continue
+        if CUDA and times[way] < LONG:
+            with contextlib.suppress(Exception):  # some ways wait for the GPU
+                graphs[way] = graph_seconds(call)
     least = max(case.bytes / limits["copy_bytes"], case.operations / limits["bf16_operations"], case.chain)
     of_limit = least / times["fastgen"] if "fastgen" in times else None
     return {
         "case": case.name, "seconds": times, "bytes": case.bytes, "operations": case.operations, "chain": case.chain,
-        "least": least, "of_limit": of_limit, "peak_bytes": peaks, **case.facts, **sampling(case.facts, times),
+        "least": least, "of_limit": of_limit, "graph_seconds": graphs, "peak_bytes": peaks, **case.facts,
+        **sampling(case.facts, times),
     }  # fmt: skip
 
 
@@ -145,12 +166,29 @@ def measure_all(entries: Iterable[Entry], report: dict[str, Any], write: Callabl
             write()
 
 
+def warmed(names: list[str], jobs: int) -> None:
+    """What the cases compile is compiled by `jobs` processes at once, whose figures mean nothing, and kept on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        shares = ["|".join(f"^{re.escape(name)}$" for name in names[i::jobs]) for i in range(min(jobs, len(names)))]
+        command = [sys.executable, __file__, "--warm", "0", "--out", folder, "--only"]
+        running = [
+            subprocess.Popen([*command, only], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for only in shares
+        ]
+        for process in running:
+            process.wait()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="default: bench/results")
     parser.add_argument("--only", default="", help="of the cases those in whose names this regular expression is found")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
+    parser.add_argument("--warm", type=int, default=8 if CUDA else 0, help="processes that compile first")
     options = parser.parse_args()
+    entries = [*listing(options.tiny), *generation_listing(options.tiny)]
+    entries = [e for e in entries if re.search(options.only, e[0])]
+    if options.warm:
+        warmed([name for name, _ in entries], options.warm)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     if not CUDA:
@@ -163,8 +201,7 @@ def main() -> int:
         report["targets"] = judged(report)
         target.write_text(json.dumps(report, indent=1) + "\n")
 
-    entries = [*listing(options.tiny), *generation_listing(options.tiny)]
-    measure_all([e for e in entries if re.search(options.only, e[0])], report, write)
+    measure_all(entries, report, write)
     write()
     target.with_suffix(".md").write_text(text(report))
     print(f"\n{text(report)}\n{target}")

@@ -71,13 +71,24 @@ def case_table(cases: list[CaseReport]) -> str:
     for case in cases:
         times, peak, ours = ratios(case), case["peak_bytes"], case["seconds"].get("fastgen")
         usual = [f"{times.pop(way):.1f}x" if way in times else "" for way in USUAL]
+        alone = case.get("graph_seconds", {})
+        gpu = [f"{alone[way] * 1e3:.3f}" for way in ("fastgen", *USUAL) if way in alone]
         megabytes = [f"{peak[way] / 1e6:.0f}" for way in ("fastgen", "eager") if way in peak]
         rows.append([
             case["case"], "failed" if ours is None else f"{ours * 1e3:.3f}", f"{case['least'] * 1e3:.3f}",
-            "" if ours is None else f"{case['least'] / ours:.0%}", *usual,
+            "" if ours is None else f"{case['least'] / ours:.0%}", " / ".join(gpu), *usual,
             "; ".join(f"{way} {times[way]:.1f}x" for way in times), " / ".join(megabytes),
         ])  # fmt: skip
-    head = ["case", "ms", "floor, ms", "of floor", *USUAL, "others", "extra memory, MB: fastgen / eager"]
+    head = [
+        "case",
+        "ms",
+        "floor, ms",
+        "of floor",
+        "GPU alone, ms: fastgen / " + " / ".join(USUAL),
+        *USUAL,
+        "others",
+        "extra memory, MB: fastgen / eager",
+    ]
     return markdown(head, rows)
 
 

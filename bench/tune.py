@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import triton
 from fastgen.kernels import tuning
-from gpu import CUDA, seconds
+from gpu import CUDA, graph_seconds, seconds
 from gpu_cases import listing
 
 CHOICES = {
-    "ROWS": (16, 32, 64, 128, 256), "COLUMNS": (16, 32, 64, 128, 256), "CHUNK": (16, 32, 64, 128),
-    "CODES": (32, 64, 128, 256), "OUTS": (16, 32, 64, 128), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5),
+    "ROWS": (16, 32, 64, 128, 256), "STEPS": (16, 32, 64, 128, 256), "COLUMNS": (16, 32, 64, 128, 256),
+    "CHUNK": (16, 32, 64, 128), "CODES": (32, 64, 128, 256), "OUTS": (16, 32, 64, 128), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5),
 }  # fmt: skip
 OPS = ("nearest_code", "gated_masked_conv2d", "masked_conv2d", "wavenet_layer", "gated_causal_conv1d")
 TOO_LARGE = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError)
@@ -27,7 +27,8 @@ TOO_LARGE = (triton.runtime.errors.OutOfResources, triton.compiler.errors.Compil
 
 def best_options(key: str, options: tuning.Options, call: Callable[[], object], tiny: bool) -> tuple[float, dict]:
     """-> how much faster than the heuristic, and by which options."""
-    start = best = seconds(call)
+    measured = graph_seconds if CUDA else seconds
+    start = best = measured(call)
     chosen: tuning.Options = {}
     for _ in range(1 if tiny else 2):
         for name in [n for n in CHOICES if n in options][: 1 if tiny else None]:
@@ -37,7 +38,7 @@ def best_options(key: str, options: tuning.Options, call: Callable[[], object], 
                     continue
                 try:
                     with tuning.trial(key, candidate):
-                        time = seconds(call)
+                        time = measured(call)
                 except TOO_LARGE:
                     continue
                 if time < best:
