@@ -19,7 +19,8 @@ from gpu_cases import listing
 
 CHOICES = {
     "ROWS": (16, 32, 64, 128, 256), "STEPS": (16, 32, 64, 128, 256), "COLUMNS": (16, 32, 64, 128, 256),
-    "CHUNK": (16, 32, 64, 128), "CODES": (32, 64, 128, 256), "OUTS": (16, 32, 64, 128), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5),
+    "CHUNK": (16, 32, 64, 128), "CODES": (32, 64, 128, 256), "OUTS": (16, 32, 64, 128),
+    "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5),
 }  # fmt: skip
 OPS = ("nearest_code", "gated_masked_conv2d", "masked_conv2d", "wavenet_layer", "gated_causal_conv1d")
 TOO_LARGE = (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError)

@@ -27,9 +27,6 @@ ISAS = ("generic", "avx2", "avx512", "avx512_vnni")  # slowest first
 
 # Triton's interpreter runs the Triton kernels on the CPU: slow, and for tests of them alone
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-NOT_YET_RUN = "not yet run on a GPU; verified in Triton's interpreter and by its machine code"
-
-NOT_YET_RUN_CUDA = "not yet run on a GPU; verified by running its source in a thread-block emulator"
 
 REBUILD = ", or rebuild: pip install --no-build-isolation -e ."
 

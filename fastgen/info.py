@@ -49,10 +49,6 @@ def report() -> str:
         reasons = {name: backend.why_not(op, name) for name in backend.BACKENDS}
         live = [name for name, reason in reasons.items() if reason is None]
         lines += ["", f"{op}: {', '.join(live)}"]
-        if op in backend.TRITON_OPS:
-            lines.append(f"    triton: {backend.NOT_YET_RUN}")
-        if op in backend.CUDA_OPS:
-            lines.append(f"    cuda: {backend.NOT_YET_RUN_CUDA}")
         lines += [f"    not {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     return "\n".join(lines)
 
