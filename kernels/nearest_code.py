@@ -172,24 +172,34 @@ def _nearer(distance, code, least, nearest):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _closest(  # type: ignore[no-untyped-def]
-    x, codebook, scales, row, scale, code, wanted, count, dim, stride, COSINE: tl.constexpr, PART: tl.constexpr
+    x, codebook, scales, row, scale, code, penalty, count, dim, stride, COSINE: tl.constexpr, PART: tl.constexpr
 ):  # fmt: skip
-    """Of each row's codes (ROWS, UNIT) that are wanted the nearest in float32, and how far it is."""
+    """Of each row's codes (ROWS, UNIT) the nearest in float32, and how far it is. penalty: 0 or, for others, infinity.
+
+    No mask is taken from one layout to another, since Triton 3.6 mixes them up on the way.
+    """
+    at = tl.minimum(code, count - 1)
     squares = tl.zeros(code.shape, tl.float32)
     if COSINE:
-        code_scale = tl.load(scales + code, wanted, other=0.0)
+        code_scale = tl.load(scales + at)
     for start in range(0, dim, PART):
         column = start + tl.arange(0, PART)[None, None, :]
-        mask = wanted[:, :, None] & (column < dim)
         v = tl.load(x + row[:, None, None] * stride + column, column < dim, other=0.0).to(tl.float32)
-        c = tl.load(codebook + code.to(tl.int64)[:, :, None] * dim + column, mask, other=0.0).to(tl.float32)
+        c = tl.load(codebook + at.to(tl.int64)[:, :, None] * dim + column, column < dim, other=0.0).to(tl.float32)
         d = v * scale[:, None, None] - c * code_scale[:, :, None] if COSINE else v - c
         squares += tl.sum(d * d, 2)
     if COSINE:
-        squares = tl.where(code_scale * scale[:, None] == 0, 2.0, squares)
-    squares = tl.where(wanted, squares, float("inf"))
+        nothing = tl.where(code_scale * scale[:, None] == 0, 1.0, 0.0)
+        squares = squares * (1 - nothing) + 2 * nothing
+    squares = tl.minimum(squares, 3e38) + penalty
     near = tl.min(squares, 1)
-    return near, tl.min(tl.where(wanted & (squares == near[:, None]), code, count), 1)
+    return near, tl.min(tl.where((squares == near[:, None]) & (squares <= 3e38), code, count), 1)
+
+
+@triton.jit
+def _penalty(offsets, code):  # type: ignore[no-untyped-def]
+    """Infinity for codes that cannot be chosen."""
+    return tl.where(tl.load(offsets + code) > float("-inf"), 0.0, float("inf"))
 
 
 @triton.jit
@@ -204,7 +214,7 @@ def _search(  # type: ignore[no-untyped-def]
     accumulated,
     PLAIN: tl.constexpr, COSINE: tl.constexpr, CENTRED: tl.constexpr, CERTAIN: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, CODES: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
-    WHOLE: tl.constexpr, FLOATS: tl.constexpr, EARLY: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, FLOATS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The nearest of a split's codes to ROWS rows. PLAIN: x needs no rounding. CERTAIN: or the scan's leading unit.
 
@@ -250,17 +260,20 @@ def _search(  # type: ignore[no-untyped-def]
     tile = tl.zeros([ROWS, LANES // 4, 4], tl.int32)
     begin = tl.program_id(0) % splits * tiles
     end = min(begin + tiles, padded // CODES)
-    for t in range(begin, end):
+    for t in tl.range(begin, end, num_stages=STAGES):
         code = t * CODES + tl.arange(0, CODES)
         at_code = codes + code.to(tl.int64)[None, :] * width + column[:, None]
-        sums = doubt[:, None] * tl.load(norms + code)[None, :] + tl.load(offsets + code)[None, :]
-        if not PLAIN:
-            sums += own[:, None] * tl.load(losses + code)[None, :]
+        sums = tl.broadcast_to(tl.load(offsets + code)[None, :], [ROWS, CODES])
+        if PLAIN:
+            sums = doubt[:, None] * tl.load(norms + code)[None, :] + sums
         if WHOLE:
             sums = _dot(held, tl.load(at_code), sums, FLOATS)
         else:
             for start in range(0, width, CHUNK):
                 sums = _dot(tl.load(at_row + start), tl.load(at_code + start), sums, FLOATS)
+        if not PLAIN:  # where the products are, lest what is known of rows be brought there anew for each tile
+            sums += doubt[:, None] * tl.load(norms + code)[None, :]
+            sums += own[:, None] * tl.load(losses + code)[None, :]
         sums = tl.max(tl.max(tl.reshape(sums, [ROWS, LANES // 4, UNIT // 2, 4, 2]), 4), 2)
         second = tl.maximum(second, tl.minimum(best, sums))
         tile = tl.where(sums > best, t, tile)
@@ -277,19 +290,21 @@ def _search(  # type: ignore[no-untyped-def]
     least = tl.full([ROWS], float("inf"), tl.float32)
     nearest = tl.zeros([ROWS], tl.int32) + count
     top = tl.max(best, 1)
-    wanted = live & (top > float("-inf"))
+    wanted = live.to(tl.int32)
     more = 1
     while more > 0:
         which = tl.min(tl.where(best == top[:, None], lane, LANES), 1)
         chosen = lane == which[:, None]
-        code = tl.sum(tl.where(chosen, tile, 0), 1)[:, None] * CODES + _member(which[:, None], member, UNIT)
-        known = wanted[:, None] & (tl.load(offsets + code, wanted[:, None], other=0.0) > float("-inf"))
-        near, its = _closest(x, codebook, scales, row, scale, code, known, count, dim, stride, COSINE, PART)
+        unit = (tl.sum(tl.where(chosen, tile, 0), 1) * CODES + _member(which, 0, UNIT)) * wanted
+        code = unit[:, None] + _member(0, member, UNIT)
+        wanted = wanted > 0
+        penalty = _penalty(offsets, code) + tl.where(wanted, 0.0, float("inf"))[:, None]
+        near, its = _closest(x, codebook, scales, row, scale, code, penalty, count, dim, stride, COSINE, PART)
         least, nearest = _nearer(near, its, least, nearest)
         best = tl.where(chosen, float("-inf"), best)
         if CERTAIN:
-            size = tl.load(norms + code, known, other=0.0)
-            error = doubt[:, None] * size + own[:, None] * tl.load(losses + code, known, other=0.0)
+            size = tl.load(norms + code)
+            error = doubt[:, None] * size + own[:, None] * tl.load(losses + code)
             error = tl.max(error + accumulated * size * size, 1)
             limit = tl.where(wanted, tl.maximum(limit, top - 2.001 * error), limit)
             behind = tl.where(wanted, tl.max(tl.where(chosen, second, float("-inf")), 1), float("-inf"))
@@ -297,9 +312,10 @@ def _search(  # type: ignore[no-untyped-def]
             crowded = tl.where(behind > crowd, which, crowded)
             crowd = tl.maximum(crowd, behind)
             top = tl.max(best, 1)
-            wanted = live & (top >= limit) & (top > float("-inf"))
-            more = tl.where(more < KEEP, tl.max(wanted.to(tl.int32), 0) * (more + 1), 0)
+            wanted = (live & (top >= limit) & (top > float("-inf"))).to(tl.int32)
+            more = tl.where(more < KEEP, tl.max(wanted, 0) * (more + 1), 0)
         else:
+            wanted = wanted.to(tl.int32)
             more = 0
     if CERTAIN:
         whole = tl.maximum(left, top) >= limit
@@ -315,22 +331,22 @@ def _search(  # type: ignore[no-untyped-def]
             for start in range(0, (end - begin) * tl.where(alone < 0, CODES, UNIT), ROWS * UNIT):
                 n = start + place[:, None] * UNIT + member
                 n = tl.where(alone < 0, n, n // UNIT * CODES + _member(alone, member, UNIT))
-                code = begin * CODES + n
-                known = code < end * CODES
-                known = known & (tl.load(offsets + code, known, other=0.0) > float("-inf"))
+                code = tl.minimum(begin * CODES + n, end * CODES - 1)  # the last one again and again
                 near, code = _closest(
-                    x, codebook, scales, its_row, its_scale, code, known, count, dim, stride, COSINE, PART
-                )
+                    x, codebook, scales, its_row, its_scale, code, _penalty(offsets, code), count, dim, stride, COSINE,
+                    PART,
+                )  # fmt: skip
                 closest, its = _nearer(near, code, closest, its)
             near = tl.min(closest, 0)
             code = tl.min(tl.where(closest == near, its, count), 0)
             near, code = tl.where(this, near, float("inf")), tl.where(this, code, count)
             least, nearest = _nearer(near, code, least, nearest)
             again = again & (this == 0)
-    missing = (own - own != 0) | (nearest >= count)  # not finite, or no code can be chosen
+    least += own - own  # NaN where the row is not finite
+    missing = (least != least) | (nearest >= count)
     if SPLIT:
         key = (least.to(tl.int32, bitcast=True).to(tl.int64) << 32) | nearest.to(tl.int64)
-        tl.atomic_min(index + row, key, live & (missing == 0))
+        tl.atomic_min(index + row, tl.where(missing, NOTHING, key), live)
     else:
         tl.store(index + row, tl.where(missing, 0, nearest).to(tl.int64), live)
         tl.store(distance + row, tl.where(missing, float("nan"), least), live)
@@ -370,14 +386,15 @@ def scan_options(
     """Tile of the scan, and how it is run: warps that do not wait for each other, where registers suffice for them."""
     if INTERPRETED:
         return {"ROWS": 32, "CODES": 64, "UNIT": 4, "PART": 64, "num_warps": 4, "num_stages": 2}
-    tile = {"ROWS": 128, "CODES": 64, "UNIT": 4, "PART": 16, "num_warps": 8, "num_stages": 2}
+    codes = 64 if limit > 64 << 10 else 16
+    tile = {"ROWS": 128, "CODES": codes, "UNIT": 4, "PART": 16, "num_warps": 8, "num_stages": 2}
     if limit >= MOST_SHARED:  # Hopper's products
         if rows <= 64 * processors:
-            tile |= {"ROWS": 64, "CODES": 128, "num_warps": 4}
+            tile |= {"ROWS": 64, "CODES": 128, "PART": 32 if plain else 16, "num_warps": 4, "num_stages": 3}
         elif chunk_bytes > 256:
-            tile |= {"ROWS": 256, "num_stages": 3}
+            tile |= {"ROWS": 256, "PART": 32 if plain else 16, "num_stages": 3}
         else:
-            tile |= {"CODES": 128, "num_warps": 4, "num_stages": 3}
+            tile |= {"CODES": 128 if plain else 64, "num_warps": 4, "num_stages": 3}
     return fitted(tile, limit, lambda t: shared_by(t, chunk_bytes, whole, plain), smaller="ROWS")
 
 
@@ -425,7 +442,8 @@ def _plans(x: Tensor, codebook: Tensor, cosine: bool, precision: int) -> tuple[P
     early = _early(x.device)
     own = {
         "PLAIN": plain, "CERTAIN": PRECISIONS[precision] == "ieee", "SPLIT": splits > 1, "CHUNK": chunk,
-        "WHOLE": width == chunk, "FLOATS": INTERPRETED, "PART": min(chunk, options["PART"]),
+        "WHOLE": width == chunk, "STAGES": options["num_stages"], "FLOATS": INTERPRETED,
+        "PART": min(chunk, options["PART"]),
     }  # fmt: skip
     numbers = rows, count, padded, dim, width, x.stride(0), tiles, splits, error
     prepare = {"ROWS": block, "PART": chunk, "EARLY": early["EARLY"], "num_warps": 4}

