@@ -36,7 +36,7 @@ void kernel(float* out) {
   } else if (planted("a barrier that some miss") && t > 40) {
     return;
   } else if (planted("a shuffle for a barrier")) {
-    shuffle_xor(0, 1);
+    shuffle_xor(0.0f, 1);
   } else {
     sync_block();
   }
