@@ -226,10 +226,10 @@ def library(tmp_path_factory):
 
 def test_compiles_without_warnings_or_spills(library):
     report = library[1]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    # four or eight vectors, weights on chip and not, float32 and bfloat16; images: 4 or 16 vectors; for two machines
-    assert len(registers) == 24
-    assert max(registers) <= 240  # of 255 that a thread of 256 can have
+    registers = re.findall(r"entry function '(\S+)' for '.*?Used (\d+) registers", report, re.DOTALL)
+    # four or eight vectors, weights on chip and not, float32 and bfloat16; for two machines
+    assert sum("wavenet" in name for name, _ in registers) == 16
+    assert max(int(n) for _, n in registers) < 255  # that a thread of 256 can have
     assert not re.search(r"[1-9]\d* bytes spill", report)
 
 
@@ -239,7 +239,7 @@ def test_bfloat16_weights_are_multiplied_on_tensor_cores(library):
         [knobs.nvidia.cuobjdump.path, "-sass", library[0]], capture_output=True, text=True, check=True
     ).stdout
     kernels = re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)
-    assert len(kernels) == 24
+    assert sum("wavenet" in name for name, _ in kernels) == 16
     for name, code in kernels:
         bf16 = re.search(r"EtE+v", name) is not None  # of template arguments the last: unsigned short
         assert ("HMMA.16816.F32.BF16" in code) == bf16, name

@@ -91,19 +91,24 @@ class Block {
   }
 
   FASTGEN_DEVICE void run() {
-    for (int64_t t = 0; t < job_.steps; ++t) {
-      for (int tile = 0; tile < job_.tiles; ++tile) {
-        const int live = streams_of(tile);
-        if (live == 0) break;
-        prepare(tile, live, t);
-        if (share_.layers() > 0 || rank_ == 0) small() ? walk<true>(tile, live, t) : walk<false>(tile, live, t);
-        if (share_.head) emit(tile, live, t);
+    bool keeps = false;
+    if constexpr (kKeeps) {
+      keeps = job_.tap.steps == kChain && job_.residual.steps == kChain && job_.tap.tiles <= threads() / 32 &&
+              job_.residual.tiles <= threads() / 32 && share_.layers() > 0 && share_.layers() <= kKept && !share_.head;
+      if (keeps) {
+        const Kept kept = keep();
+        each_step([&](int tile, int live, int64_t t) {
+          prepare(tile, live, t);
+          walk(kept, tile, live, t);
+        });
       }
-      sync_block();
-      for (int own = thread(); own < share_.layers(); own += threads())
-        queues_[own].now = queues_[own].now + 1 < queues_[own].length ? queues_[own].now + 1 : 0;
-      sync_block();
     }
+    if (!keeps)
+      each_step([&](int tile, int live, int64_t t) {
+        prepare(tile, live, t);
+        if (share_.layers() > 0 || rank_ == 0) walk(tile, live, t);
+        if (share_.head) emit(tile, live, t);
+      });
     sync_cluster();  // so that no block's memory goes while another writes there
   }
 
@@ -111,6 +116,14 @@ class Block {
   static constexpr int N = 4 * M, kAhead = 4;
   static constexpr int kChain = 2, kHead = 4;  // steps of a product whose weights are loaded ahead
   static constexpr int kComing = 3;            // past inputs that are on their way at once
+
+  // Where a block has few layers, a warp keeps its tiles of the chain's weights in its registers.
+  static constexpr int kKept = 3;
+  static constexpr bool kKeeps = kResident && M == 1 && sizeof(W) == 2;
+  struct Kept {
+    Held<kChain, true, W> tap[kKept], residual[kKept];
+    float bias[kKept][2];  // of the residual's units
+  };
 
   // A layer's past inputs: rows of the history from `first`, the current step's at `now`.
   struct Queue {
@@ -220,24 +233,26 @@ class Block {
     if (thread() == threads() - 1) expect_next(kind, tile, live);  // who has least to do with what has come
   }
 
-  // Whether the chain's products are such as `product` has less code for.
-  FASTGEN_DEVICE bool small() const {
-    if constexpr (sizeof(W) != 2) return false;
-    const int warps = threads() / 32;
-    return job_.tap.steps == kChain && job_.residual.steps == kChain && job_.tap.tiles <= warps &&
-           job_.residual.tiles <= warps;
+  template <class F>
+  FASTGEN_DEVICE void each_step(F&& f) {
+    for (int64_t t = 0; t < job_.steps; ++t) {
+      for (int tile = 0; tile < job_.tiles && streams_of(tile) > 0; ++tile) f(tile, streams_of(tile), t);
+      sync_block();
+      for (int own = thread(); own < share_.layers(); own += threads())
+        queues_[own].now = queues_[own].now + 1 < queues_[own].length ? queues_[own].now + 1 : 0;
+      sync_block();
+    }
   }
 
   FASTGEN_DEVICE const W* layer(int own) const { return weights_ + job_.layout.layer * own; }
 
   // The layers of this block, from x to x, and their skips.
-  template <bool kSmall>
   FASTGEN_DEVICE void walk(int tile, int live, int64_t t) {
     const int residual = job_.shape.residual, gates = job_.shape.gate, length = job_.lengths.x;
     const int layers = share_.layers();
     if (layers == 0 && t > 0) receive(kSample, tile, live, t - 1);
-    Product<M, true, 1, kChain, kSmall, W> taps;
-    Product<M, false, 1, kChain, kSmall, W> residuals;
+    Product<M, true, 1, kChain, W> taps;
+    Product<M, false, 1, kChain, W> residuals;
     taps.hold(job_.tap, layer(0), layers > 0);
     for (int own = 0; own < layers; ++own) {
       const float* before = pending(own, alone_ ? static_cast<int>(t % kAhead) : 0);
@@ -270,6 +285,78 @@ class Block {
     sync_block();
     add_skips(tile, live, t);
     remember(tile, live);
+  }
+
+  FASTGEN_DEVICE Kept keep() const {
+    const int tile = thread() / 32, unit = tile * kTileRows + thread() % 32 / 4;
+    Kept kept;
+    for (int k = 0; k < kKept; ++k) {
+      const bool exists = k < share_.layers();
+      const W* of_tile = layer(exists ? k : 0) + tile * kChain * kTileRows * kTileInputs;
+      kept.tap[k].load(of_tile + job_.tap.at, kChain, exists && tile < job_.tap.tiles);
+      kept.residual[k].load(of_tile + job_.residual.at, kChain, exists && tile < job_.residual.tiles);
+      for (int h = 0; h < 2; ++h) {
+        const bool has = exists && unit + 8 * h < job_.shape.residual;
+        kept.bias[k][h] = has ? bias_[k * job_.shape.residual + unit + 8 * h] : 0;
+      }
+    }
+    return kept;
+  }
+
+  // The same with weights that are kept.
+  FASTGEN_DEVICE void walk(const Kept& kept, int tile, int live, int64_t t) {
+    const int layers = share_.layers(), lane = thread() % 32, warp = thread() / 32, length = job_.lengths.x;
+    const int gate = warp * kTileRows / 2 + lane / 4, unit = warp * kTileRows + lane / 4, n = lane % 4;
+    const bool gates = n < live && gate < job_.shape.gate;
+    const bool units[2] = {n < live && unit < job_.shape.residual, n < live && unit + 8 < job_.shape.residual};
+    float before[kKept][2] = {}, v[2] = {};
+    for (int k = 0; k < kKept; ++k)
+      for (int row = 0; row < 2; ++row)
+        if (k < layers && gates)
+          before[k][row] = pending(k, alone_ ? static_cast<int>(t % kAhead) : n)[row * job_.shape.gate + gate];
+    take_x(tile, live, t);
+    for (int k = 0; k < kKept; ++k) {
+      if (k >= layers) break;
+      sync_block();
+      if (k == 0)
+        for (int h = 0; h < 2; ++h)
+          if (units[h]) v[h] = x_[n * length + unit + 8 * h];
+      if (warp < job_.tap.tiles) {
+        const auto sums = multiply(kept.tap[k], input_, live, before[k]);
+        put(z(k), n, gate, quick_gate(sums.v[0], sums.v[1]), gates);
+      }
+      if (share_.first + k + 1 == job_.shape.layers) break;  // no layer takes its x
+      sync_block();
+      if (warp >= job_.residual.tiles) continue;
+      for (int h = 0; h < 2; ++h) v[h] += kept.bias[k][h];
+      const auto sums = multiply(kept.residual[k], z(k), live, v);
+      for (int h = 0; h < 2; ++h) v[h] = sums.v[h];
+      if (k + 1 == layers) {
+        for (int h = 0; h < 2; ++h)
+          if (units[h]) post(x_in_ + (tile * N + n) * length + unit + 8 * h, v[h], arrival(kX, tile), next_);
+      } else {
+        for (int h = 0; h < 2; ++h) {
+          put(input_, n, unit + 8 * h, v[h], units[h]);
+          if (units[h]) x(k + 1)[n * length + unit + 8 * h] = v[h];
+        }
+      }
+    }
+    sync_block();
+    add_skips(tile, live, t);
+    remember(tile, live);
+  }
+
+  // A kept tile's product with four vectors, on top of `begin`.
+  FASTGEN_DEVICE static Pair multiply(const Held<kChain, true, W>& held, const Vectors<W>& x, int live,
+                                      const float (&begin)[2]) {
+    Sums<1, W> sums;
+    for (int h = 0; h < 2; ++h) sums.begin(h, 0, begin[h]);
+    Inputs<1, kChain, true, W> inputs;
+    inputs.load(x, kChain, live);
+    sums.add(held, inputs, nullptr, kChain, x, live);
+    float all[2][1];
+    sums.get(all);
+    return {all[0][0], all[1][0]};
   }
 
   // The input of this block's layer `own`.
@@ -336,14 +423,18 @@ class Block {
         return layer(own < layers ? own : 0) + m.at + of_warp * m.steps * kTileRows * kTileInputs;
       };
       Held<kChain, false, W> even, odd;  // layers' weights, one's on their way while the other's are used
+      Inputs<M, kChain, false, W> inputs;
       Sums<M, W> sums;
       even.load(weights(0), m.steps, exists && layers > 0);
 #pragma unroll 1
       for (int own = 0; exists && own < layers; own += 2) {
         odd.load(weights(own + 1), m.steps);
-        sums.add(even, weights(own), m.steps, z(own), live);
+        inputs.load(z(own), m.steps, live);
+        sums.add(even, inputs, weights(own), m.steps, z(own), live);
         even.load(weights(own + 2), m.steps);
-        if (own + 1 < layers) sums.add(odd, weights(own + 1), m.steps, z(own + 1), live);
+        if (own + 1 == layers) break;
+        inputs.load(z(own + 1), m.steps, live);
+        sums.add(odd, inputs, weights(own + 1), m.steps, z(own + 1), live);
       }
       known();
       float all[2][M];
@@ -376,7 +467,7 @@ class Block {
   FASTGEN_DEVICE void prepare(int tile, int live, int64_t t) {
     const int gates = 2 * job_.shape.gate, layers = share_.layers();
     const int now = alone_ ? static_cast<int>(t % kAhead) : 0;
-    Product<M, true, 1, kChain, false, W> taps;
+    Product<M, true, 1, kChain, W> taps;
     const int64_t left = job_.steps - t;
     const int columns = alone_ ? static_cast<int>(left < kAhead ? left : kAhead) : live;
     const auto stream_of = [&](int n) { return alone_ ? first_ : stream(tile, n); };
@@ -475,8 +566,8 @@ class Block {
     if (uniform < live * each_has)
       u = job_.uniforms[(stream(tile, uniform / each_has) * job_.steps + t) * each_has + uniform % each_has];
     const W* w = weights_ + (job_.layout.head - share_.begin);
-    Product<M, false, 1, kHead, false, W> hidden;
-    Product<M, false, kResident ? 2 : 1, kHead, false, W> output;
+    Product<M, false, 1, kHead, W> hidden;
+    Product<M, false, kResident ? 2 : 1, kHead, W> output;
     hidden.hold(job_.hidden, w);
     output.hold(job_.output, w);
     hidden.run(

@@ -80,23 +80,30 @@ FASTGEN_DEVICE void put(const Vectors<uint16_t>& to, int vector, int number, con
 FASTGEN_DEVICE void put(const Vectors<float>& to, int vector, int number, float v) {
   to.data[vector * to.length + number] = v;
 }
-FASTGEN_DEVICE void put(const Vectors<uint16_t>& to, int vector, int number, float v) {
-  uint16_t* at = to.data + vector * to.length * 2 + number + (number & ~7);
-  split(v, at, at + kGroup);
+FASTGEN_DEVICE void put(const Vectors<uint16_t>& to, int vector, int number, float v, bool exists = true) {
+  uint16_t *at = to.data + vector * to.length * 2 + number + (number & ~7), high, low;
+  split(v, &high, &low);
+  if (!exists) return;
+  at[0] = high;
+  at[kGroup] = low;
 }
 
-// The weights of a tile's first kHeld steps (of 32 inputs), as a warp's lanes have them; kSmall: there are no more and
+// The weights of a tile's first kHeld steps (of 32 inputs), as a warp's lanes have them; kExact: there are no more and
 // no fewer steps.
-template <int kHeld, bool kSmall, class W>
+template <int kHeld, bool kExact, class W>
 class Held;
 
-// Sums of a tile's products with 4 M vectors: begin(h, i, v) gives what one starts from, add(held, w, steps, x, live)
-// multiplies; in the end they are as multiply_tile has them.
+// What a lane has of 4 M vectors in those steps.
+template <int M, int kHeld, bool kExact, class W>
+class Inputs;
+
+// Sums of a tile's products with 4 M vectors: begin(h, i, v) gives what one starts from, add(held, inputs, w, steps, x,
+// live) multiplies; in the end they are as multiply_tile has them.
 template <int M, class W>
 class Sums;
 
-template <int kHeld, bool kSmall>
-class Held<kHeld, kSmall, uint16_t> {
+template <int kHeld, bool kExact>
+class Held<kHeld, kExact, uint16_t> {
  public:
   // A lane's weights for the two multiplications of a step, in the order of for_tensor_cores.
   struct Step {
@@ -114,27 +121,49 @@ class Held<kHeld, kSmall, uint16_t> {
   FASTGEN_DEVICE void load(const uint16_t* w, int steps, bool exists = true) {
     for (int s = 0; s < kHeld; ++s) {
       step[s] = {};
-      if (exists && (kSmall || s < steps)) step[s] = load_step(w, s);
+      if (exists && (kExact || s < steps)) step[s] = load_step(w, s);
     }
   }
 
   Step step[kHeld];
 };
 
+template <int M, int kHeld, bool kExact>
+class Inputs<M, kHeld, kExact, uint16_t> {
+ public:
+  FASTGEN_DEVICE void load(const Vectors<uint16_t>& x, int steps, int live) {
+    const int lane = thread() % 32, column = lane / 4;  // of 8: two parts of four vectors
+    for (int i = 0; i < M; ++i) {
+      const int n = 4 * i + column / 2;
+      const uint16_t* in = x.data + (n * x.length + lane % 4 * kGroup) * 2 + column % 2 * kGroup;
+      for (int s = 0; s < kHeld; ++s) {
+        const uint16_t* at = in + (kExact || s < steps ? s : 0) * kTileInputs * 2;
+        of[s][i] = {};
+        if (n < live) memcpy(of[s][i].v, __builtin_assume_aligned(at, 16), 16);
+      }
+    }
+  }
+
+  struct Part {
+    uint32_t v[4];
+  };
+  Part of[kHeld][M];
+};
+
 template <int M>
 class Sums<M, uint16_t> {
  public:
   FASTGEN_DEVICE void begin(int h, int i, float v) { d_[i][0][2 * h] = v; }
-  template <int kHeld, bool kSmall>
-  FASTGEN_DEVICE void add(const Held<kHeld, kSmall, uint16_t>& held, const uint16_t* w, int steps,
-                          const Vectors<uint16_t>& x, int live) {
-    for (int s = 0; s < kHeld; ++s) multiply(held.step[s], x, kSmall || s < steps ? s : 0, live);
+  template <int kHeld, bool kExact>
+  FASTGEN_DEVICE void add(const Held<kHeld, kExact, uint16_t>& held, const Inputs<M, kHeld, kExact, uint16_t>& inputs,
+                          const uint16_t* w, int steps, const Vectors<uint16_t>& x, int live) {
+    for (int s = 0; s < kHeld; ++s) multiply(held.step[s], inputs.of[s]);
 #pragma unroll 1
-    for (int s = kHeld; !kSmall && s < steps; s += 2) {
-      const bool two = s + 1 < steps;
-      const auto a = held.load_step(w, s), b = held.load_step(w, two ? s + 1 : s);
-      multiply(a, x, s, live);
-      if (two) multiply(b, x, s + 1, live);
+    for (int s = kHeld; !kExact && s < steps; ++s) {
+      const Vectors<uint16_t> from{x.data + s * kTileInputs * 2, x.length};
+      Inputs<M, 1, true, uint16_t> more;
+      more.load(from, 1, live);
+      multiply(held.load_step(w, s), more.of[0]);
     }
   }
   FASTGEN_DEVICE void get(float (&to)[2][M]) const {
@@ -144,34 +173,35 @@ class Sums<M, uint16_t> {
   }
 
  private:
-  template <class Step>
-  FASTGEN_DEVICE void multiply(const Step& a, const Vectors<uint16_t>& x, int step, int live) {
-    const int lane = thread() % 32, column = lane / 4;  // of 8: two parts of four vectors
+  template <class Step, class Part>
+  FASTGEN_DEVICE void multiply(const Step& a, const Part (&b)[M]) {
     for (int i = 0; i < M; ++i) {
-      const int n = 4 * i + column / 2;
-      uint32_t b[4] = {};
-      if (n < live)
-        memcpy(b, __builtin_assume_aligned(x.group(n, step * kTileInputs + lane % 4 * kGroup, column % 2), 16), 16);
-      multiply_add(d_[i][0], a.of[0], {b[0], b[1]});
-      multiply_add(d_[i][1], a.of[1], {b[2], b[3]});
+      multiply_add(d_[i][0], a.of[0], {b[i].v[0], b[i].v[1]});
+      multiply_add(d_[i][1], a.of[1], {b[i].v[2], b[i].v[3]});
     }
   }
 
   float d_[M][2][4] = {};  // two sums that do not wait for each other
 };
 
-template <int kHeld, bool kSmall>
-class Held<kHeld, kSmall, float> {
+template <int kHeld, bool kExact>
+class Held<kHeld, kExact, float> {
  public:
   FASTGEN_DEVICE void load(const float*, int, bool = true) {}
+};
+
+template <int M, int kHeld, bool kExact>
+class Inputs<M, kHeld, kExact, float> {
+ public:
+  FASTGEN_DEVICE void load(const Vectors<float>&, int, int) {}
 };
 
 template <int M>
 class Sums<M, float> {
  public:
   FASTGEN_DEVICE void begin(int h, int i, float v) { sums_[h][i] = v; }
-  template <class Held>
-  FASTGEN_DEVICE void add(const Held&, const float* w, int steps, const Vectors<float>& x, int live) {
+  template <class Held, class Inputs>
+  FASTGEN_DEVICE void add(const Held&, const Inputs&, const float* w, int steps, const Vectors<float>& x, int live) {
     float more[2][M] = {};
     multiply_tile<M>(w, steps, x, live, more);
     for (int h = 0; h < 2; ++h)
@@ -199,8 +229,8 @@ FASTGEN_DEVICE void each_sum(const Matrix& m, int tile, int live, F&& f) {
     }
 }
 
-// A matrix's product with vectors, kTiles tiles to a warp at a time. kSmall: no warp has more, each of kHeld steps.
-template <int M, bool kPairs, int kTiles, int kHeld, bool kSmall, class W>
+// A matrix's product with vectors, kTiles tiles to a warp at a time.
+template <int M, bool kPairs, int kTiles, int kHeld, class W>
 class Product {
  public:
   // Loads a warp's first weights, if there are any; run() takes them.
@@ -215,7 +245,7 @@ class Product {
     const int at_once = kTiles * (threads() / 32);
     round(m, w, thread() / 32, x, live, start, wait, meanwhile, finish);
 #pragma unroll 1
-    for (int tile = thread() / 32 + at_once; !kSmall && tile < m.tiles; tile += at_once) {
+    for (int tile = thread() / 32 + at_once; tile < m.tiles; tile += at_once) {
       Product more;  // what this one holds is the next run's
       more.hold_from(m, w, tile, true);
       more.round(m, w, tile, x, live, start, [] {}, [] {}, finish);
@@ -224,7 +254,7 @@ class Product {
 
  private:
   FASTGEN_DEVICE static const W* weights(const Matrix& m, const W* w, int tile) {
-    return w + m.at + tile * (kSmall ? kHeld : m.steps) * kTileRows * kTileInputs;
+    return w + m.at + tile * m.steps * kTileRows * kTileInputs;
   }
   FASTGEN_DEVICE void hold_from(const Matrix& m, const W* w, int first, bool exists) {
 #pragma unroll
@@ -242,10 +272,12 @@ class Product {
       each_sum<M, kPairs>(m, first + k * (threads() / 32), live,
                           [&](int unit, int n, int h, int i) { sums[k].begin(h, i, start(unit, n, h)); });
     wait();
+    Inputs<M, kHeld, false, W> inputs;
+    inputs.load(x, m.steps, live);
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
       const int tile = first + k * (threads() / 32);
-      if (tile < m.tiles) sums[k].add(held_[k], weights(m, w, tile), m.steps, x, live);
+      if (tile < m.tiles) sums[k].add(held_[k], inputs, weights(m, w, tile), m.steps, x, live);
     }
     sync_warp();  // so that the compiler leaves what comes meanwhile behind the vectors
     meanwhile();
@@ -262,7 +294,7 @@ class Product {
     }
   }
 
-  Held<kHeld, kSmall, W> held_[kTiles];
+  Held<kHeld, false, W> held_[kTiles];
 };
 
 }  // namespace fastgen::wavenet
