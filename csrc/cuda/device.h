@@ -24,6 +24,11 @@ using namespace fastgen::emulator;
 
 #else
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
 FASTGEN_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 FASTGEN_DEVICE int threads() { return static_cast<int>(blockDim.x); }
 FASTGEN_DEVICE int block() { return static_cast<int>(blockIdx.x); }
@@ -31,6 +36,7 @@ FASTGEN_DEVICE void sync_block() { __syncthreads(); }
 FASTGEN_DEVICE void sync_warp() { __syncwarp(); }
 FASTGEN_DEVICE void sync_half() {  // of the block's threads, the first half or the second
   const int half = threads() / 2;
+  __syncwarp();
   asm volatile("bar.sync %0, %1;" ::"r"(1 + thread() / half), "r"(half) : "memory");
 }
 FASTGEN_DEVICE void sync_cluster() {

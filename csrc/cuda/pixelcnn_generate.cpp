@@ -99,7 +99,7 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.values = static_cast<int64_t*>(values.data_ptr());
   job.parameters = parameters ? static_cast<float*>(parameters->data_ptr()) : nullptr;
   Tensor scratch;
-  if (const int64_t each = job.scratch_floats(kThreads)) {
+  if (const int64_t each = job.scratch_floats(kPixelThreads)) {
     const int64_t blocks = (job.images + job.images_each - 1) / job.images_each * job.cluster;
     scratch = torch::stable::new_empty(memory, std::vector<int64_t>{blocks * each});
     job.scratch = static_cast<float*>(scratch.data_ptr());

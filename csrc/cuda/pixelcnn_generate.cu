@@ -6,22 +6,24 @@ namespace fastgen::pixelcnn {
 namespace {
 
 template <class W>
-__global__ void __launch_bounds__(kThreads, 1) draw_rows(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kRowThreads, 1) draw_rows(const __grid_constant__ Job job) {
   Rows<W>(job).draw();
 }
 template <class W>
-__global__ void __launch_bounds__(kThreads, 1) draw_pixels(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kPixelThreads, 1) draw_pixels(const __grid_constant__ Job job) {
   Pixels<W>(job).draw();
 }
 
 Launch<Job> launch_of(const Job& job, bool bf16, bool rows, void* stream) {
-  const auto kernel = rows ? bf16 ? draw_rows<uint16_t> : draw_rows<float>
-                           : bf16 ? draw_pixels<uint16_t> : draw_pixels<float>;
+  const auto kernel = rows   ? bf16 ? draw_rows<uint16_t> : draw_rows<float>
+                        : bf16 ? draw_pixels<uint16_t>
+                             : draw_pixels<float>;
   const int cluster = rows ? job.row_cluster : job.cluster, images = rows ? job.row_images : job.images_each;
   // more than eight blocks in a cluster are not there on every GPU that has clusters: `active` tells
   cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  return {kernel,   cluster, images ? (job.images + images - 1) / images : 1,
-          kThreads, rows ? job.row_bytes(kThreads) : job.pixel_bytes(kThreads, bf16 ? 2 : 4), stream};
+  const int threads = rows ? kRowThreads : kPixelThreads;
+  const int64_t bytes = rows ? job.row_bytes(threads) : job.pixel_bytes(threads, bf16 ? 2 : 4);
+  return {kernel, cluster, images ? (job.images + images - 1) / images : 1, threads, bytes, stream};
 }
 
 }  // namespace

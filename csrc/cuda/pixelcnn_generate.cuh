@@ -7,8 +7,8 @@
 //
 // `Pixels`: one pixel after the other. A block has a share of the rows of each matrix, in its shared memory if they
 // fit, and so has every block the vectors of the current pixel: a convolution's result is sent to all, and its arrival
-// is what the next waits for. What a pixel gives to later ones of its row is multiplied while its results are on their
-// way.
+// is what the next waits for. The halves of a block take turns with these, so that one prepares the next, and
+// multiplies what a pixel gives to later ones of its row, while the other has the turn.
 #pragma once
 
 #include "network.cuh"
@@ -52,8 +52,8 @@ class Images {
  protected:
   FASTGEN_DEVICE Images(const Job& job, Shared& shared, int cluster, int images_each, int64_t from, int64_t to)
       : job_(job),
-        ranks_(cluster),
-        rank_(block() % cluster),
+        ranks_(kClusters ? cluster : 1),
+        rank_(kClusters ? block() % cluster : 0),
         width_(static_cast<int>(job.width)),
         instruction_count_(static_cast<int>(to - from)),
         first_(int64_t{block() / cluster} * images_each),
@@ -325,20 +325,22 @@ class Pixels : Images {
  public:
   FASTGEN_DEVICE Pixels(const Job& job, Shared&& shared = {})
       : Images(job, shared, job.cluster, job.images_each, job.row_count, job.instruction_count),
-        groups_((job.images_each + kShare - 1) / kShare),
-        room_(static_cast<int>(job.room())) {
+        groups_((count_ + kShare - 1) / kShare),
+        room_(static_cast<int>(job.room())),
+        half_threads_(ranks_ > 1 ? threads() / 2 : threads()),
+        half_(thread() / half_threads_) {
     static_assert(sizeof(Task) == kTaskBytes);
     float* scratch = job.scratch + block() * job.scratch_floats(threads());
-    arrivals_ = shared.take<Arrival>(2);
+    arrivals_ = shared.take<Arrival>(kArrivals);
     tasks_ = shared.take<Task>(instruction_count_);
-    tokens_ = shared.take<uint32_t>(ranks_);
+    tokens_ = shared.take<uint32_t>(2 * ranks_);
     weights_ = shared.take<W>(job.weights);
     old_ = job.far ? scratch : shared.take<float>(job.old_floats());
     slots_ = shared.take<float>(room_ * job.slots);
     outputs_ = shared.take<float>(job.outputs_of_block(threads()));
     scores_ =
         job.spilled ? scratch + (job.far ? job.old_floats() : 0) : shared.take<float>(job.scores_of_block(threads()));
-    if (thread() < 2) begin_arrival(arrivals_ + thread());
+    if (thread() < kArrivals) begin_arrival(arrivals_ + thread());
     for (int64_t i = thread(); i < room_ * job.slots; i += threads()) slots_[i] = 0;
     for (int64_t i = thread(); i < job.old_floats(); i += threads()) old_[i] = 0;
     sync_block();
@@ -350,8 +352,13 @@ class Pixels : Images {
   }
 
   FASTGEN_DEVICE void draw() {
-    for (int x = 0; x < width_; ++x)
+    for (int x = 0; x < width_; ++x) {
       for (int i = 0; i < instruction_count_; ++i) draw_pixel(i, x);
+      if (job_.meets) {
+        receive();
+        meet();
+      }
+    }
     receive();
     meet();  // none ends while it is sent something
   }
@@ -362,10 +369,10 @@ class Pixels : Images {
   // A convolution, as this block and its warps need it. A block has every ranks_-th of the tiles from `first` on; where
   // there are fewer tiles than blocks, for some of the images only.
   struct Task {
-    const W* weights;           // of the first tile, for the pixel itself
-    const float* bias;          // of the first image
-    float *other, *kept, *old;  // the plane that is added, if it lies in global memory, at the row's begin; the
-                                // result's if it is to lie there; sums of earlier pixels
+    const W* weights;            // of the first tile, for the pixel itself
+    const float* bias;           // of the first image
+    float *other, *kept, *old;   // the plane that is added, if it lies in global memory, at the row's begin; the
+                                 // result's if it is to lie there; sums of earlier pixels
     int weights_step, tap_size;  // from tile to tile; of what is for one pixel of a window
     int bias_step, other_step, kept_step;
     int src, src_length, added, added_length, dst, dst_length;  // in shared memory; added: -1 for none
@@ -387,13 +394,15 @@ class Pixels : Images {
     t.tiles = (count - t.first + ranks_ - 1) / ranks_;
     t.begin = nth;
     t.step = sharers;
-    int all = 0;
-    for (t.share = 1;; t.share *= 2) {
-      all = (groups_ + t.share - 1) / t.share;
-      t.groups = nth < sharers && nth < all ? (all - nth + sharers - 1) / sharers : 0;
-      const int most = (all + sharers - 1) / sharers * ((count + ranks_ - 1) / ranks_);  // of any block
-      if (most <= threads() / 32 || all == 1 || t.share == kMostShare) break;
-    }
+    // more images at once where that saves a round of the warps
+    const auto shares = [&](int share) { return (groups_ + share - 1) / share; };
+    const auto rounds = [&](int share) {  // of any block
+      const int most = (shares(share) + sharers - 1) / sharers * ((count + ranks_ - 1) / ranks_);
+      return (most + half_threads_ / 32 - 1) / (half_threads_ / 32);
+    };
+    t.share = rounds(kMostShare) < rounds(1) ? kMostShare : 1;
+    const int all = shares(t.share);
+    t.groups = nth < sharers && nth < all ? (all - nth + sharers - 1) / sharers : 0;
     const int idle = count < ranks_ ? ranks_ - count * (all < sharers ? all : sharers) : 0;
     t.words = count_ * static_cast<int>(dst.channels) + idle;
     t.before = static_cast<int>(i.extra) - 1;
@@ -462,24 +471,13 @@ class Pixels : Images {
     return number(slots_ + room_ * p.slot + image * p.length(), c);
   }
 
+  // One message for each stage, in turns: so many that a thread whose half waits for it still finds its own.
+  static constexpr int kArrivals = 4;
+
   // All that was sent has come.
   FASTGEN_DEVICE void receive() {
-    if (received_ == stage_) return;
-    received_ = stage_;
-    if (ranks_ > 1) await(arrivals_ + (stage_ - 1) % 2, (stage_ - 1) / 2 % 2);
-  }
-  // All threads have sent their share to all blocks. A block without one sends a word, so that none goes on before all
-  // have come as far.
-  FASTGEN_DEVICE void end_stage(const Task& task) {
-    Arrival* arrival = arrivals_ + stage_ % 2;
-    if (ranks_ > 1) {
-      if (task.groups == 0 && thread() < ranks_) post(tokens_ + rank_, uint32_t{}, arrival, thread());
-      if (thread() == 0) expect(arrival, task.words * 4);
-    }
-    ++stage_;
-    if (job_.meets) receive();
-    sync_block();
-    if (job_.meets) meet();
+    for (; received_ < stage_; ++received_)
+      if (ranks_ > 1) await(arrivals_ + received_ % kArrivals, received_ / kArrivals % 2);
   }
 
   // To all blocks; a lane has number lane / 4 of eight that lie at `to`, whose eight words become two messages of four,
@@ -519,7 +517,7 @@ class Pixels : Images {
     if (ranks_ == 1) {
       for (int k = 0; nth == 0 && k < 4; ++k) place[k] = words[k];
     } else {
-      for (int r = nth; r < ranks_; r += 4) post_four(place, words, arrivals_ + stage_ % 2, r);
+      for (int r = nth; r < ranks_; r += 4) post_four(place, words, arrivals_ + stage_ % kArrivals, r);
     }
   }
 
@@ -527,15 +525,12 @@ class Pixels : Images {
     const Instruction& i = instructions_[number];
     const Kind kind = static_cast<Kind>(i.kind);
     if (kind == Kind::kConv) {
-      const Task& task = tasks_[number];
-      if (task.share == 1)
-        convolve<1>(task, x);
-      else
-        convolve<kMostShare>(task, x);
-      receive();
-      return end_stage(task);
+      if (ranks_ == 1 || stage_ % 2 == half_) take_turn(tasks_[number], x);
+      ++stage_;
+      return;
     }
     receive();
+    sync_block();
     if (kind == Kind::kSample)
       sample(i, x);
     else if (kind == Kind::kRemember)
@@ -546,6 +541,21 @@ class Pixels : Images {
       activate(i, x);
   }
 
+  // A block without a share sends a word, so that none goes on before all have come as far.
+  FASTGEN_DEVICE void take_turn(const Task& task, int x) {
+    const int nth = thread() % half_threads_;
+    Arrival* arrival = arrivals_ + stage_ % kArrivals;
+    if (ranks_ > 1 && nth == 0) expect(arrival, task.words * 4);
+    if (task.share == 1)
+      convolve<1>(task, x);
+    else
+      convolve<kMostShare>(task, x);
+    receive();
+    if (ranks_ == 1) return sync_block();
+    if (task.groups == 0 && nth < ranks_) post(tokens_ + half_ * ranks_ + rank_, uint32_t{}, arrival, nth);
+    sync_half();
+  }
+
   // This block's rows, a warp for each tile and 4 M images. The blocks wait for each other in a long chain of these, so
   // little stands between what comes and what is sent.
   template <int M>
@@ -554,7 +564,7 @@ class Pixels : Images {
     const int turn = before > 1 ? x % before : 0, steps = task.steps, groups = task.groups, items = task.tiles * groups;
     const bool one = task.pairs && task.then >= 0;  // result of two rows
     const Kind then = static_cast<Kind>(task.then);
-    for (int item = thread() / 32; item < items; item += threads() / 32) {
+    for (int item = thread() % half_threads_ / 32; item < items; item += half_threads_ / 32) {
       int nth = 0, group = item;
       for (; group >= groups; group -= groups) ++nth;
       group = task.begin + group * task.step;
@@ -840,7 +850,8 @@ class Pixels : Images {
     return low;
   }
 
-  const int groups_, room_;  // of kShare images; places for images
+  const int groups_, room_;        // of kShare images; places for images
+  const int half_threads_, half_;  // a block alone is one half
   int stage_ = 0, received_ = 0;
   Arrival* arrivals_;
   Task* tasks_;

@@ -11,7 +11,7 @@
 
 namespace fastgen::pixelcnn {
 
-constexpr int kThreads = 256;  // of a block
+constexpr int kRowThreads = 256, kPixelThreads = 384;  // of a block
 constexpr int kLargestCluster = 16;
 constexpr int kShare = 4;  // images that a warp multiplies at once, for one pixel, or up to kMostShare times as many
 constexpr int kMostShare = 2;
@@ -96,7 +96,7 @@ struct Job {
   }
   int64_t pixel_bytes(int threads, int weight_bytes) const {
     const int64_t instructions = instruction_count - row_count;
-    return program_bytes(instructions) + 16 + round_up(instructions * kTaskBytes, 16) + round_up(cluster * 4, 16) +
+    return program_bytes(instructions) + 32 + round_up(instructions * kTaskBytes, 16) + round_up(cluster * 8, 16) +
            round_up(weights * weight_bytes, 16) + (far ? 0 : round_up(old_floats() * 4, 16)) +
            round_up(room() * slots * 4, 16) + round_up(outputs_of_block(threads) * 4, 16) +
            (spilled ? 0 : round_up(scores_of_block(threads) * 4, 16));
@@ -157,14 +157,16 @@ struct Program {
   std::vector<Matrix> matrices;
   std::vector<Instruction> instructions;  // first those for whole rows
   int64_t row_count = 0, most_inputs = 0, slots = 0, outputs = 0;
-  bool meets = false;
+  bool meets = false, fits = true;
 };
 
 // Gives the planes that are drawn pixel by pixel their places in shared memory. A convolution's result goes to all
-// blocks, in one message: a stage. A block sends what a stage gives when all of the stage before has come, and then
-// another block may still read what it did in that stage; so a place is free for others from two stages after its last
-// use on. Pixels follow each other without a pause, hence the stages of the next pixel count too.
+// blocks, in one message: a stage. A block sends what a stage gives when all of the stage before has come. Then another
+// block may still read what it needed two stages before: so a place is free for others from kApart stages after its
+// last use on. Pixels follow each other without a pause, hence the stages of the next pixel count too; where they are
+// too few, all blocks meet after each pixel.
 inline void place_planes(Program* program) {
+  constexpr int64_t kApart = 3;
   struct Life {
     int64_t from = -1, to = -1;
     bool sent = false, waits = false;  // from another block; for the next pixel
@@ -196,7 +198,7 @@ inline void place_planes(Program* program) {
         order.push_back(i.dst);
         life = {stage, stage, sends, false};
       } else if (life.waits && sends) {
-        program->meets = true;
+        program->fits = false;  // another block may have had it still to read
       }
       life.to = std::max(life.to, stage);
     }
@@ -209,11 +211,11 @@ inline void place_planes(Program* program) {
   for (const int64_t plane : order) {
     const Life& life = lives[plane];
     Plane& p = program->planes[plane];
-    program->meets |= life.sent && life.to + 2 > stage + life.from;
+    program->meets |= life.sent && life.to + kApart > stage + life.from;
     Slot* place = nullptr;
     for (Slot& slot : slots)
-      if (!place && !life.waits && slot.length == p.length() && slot.to + 2 <= life.from &&
-          life.to + 2 <= stage + slot.from)
+      if (!place && !life.waits && slot.length == p.length() && slot.to + kApart <= life.from &&
+          life.to + kApart <= stage + slot.from)
         place = &slot;
     if (!place) {
       slots.push_back({program->slots, p.length(), life.from, life.to});
@@ -221,7 +223,7 @@ inline void place_planes(Program* program) {
       program->slots += p.length();
     }
     p.slot = place->at;
-    place->to = life.waits ? 2 * stage + 2 : life.to;
+    place->to = life.waits ? 2 * stage + kApart : life.to;
   }
 }
 
@@ -321,7 +323,7 @@ inline bool arrange(Program* program, int largest, int64_t shared_bytes, bool bf
   const int weight_bytes = bf16 ? 2 : 4;
   const auto fits = [&](int64_t images) {
     job->images_each = static_cast<int>(images);
-    return job->pixel_bytes(kThreads, weight_bytes) <= shared_bytes;
+    return job->pixel_bytes(kPixelThreads, weight_bytes) <= shared_bytes;
   };
   const auto tried = [&](bool far) {
     job->far = far;
@@ -333,16 +335,17 @@ inline bool arrange(Program* program, int largest, int64_t shared_bytes, bool bf
     fits(most);
     return far || most >= std::min(wanted, kFew);
   };
+  if (!program->fits) return false;
   int cluster = largest;
   for (; cluster > 0; cluster /= 2) {
     use(program, cluster, job);
-    job->spilled = job->scores_of_block(kThreads) * 16 > shared_bytes;
+    job->spilled = job->scores_of_block(kPixelThreads) * 16 > shared_bytes;
     if ((tried(false) || tried(true)) && (job->images_each <= kCrowd || cluster <= kSmall)) break;
   }
-  if (cluster > 0) keep_weights(program, shared_bytes, kThreads, weight_bytes, job);
+  if (cluster > 0) keep_weights(program, shared_bytes, kPixelThreads, weight_bytes, job);
   job->columns = bf16 ? 64 : 16;
-  if (job->row_bytes(kThreads) > shared_bytes) job->columns = 16;
-  if (cluster == 0 || job->row_bytes(kThreads) > shared_bytes) return false;
+  if (job->row_bytes(kRowThreads) > shared_bytes) job->columns = 16;
+  if (cluster == 0 || job->row_bytes(kRowThreads) > shared_bytes) return false;
   // as many blocks for an image as leave none waiting, down to one for some images
   int64_t clusters = 0;
   for (job->row_cluster = largest;; job->row_cluster /= 2) {

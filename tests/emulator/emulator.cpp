@@ -52,7 +52,7 @@ struct Barrier {
 };
 
 struct Block {
-  Barrier barrier;
+  Barrier barrier, halves[2];
   std::vector<Barrier> warps;
   std::vector<std::pair<char*, int64_t>> chunks;
   std::vector<float> exchanged;
@@ -188,6 +188,7 @@ void run_cluster() {
   for (int rank = 0; rank < how.cluster; ++rank) {
     Block& block = machine->blocks[rank];
     block.barrier.members = how.threads;
+    for (Barrier& half : block.halves) half.members = how.threads / 2;
     block.warps.resize((how.threads + kWarp - 1) / kWarp);
     block.exchanged.resize(how.threads);
     block.factors.resize(how.threads);
@@ -262,6 +263,10 @@ int threads() { return machine->how.threads; }
 int block() { return machine->now->index; }
 void sync_block(Where where) { wait(machine->now->block->barrier, where); }
 void sync_warp(Where where) { wait(warp_of(*machine->now), where); }
+void sync_half(Where where) {
+  Fiber* fiber = machine->now;
+  wait(fiber->block->halves[fiber->thread / (machine->how.threads / 2)], where);
+}
 void sync_cluster(Where where) { wait(machine->cluster, where); }
 
 // A shuffle hands values over, but orders no other memory.

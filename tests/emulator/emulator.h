@@ -29,6 +29,7 @@ struct Launch {
 // message names the lines.
 void launch(const Launch& how, const std::function<void()>& kernel);
 
+constexpr bool kClusters = true;
 int thread();
 int threads();
 int block();
