@@ -389,12 +389,10 @@ def scan_options(
     codes = 64 if limit > 64 << 10 else 16
     tile = {"ROWS": 128, "CODES": codes, "UNIT": 4, "PART": 16, "num_warps": 8, "num_stages": 2}
     if limit >= MOST_SHARED:  # Hopper's products
-        if rows <= 64 * processors:
-            tile |= {"ROWS": 64, "CODES": 128, "PART": 32 if plain else 16, "num_warps": 4, "num_stages": 3}
-        elif chunk_bytes > 256:
-            tile |= {"ROWS": 256, "PART": 32 if plain else 16, "num_stages": 3}
+        if chunk_bytes > 256 and rows > 64 * processors:  # each program reads all codes: the fewer, the less
+            tile |= {"ROWS": 256, "num_stages": 3}
         else:
-            tile |= {"CODES": 128 if plain else 64, "num_warps": 4, "num_stages": 3}
+            tile |= {"ROWS": 64, "CODES": 128, "PART": 32 if plain else 16, "num_warps": 4, "num_stages": 3}
     return fitted(tile, limit, lambda t: shared_by(t, chunk_bytes, whole, plain), smaller="ROWS")
 
 

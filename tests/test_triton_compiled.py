@@ -21,7 +21,7 @@ F32, BF16, F16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH = {F32: 16, BF16: 128, F16: 32}  # channels: float32's products, which take no tensor cores, are long loops
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-STACK = 12  # stores to it: a few numbers are put there by ptxas even where registers are free, of a tile hundreds
+STACK = 20  # stores to it: a few numbers are put there by ptxas even where registers are free, of a tile hundreds
 PRODUCTS = ("_conv", "_gated_conv", "_grad_weight", "_layer", "_search")
 SAME_IN_ALL = ("_sum_rows", "_settle", "_summarize", "_sizes", "_codes")  # whatever the dtype, they see the same
 
@@ -198,7 +198,8 @@ def expected_shared(launch: Launch, limit: int) -> int:
     tile, x = launch.arguments | launch.options, launch.arguments["x"]
     if launch.kernel.__name__ == "_search":
         chunk = tile["CHUNK"] * tile["codes"].element_size()
-        return BARRIERS + nearest_code.shared_by(tile, chunk, tile["WHOLE"], tile["PLAIN"])
+        # what is known of codes comes beside them
+        return 2 * BARRIERS + nearest_code.shared_by(tile, chunk, tile["WHOLE"], tile["PLAIN"])
     if launch.kernel.__name__ == "_layer":
         return BARRIERS + wavenet_layer.shared_by(tile, 8 * x.element_size(), limit)
     paired = launch.kernel.__name__ == "_gated_conv"
