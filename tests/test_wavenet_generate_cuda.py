@@ -241,7 +241,7 @@ def test_bfloat16_weights_are_multiplied_on_tensor_cores(library):
     kernels = re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)
     assert sum("wavenet" in name for name, _ in kernels) == 16
     for name, code in kernels:
-        bf16 = re.search(r"EtE+v", name) is not None  # of template arguments the last: unsigned short
+        bf16 = re.search(r"[EI]tE+v", name) is not None  # of template arguments the last: unsigned short
         assert ("HMMA.16816.F32.BF16" in code) == bf16, name
         assert "LDS.128" in code
         assert "LDG.E.128" in code

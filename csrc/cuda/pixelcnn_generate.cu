@@ -19,8 +19,8 @@ Launch<Job> launch_of(const Job& job, bool bf16, bool rows, void* stream) {
                         : bf16 ? draw_pixels<uint16_t>
                              : draw_pixels<float>;
   const int cluster = rows ? job.row_cluster : job.cluster, images = rows ? job.row_images : job.images_each;
-  // more than eight blocks in a cluster are not there on every GPU that has clusters: `active` tells
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  // not there on every GPU that has clusters: `active` tells
+  if (cluster > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   const int threads = rows ? kRowThreads : kPixelThreads;
   const int64_t bytes = rows ? job.row_bytes(threads) : job.pixel_bytes(threads, bf16 ? 2 : 4);
   return {kernel, cluster, images ? (job.images + images - 1) / images : 1, threads, bytes, stream};
