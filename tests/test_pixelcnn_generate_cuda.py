@@ -45,8 +45,8 @@ def recorded(monkeypatch, model, batch, size, first_row=0, **options):
     return seen
 
 
-def check(folder, seen, mode="plain", cluster=1, images_each=1, row_cluster=1, row_images=1, columns=16, threads=64, resident=True, spilled=False,
-          meets=False, order="forward", fill=0xFF):  # fmt: skip
+def check(folder, seen, mode="plain", cluster=1, images_each=1, row_cluster=1, row_images=1, columns=16, threads=64,
+          resident=True, spilled=False, meets=False, order="forward", fill=0xFF):  # fmt: skip
     """The emulated kernel draws what the CPU's kernel draws, from the same parameters."""
     arrays = {f"matrix.{i}": m for i, m in enumerate(seen["matrices"])}
     for name in ("shapes", "planes", "instructions"):
@@ -66,8 +66,8 @@ def check(folder, seen, mode="plain", cluster=1, images_each=1, row_cluster=1, r
         "levels": seen["table"].shape[0], "features": seen["table"].shape[1], "context_plane": seen["context_plane"],
         "context_channels": 0 if context is None else context.shape[3], "temperature": seen["temperature"],
         "log_scale_min": seen["log_scale_min"], "bf16": int(seen["bf16"]), "threads": threads, "cluster": cluster,
-        "images_each": images_each, "row_cluster": row_cluster, "row_images": row_images, "columns": columns, "resident": int(resident), "spilled": int(spilled),
-        "meets": int(meets), "order": ORDERS[order][0],
+        "images_each": images_each, "row_cluster": row_cluster, "row_images": row_images, "columns": columns,
+        "resident": int(resident), "spilled": int(spilled), "meets": int(meets), "order": ORDERS[order][0],
         "seed": ORDERS[order][1], "fill": fill,
     }  # fmt: skip
     done = run(built("pixelcnn.cpp", mode), folder, *(f"{k}={v}" for k, v in options.items()))
@@ -133,9 +133,7 @@ def test_in_any_order_of_threads(order, monkeypatch, tmp_path):
 def test_no_races(name, spilled, monkeypatch, tmp_path):
     model, options = MODELS[name]()
     seen = recorded(monkeypatch, model, 2, (2, 2), **options)
-    check(
-        tmp_path, seen, "thread", cluster=2, images_each=2, row_cluster=2, spilled=spilled, order="random 1"
-    )
+    check(tmp_path, seen, "thread", cluster=2, images_each=2, row_cluster=2, spilled=spilled, order="random 1")
 
 
 def test_completion(monkeypatch, tmp_path):
