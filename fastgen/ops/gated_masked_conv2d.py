@@ -70,7 +70,9 @@ class _GatedMaskedConv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
         x, weight, cond, kept = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
         grads = torch.ops.fastgen.masked_conv2d_backward(
