@@ -121,6 +121,31 @@ def test_heuristics():
         assert tile_rows & (tile_rows - 1) == 0
 
 
+def test_launches_are_planned_once_for_each_key_and_anew_in_a_trial(monkeypatch):
+    from fastgen.kernels import launch, tuning
+
+    monkeypatch.setattr(launch, "MOST_PLANS", len(launch._plans) + 8)
+    made = []
+
+    def planned(key, kernel="a kernel"):
+        def make():
+            made.append(key)
+            return launch.Plan(kernel, 1, (), {})
+
+        return launch.planned(kernel, key, make)
+
+    first = planned((2, 3))
+    assert planned((2, 3)) is first
+    assert planned((2, 4)) is not first
+    with tuning.trial("conv", {"ROWS": 16}):
+        assert planned((2, 3)) is not first
+    planned((2, 3))
+    assert made == [(2, 3), (2, 4), (2, 3), (2, 3)]
+    for i in range(20):
+        planned(i)
+    assert len(launch._plans) <= launch.MOST_PLANS
+
+
 def test_tiles_that_were_tuned_are_taken(tmp_path, monkeypatch):
     from fastgen.kernels import tuning
 
