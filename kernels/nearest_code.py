@@ -131,22 +131,9 @@ def _prepare(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     within = row < padded
     squares, losses, scale, finite = _round(
-        codebook,
-        facts + 4 * padded,
-        codes,
-        row,
-        row < count,
-        within,
-        count,
-        dim,
-        width,
-        dim,
-        True,
-        COSINE,
-        CENTRED,
-        ROWS,
-        PART,
-    )
+        codebook, facts + 4 * padded, codes, row, row < count, within, count, dim, width, dim, True, COSINE, CENTRED,
+        ROWS, PART,
+    )  # fmt: skip
     score = accumulated * squares
     if not COSINE:
         score -= 0.5 * squares

@@ -1,6 +1,7 @@
-// Launches of pixelcnn_generate.cuh.
+// Launches of both kernels of pixelcnn_images.cuh.
 #include "launch.cuh"
-#include "pixelcnn_generate.cuh"
+#include "pixelcnn_pixels.cuh"
+#include "pixelcnn_rows.cuh"
 
 namespace fastgen::pixelcnn {
 namespace {

@@ -1,5 +1,6 @@
-// pixelcnn_generate.cuh in the emulator; see files.h.
-#include "../../csrc/cuda/pixelcnn_generate.cuh"
+// Both kernels of pixelcnn_images.cuh in the emulator; see files.h.
+#include "../../csrc/cuda/pixelcnn_pixels.cuh"
+#include "../../csrc/cuda/pixelcnn_rows.cuh"
 #include "files.h"
 
 using namespace fastgen::pixelcnn;
