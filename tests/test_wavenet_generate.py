@@ -125,6 +125,32 @@ def test_default_size_over_4000_steps(backend: str, threads: int, need: Need, ra
     assert samples.unique().numel() > 20
 
 
+@pytest.mark.parametrize("sizes", [(64, 64, 128, 256, 2), (33, 40, 100, 37, 3), (130, 70, 75, 140, 2)])
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_float32_errs_as_float32_does(sizes: tuple[int, ...], batch: int, need: Need, ran: Ran) -> None:
+    """Against float64 the loop errs as PyTorch's float32 does, whose sums in blocks are up to 3 times as exact.
+
+    Weights in 24 bits are no worse: where float32 keeps all its bits (AVX2) the same sums err more.
+    """
+    need(OP, "cpu")
+    residual, gate, skip, outputs, kernel_size = sizes
+    dilations, steps = [1, 2, 4, 8, 16, 1], 60
+    w = network(6, residual, gate, skip, outputs, kernel_size)
+    gate_bias, cond = conditioning(w, batch, steps)
+    u, known = draw("categorical", batch, steps), torch.randint(outputs, (batch, steps))
+    error = {}
+    for backend in ("cpu", "reference"):
+        state = first(w, dilations, batch)
+        start = state.last.clone()
+        with ran(OP, backend):
+            loop = Generator(w, dilations, backend=backend)
+            _, parameters = loop.run(state, u, gate_bias, cond, given=known, parameters=True)
+        assert parameters is not None
+        exact = teacher_forced(w, dilations, start, known, gate_bias, cond)
+        error[backend] = float((parameters.double() - exact).square().mean().sqrt())
+    assert 0 < error["cpu"] < 4 * error["reference"], error
+
+
 def test_same_uniforms_same_samples(need: Need, ran: Ran) -> None:
     """The C++ loop and the reference draw the same classes, up to a near-tie after which histories differ."""
     need(OP, "cpu")

@@ -2,8 +2,13 @@
 // sample.
 //
 // Rows (outputs) lie in the lanes. A matrix is cut into panels of a few vectors of rows, and each panel is stored in
-// the order in which it is read. Two formats:
+// the order in which it is read. Three formats:
 //   - float: [panel][k][row]. Activations and sums are float32.
+//   - Int24, for float32 where the machine reads weights slower than it multiplies: whole numbers of a unit of the row,
+//     its largest weight, / 2^31. Four vectors of rows are three vectors of words: the upper 24 bits of each word are a
+//     weight of the first three, the lower 8 a third of the fourth's. A word is multiplied as it is; what its upper
+//     bits hold takes account of the lower ones. The error of a weight is at most 2^-24 of the row's largest one, as
+//     much as one rounding to float32 there. Activations and sums are float32.
 //   - int16_t, for weights rounded to bfloat16: fixed point, in blocks of kBlock inputs. Within a block each row of
 //     weights, and each column of activations, is a whole number of a unit of its own. Units of weights are chosen so
 //     that no sum over a block leaves 32 bits: products and sums within a block are exact, and one instruction
@@ -24,8 +29,13 @@ constexpr int kPanelColumns = kVectorRegisters == 32 ? 6 : 3;  // columns that s
 constexpr int kBlock = 64;                                     // inputs that share a unit
 constexpr int kFetched = 1024;                                 // pairs of weights by which they are asked for ahead
 
+struct Int24;
 template <class W>
 constexpr bool kFixed = std::is_same_v<W, int16_t>;
+template <class W>
+constexpr bool kShared = std::is_same_v<W, Int24>;  // words are shared by vectors of rows
+// How float32 weights are stored where each is read for a column or two alone.
+using Float32Weight = std::conditional_t<kVectorBytes == 64, Int24, float>;
 
 // A matrix of `rows` x `k` in units of W; rows are padded to whole vectors.
 template <class W>
@@ -35,11 +45,23 @@ struct PackedMatrix {
 
   int padded_rows() const { return static_cast<int>(round_up(rows, kF)); }
   int padded_k() const { return kFixed<W> ? static_cast<int>(round_up(k, 16)) : k; }
-  // Of W for each row of a block of k inputs; a unit is a float.
-  static int row_size(int k) { return kFixed<W> ? k + 2 : k; }
-  int64_t size() const {
-    const int64_t blocks = kFixed<W> ? (padded_k() + kBlock - 1) / kBlock : 0;
-    return round_up(padded_rows() * (padded_k() + 2 * blocks), 64);
+  // For each row of a block of k inputs, in a panel of so many vectors; a unit is a float.
+  static int row_bytes(int vectors, int k) {
+    constexpr int kUnit = sizeof(float);
+    return kFixed<W> ? 2 * k + kUnit : kShared<W> ? (vectors >= 4 ? 3 : 4) * k + kUnit : 4 * k;
+  }
+  int64_t bytes() const {
+    int64_t n = 0;
+    for_each_panel([&](int, int vectors) {
+      for_each_block([&](int, int k) { n += int64_t{vectors} * kF * row_bytes(vectors, k); });
+    });
+    return round_up(n, 64);
+  }
+  // f(first input, inputs) for each block that is stored by itself.
+  template <class F>
+  void for_each_block(F&& f) const {
+    const int most = kFixed<W> ? kBlock : std::max(k, 1);
+    for (int begin = 0; begin < padded_k(); begin += most) f(begin, std::min(most, padded_k() - begin));
   }
   // f(first row, vectors of rows) for each panel: kPanelVectors, and at the end up to 4.
   template <class F>
@@ -69,11 +91,42 @@ void pack_matrix(const PackedMatrix<float>& m, float* out, F&& weight) {
 }
 
 template <class F>
+void pack_matrix(const PackedMatrix<Int24>& m, Int24* out, F&& weight) {
+  constexpr double kMost = 2147483000;  // rounding to 24 of 32 bits stays below 2^31
+  auto* word = reinterpret_cast<uint32_t*>(out);
+  m.for_each_panel([&](int first, int vectors) {
+    std::vector<float> units(vectors * kF, 1.0f);
+    for (int r = 0; r < vectors * kF && first + r < m.rows; ++r) {
+      double most = 0;
+      for (int c = 0; c < m.k; ++c) most = std::max(most, std::fabs(static_cast<double>(weight(first + r, c))));
+      if (most > 0) units[r] = std::max(static_cast<float>(most * (0x1p31 / kMost)), 1e-37f);
+    }
+    const auto in_units = [&](int r, int c) {
+      return first + r < m.rows ? static_cast<int64_t>(std::llrint(weight(first + r, c) / double{units[r]} * 0x1p31))
+                                : 0;
+    };
+    for (int c = 0; c < m.k; ++c)
+      for (int v = 0; v < vectors; v += 4) {
+        const int shared = vectors < 4 ? 0 : 3;  // vectors of words, for one more of rows
+        for (int r = 0; r < vectors * kF && !shared; ++r) *word++ = static_cast<uint32_t>(in_units(r, c));
+        for (int part = 0; part < shared; ++part)
+          for (int lane = 0; lane < kF; ++lane) {
+            const int64_t fourth = (in_units((v + 3) * kF + lane, c) + 128) >> 8;
+            const int64_t low = (fourth >> (16 - 8 * part)) & 255;
+            const int64_t high = (in_units((v + part) * kF + lane, c) - low + 128) >> 8;
+            *word++ = static_cast<uint32_t>(high << 8 | low);
+          }
+      }
+    std::memcpy(word, units.data(), units.size() * sizeof(float));
+    word += units.size();
+  });
+}
+
+template <class F>
 void pack_matrix(const PackedMatrix<int16_t>& m, int16_t* out, F&& weight) {
   // |activation| <= 2^15 and the block's |weight|, each rounded by up to 1/2, add up to less than 2^16
   constexpr double kMostSum = 65500 - kBlock / 2, kMost = 32767;
-  for (int begin = 0; begin < m.padded_k(); begin += kBlock) {
-    const int k = std::min(kBlock, m.padded_k() - begin);
+  m.for_each_block([&](int begin, int k) {
     m.for_each_panel([&](int first, int vectors) {
       const int width = vectors * kF;
       for (int r = 0; r < width; ++r) {
@@ -89,9 +142,9 @@ void pack_matrix(const PackedMatrix<int16_t>& m, int16_t* out, F&& weight) {
           out[(c / 2 * width + r) * 2 + c % 2] = static_cast<int16_t>(std::lrint(row[c] / unit));
         std::memcpy(out + (k * width + 2 * r), &unit, sizeof unit);
       }
-      out += width * m.row_size(k);
+      out += width * m.row_bytes(vectors, k) / sizeof *out;
     });
-  }
+  });
 }
 
 // A block of activations as whole numbers of `unit`, a power of two; not a number if one of them is not finite.
@@ -163,6 +216,11 @@ class Inputs {
       }
     }
   }
+  // f(place, bytes) for each block that was copied.
+  template <class F>
+  void each_copy(F&& f) const {
+    for (const FixedBlock& block : fixed_) f(&block, sizeof block);
+  }
   decltype(auto) at(int s, int block) const {
     if constexpr (kFixed<W>)
       return (fixed_[at_[s] + block]);
@@ -218,6 +276,63 @@ void panel_product(const float* panel, int k, const Inputs<float>& x, int block,
   }
 }
 
+#if defined(__AVX512BW__)
+// The fourth of four vectors of weights, from the lowest bytes of the words of the other three.
+inline VecU fourth_weights(VecU a, VecU b, VecU c) {
+  const auto moved = [](VecU words, int to) FASTGEN_INLINE {  // the lowest byte of each word; the rest is zero
+    const uint32_t from = ~(0xffu << 8 * to) & 0x80808080u;
+    const __m512i lanes = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 4 << 8 * to, 8 << 8 * to, 12 << 8 * to));
+    return _mm512_shuffle_epi8((__m512i)words, _mm512_or_si512(lanes, _mm512_set1_epi32(static_cast<int>(from))));
+  };
+  return (VecU)moved(a, 3) | (VecU)moved(b, 2) | (VecU)moved(c, 1);
+}
+
+// The same for words that vectors of rows share.
+template <int Width, int NS>
+void panel_product(const Int24* panel, int k, const Inputs<Int24>& x, int block, int first, const float* const* init,
+                   float* const* y, int row) {
+  constexpr int NV = rows_at_once(Width, NS), kSplit = std::max(8 / (NS * NV), 1);
+  constexpr int kNext = (Width >= 4 ? Width / 4 * 3 : Width) * kF;
+  const auto* words = reinterpret_cast<const uint32_t*>(panel);
+  const auto* units = reinterpret_cast<const float*>(words + int64_t{k} * kNext);
+  for (int part = 0; part < Width; part += NV, row += NV * kF) {
+    const uint32_t* w = words + part / 4 * 3 * kF;
+    VecF sum[kSplit][NS][NV] = {};
+    const auto add = [&](const uint32_t* w, int c, auto q) FASTGEN_INLINE {
+      VecF at[NS];
+      unroll<NS>([&](auto s) FASTGEN_INLINE { at[s] = splat(x.at(first + s, block)[c]) * 0x1p-31f; });
+      const auto multiply = [&](VecU weights, auto v) FASTGEN_INLINE {
+        const VecF weight = __builtin_convertvector((VecI)weights, VecF);
+        unroll<NS>([&](auto s) FASTGEN_INLINE { sum[q][s][v] += weight * at[s]; });
+      };
+      if constexpr (Width < 4)
+        unroll<NV>([&](auto v) FASTGEN_INLINE { multiply(load(w + v * kF), v); });
+      else
+        unroll<NV / 4>([&](auto i) FASTGEN_INLINE {
+          constexpr int kFirst = 4 * i;
+          VecU a = load(w + 3 * i * kF), b = load(w + (3 * i + 1) * kF), d = load(w + (3 * i + 2) * kF);
+          asm("" : "+v"(a), "+v"(b), "+v"(d));  // or the compiler loads each twice
+          multiply(a, std::integral_constant<int, kFirst>{});
+          multiply(b, std::integral_constant<int, kFirst + 1>{});
+          multiply(d, std::integral_constant<int, kFirst + 2>{});
+          multiply(fourth_weights(a, b, d), std::integral_constant<int, kFirst + 3>{});
+        });
+    };
+    int c = 0;
+    for (; c + kSplit <= k; c += kSplit, w += kSplit * kNext)
+      unroll<kSplit>([&](auto q) FASTGEN_INLINE { add(w + q * kNext, c + q, q); });
+    for (; c < k; ++c, w += kNext) add(w, c, std::integral_constant<int, 0>{});
+    unroll<NS>([&](auto s) FASTGEN_INLINE {
+      unroll<NV>([&](auto v) FASTGEN_INLINE {
+        unroll<kSplit - 1>([&](auto q) FASTGEN_INLINE { sum[0][s][v] += sum[q + 1][s][v]; });
+        const int at = row + v * kF;
+        store(y[first + s] + at, load(init[first + s] + at) + sum[0][s][v] * load(units + (part + v) * kF));
+      });
+    });
+  }
+}
+#endif
+
 // The same in fixed point, for one block; k is a multiple of 16. With one column it takes as long as the weights take
 // to come: they are asked for well ahead, for the processor loses track of them between matrices.
 template <int Width, int NS>
@@ -268,20 +383,21 @@ constexpr auto kPanelProducts = panel_products<W>(std::make_integer_sequence<int
 // y[s] = init[s] + matrix * x[s]. Every init[s] and y[s] holds padded_rows values.
 template <class W>
 void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* init, float* const* y, int columns) {
-  const W* w = m.data;
+  const auto* data = reinterpret_cast<const uint8_t*>(m.data);
+  const uint8_t* w = data;
   const int groups = (columns + kPanelColumns - 1) / kPanelColumns;
   // with many columns, a block of inputs at a time, whose weights stay in the nearest cache
-  const int most = kFixed<W> || groups > 1 ? kBlock : std::max(m.k, 1);
+  const int most = kFixed<W> || (groups > 1 && !kShared<W>) ? kBlock : std::max(m.k, 1);
   for (int block = 0, begin = 0; begin < m.padded_k(); ++block, begin += most) {
     const int k = std::min(most, m.padded_k() - begin);
     m.for_each_panel([&](int row, int vectors) {
-      if constexpr (!kFixed<W>) w = m.data + int64_t{row} * m.k + int64_t{begin} * vectors * kF;
+      if constexpr (std::is_same_v<W, float>) w = data + 4 * (int64_t{row} * m.k + int64_t{begin} * vectors * kF);
       for (int g = 0, s = 0; g < groups; ++g) {
         const int n = (columns - s) / (groups - g);  // sizes as equal as possible: 4 columns are 2 + 2, not 3 + 1
-        kPanelProducts<W>[n - 1][std::min(vectors, 5) - 1](w, k, x, block, s, init, y, row);
+        kPanelProducts<W>[n - 1][std::min(vectors, 5) - 1](reinterpret_cast<const W*>(w), k, x, block, s, init, y, row);
         s += n;
       }
-      w += vectors * kF * m.row_size(k);
+      w += int64_t{vectors} * kF * m.row_bytes(vectors, k);
     });
     init = y;
   }

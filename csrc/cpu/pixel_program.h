@@ -78,7 +78,7 @@ struct PackedProgram {
         const int64_t end = p == 0 ? matrix.first[1] : rows;
         matrix.part[p] = {static_cast<int>(end - matrix.first[p]), static_cast<int>(k),
                           reinterpret_cast<const W*>(data ? data + bytes : nullptr)};
-        bytes = round_up(bytes + matrix.part[p].size() * static_cast<int64_t>(sizeof(W)), 64);
+        bytes = round_up(bytes + matrix.part[p].bytes(), 64);
       }
       matrices.push_back(matrix);
     }

@@ -23,8 +23,7 @@ inline int64_t sample_categorical(const float* logits, int classes, float temper
     const VecF x = load(p + i);
     tops = x > tops ? x : tops;
   }
-  float top = tops[0];
-  for (int i = 1; i < kF; ++i) top = tops[i] > top ? tops[i] : top;
+  const float top = largest_lane<float>(tops);
   float total = 0;
   float* sum = p + padded;
   for (int i = 0; i < padded; i += kF) {

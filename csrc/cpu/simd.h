@@ -67,6 +67,20 @@ inline void fence_stores() {
   _mm_sfence();
 #endif
 }
+// Asks for cache lines ahead of their use: to be read, or to be written although another thread has read them.
+[[gnu::always_inline]] inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+[[gnu::always_inline]] inline void own(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const char* line = static_cast<const char*>(p) + i;
+#if defined(__SSE2__)
+    asm volatile("prefetchw %0" ::"m"(*line));  // the builtin does not write it without an option of its own
+#else
+    __builtin_prefetch(line, 1);
+#endif
+  }
+}
 template <class T>
 inline Vec<T> splat(T s) {
   return s - Vec<T>{};

@@ -9,7 +9,7 @@ void generate(const Job& job, const uint8_t* packed) {
   const Packed<W> net(job.shape, packed);
   const int64_t threads = torch::stable::get_num_threads();
   if (job.streams == 1) {
-    const bool two = threads > 1 && std::thread::hardware_concurrency() > 1;
+    const bool two = threads > 1 && std::thread::hardware_concurrency() > 1 && job.shape.layers > 0;
     Streams<W>(job, net, 0, 1, two).run();
     return;
   }
@@ -23,12 +23,12 @@ void generate(const Job& job, const uint8_t* packed) {
 // wavenet_pack(Tensor[] weights, bool bf16) -> Tensor: one uint8 buffer, laid out for this instruction set.
 Tensor wavenet_pack(std::vector<Tensor> weights, bool bf16) {
   const Shape s = shape_of(weights);
-  const int64_t bytes = bf16 ? Packed<int16_t>(s, nullptr).bytes : Packed<float>(s, nullptr).bytes;
+  const int64_t bytes = bf16 ? Packed<int16_t>(s, nullptr).bytes : Packed<Float32Weight>(s, nullptr).bytes;
   Tensor packed = packed_buffer(weights[0], bytes);
   if (bf16)
     pack<int16_t>(weights, s, static_cast<uint8_t*>(packed.data_ptr()));
   else
-    pack<float>(weights, s, static_cast<uint8_t*>(packed.data_ptr()));
+    pack<Float32Weight>(weights, s, static_cast<uint8_t*>(packed.data_ptr()));
   return packed;
 }
 
@@ -66,14 +66,15 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
     job.given_value = given ? static_cast<const float*>(given->data_ptr()) : nullptr;
   }
   const auto* data = static_cast<const uint8_t*>(packed.data_ptr());
-  const int64_t bytes = bf16 ? Packed<int16_t>(job.shape, nullptr).bytes : Packed<float>(job.shape, nullptr).bytes;
+  const int64_t bytes =
+      bf16 ? Packed<int16_t>(job.shape, nullptr).bytes : Packed<Float32Weight>(job.shape, nullptr).bytes;
   FASTGEN_CHECK(packed.numel() == bytes, "wavenet_generate: packed weights of ", bytes, " bytes are expected, got ",
                 packed.numel(), " (packed for another shape or instruction set?)");
   if (job.streams == 0 || job.steps == 0) return;
   if (bf16)
     generate<int16_t>(job, data);
   else
-    generate<float>(job, data);
+    generate<Float32Weight>(job, data);
 }
 
 }  // namespace

@@ -6,8 +6,10 @@
 //   - many streams share each weight that is read; streams are divided over threads, which never wait for each other;
 //   - a single stream uses two threads with different roles. One walks the layers (current tap, gate, residual); the
 //     other takes each layer's gate output, adds the skips, runs the output layers, samples, and prepares old taps. All
-//     messages go one way at a time, so neither thread waits except at the turn of a step. What one thread writes lies
-//     on other cache lines than what both read.
+//     messages go one way at a time, so neither thread waits except at the turn of a step. A message can be on its way
+//     for as long as a layer takes: the second thread hears of some layers at a time, and of the last ones at once.
+//     What one thread writes lies on other cache lines than what both read; lines that the other one has read are asked
+//     for ahead.
 #pragma once
 
 #include <bit>
@@ -23,6 +25,8 @@ namespace {
 
 constexpr int kAhead = 8;       // samples for which old taps are computed together
 constexpr int kSoon = 6;        // streams whose histories are fetched while one is read
+constexpr int kTold = 4;        // layers of which the helping thread hears at a time
+constexpr int kOwned = 3;       // layers by which lines are asked for ahead
 constexpr int kFewStreams = 2;  // up to here old taps are computed ahead; above, streams share the weights anyway
 
 // One call's arguments.
@@ -48,10 +52,6 @@ inline float* aligned(float* p) {
 // to += from; n is a multiple of kF.
 inline void add(float* to, const float* from, int n) {
   for (int i = 0; i < n; i += kF) store(to + i, load(to + i) + load(from + i));
-}
-
-[[gnu::always_inline]] inline void prefetch(const float* p, int n) {
-  for (int i = 0; i < n; i += 16) __builtin_prefetch(p + i);
 }
 
 inline void relu(float* p, int n) {
@@ -99,6 +99,8 @@ class Streams {
         shared_pending = true;
     }
     share_skips();
+    for (int l = s.layers - 1, size = 1; l >= 0; l -= size, size = std::min<int>(told_.size(), kTold))
+      told_.insert(told_.begin(), l);
     // layers that prepare nothing ahead use their block at once, so they share one
     for (Layer& layer : layers_)
       if (!two_threads && layer.ahead == 1) layer.pending = pending;
@@ -107,7 +109,7 @@ class Streams {
     const int places = two_threads ? s.layers : 2;
     z_in_.assign(places, Inputs<W>(n_, s.gate));
     bias_rows_ = job.gate_bias_stride ? n_ : 1;
-    const int64_t floats = pending + int64_t{n_} * (r_ + (2 + places) * h_ + 2 * s_ + o_) + s_ +
+    const int64_t floats = pending + int64_t{n_} * (2 * r_ + (2 + places) * h_ + 2 * s_ + o_) + s_ +
                            sampling_scratch(s.outputs) + bias_rows_ * s.layers * 2 * h_;
     memory_.reset(new float[floats + 64 * 16]());
     float* p = aligned(memory_.get());
@@ -117,7 +119,7 @@ class Streams {
       return q;
     };
     pending_ = take(pending);
-    x_ = take(int64_t{n_} * r_);
+    x_ = take(int64_t{2} * n_ * r_);
     a_ = take(int64_t{n_} * 2 * h_);
     z_ = take(int64_t{places} * n_ * h_);
     skip_ = take(int64_t{n_} * s_);
@@ -131,12 +133,11 @@ class Streams {
       std::memcpy(bias_ + row * 2 * h_, bias, s.gate * sizeof(float));
       std::memcpy(bias_ + row * 2 * h_ + h_, bias + s.gate, s.gate * sizeof(float));
     }
-    gated_ = std::vector<Flag>(two_threads ? s.layers : 0);
-    for (auto* at : {&x_at_, &a_at_, &skip_at_, &hidden_at_, &out_at_, &pre_at_}) at->resize(n_);
+    gated_ = std::vector<Flag>(two_threads ? told_.size() : 0);
+    for (auto* at : {&a_at_, &x_at_, &next_x_at_, &skip_at_, &hidden_at_, &out_at_, &pre_at_}) at->resize(n_);
     hidden_bias_at_.assign(n_, net.hidden_bias);
     output_bias_at_.assign(n_, net.output_bias);
     for (int i = 0; i < n_; ++i) {
-      x_at_[i] = x_ + int64_t{i} * r_;
       a_at_[i] = a_ + int64_t{i} * 2 * h_;
       skip_at_[i] = skip_ + int64_t{i} * s_;
       hidden_at_[i] = hidden_ + int64_t{i} * s_;
@@ -185,18 +186,21 @@ class Streams {
     const int layers = job_.shape.layers;
     for (Layer& layer : layers_) layer.offset = 0;
     for (int64_t t = begin; t < job_.steps; ++t) {
-      embed();
+      const auto prepare_layer = [&](int l) {
+        if (l < layers && (t == begin || begins_block(l, t))) prepare(l, t, leads_);
+      };
+      prepare_layer(0);
+      for (int i = 0; i < n_; ++i) embed(last_sample(i), i);
       start_skips();
       std::fill_n(led_skip_, s_, 0.0f);
       for (int l = 0; l < layers; ++l) {
-        if (t == begin || begins_block(l, t)) prepare(l, t, leads_);
         gated(l, t);
-        remember(l);
-        // a layer late: the processor does it while it waits for the gate
+        // the processor does these while it waits for the gate
         if (l > 0) add_skip(l - 1);
-        if (l + 1 < layers) add_residual(l);
+        prepare_layer(l + 1);
+        add_residual(l);
       }
-      add_skip(layers - 1);
+      if (layers > 0) add_skip(layers - 1);
       emit(t);
     }
   }
@@ -216,21 +220,21 @@ class Streams {
     const double start = now();
     double lost = 0;
     for (int64_t t = 0; t < job_.steps; ++t) {
-      const double more = t > 0 ? emitted_.wait(t - 1) : 0;
+      for (int l = 0; l < std::min(kOwned, layers); ++l) ask_for_messages(l, t);
+      const double more = emitted_.wait(t - 1);
       lost += more;
       if (more > 0 && lost > kLostAtLeast && lost > kLostShare * (now() - start)) {
         gated_[0].publish(kParted);
         return t;
       }
-      embed();
+      embed(t > 0 ? emitted_.sample : last_sample(0), 0);
       std::fill_n(led_skip_, s_, 0.0f);
-      for (int l = 0; l < layers; ++l) {
-        if (l + 1 < layers) prefetch(pending(l + 1, t, 0), 2 * h_);
+      for (int l = 0, told = 0; l < layers; ++l) {
+        if (l + kOwned < layers) ask_for_messages(l + kOwned, t);
         gated(l, t);
-        gated_[l].publish(t);
-        remember(l);
+        if (l == told_[told]) gated_[told++].publish(t);
         if (layers_[l].led_skip) add_skip(l);
-        if (l + 1 < layers) add_residual(l);
+        add_residual(l);
       }
       for (int l = 0; l < layers; ++l)
         if (!layers_[l].helped && begins_block(l, t + 1)) prepare(l, t + 1, leads_);
@@ -246,14 +250,27 @@ class Streams {
       for (int l = 0; l < layers; ++l)
         if (layers_[l].helped && begins_block(l, t + 1)) prepare(l, t + 1, helps_);
       start_skips();
-      for (int l = 0; l < layers; ++l) {
-        gated_[l].wait(t);
+      for (int l = 0, told = 0; l < layers; l = told_[told++] + 1) {
+        gated_[told].wait(t);
         if (l == 0 && gated_[0].step.load(std::memory_order_relaxed) == kParted) return meeting_.helper_leaves();
-        if (!layers_[l].led_skip) add_skip(l);
+        for (int i = l; i <= told_[told]; ++i) each_line_of_z(i, prefetch);
+        for (int i = l; i <= told_[told]; ++i)
+          if (!layers_[i].led_skip) add_skip(i);
       }
       emit(t);
+      emitted_.sample = last_sample(0);
       emitted_.publish(t);
     }
+  }
+
+  // Of a layer: what the leader will read that the helper has written, and what it will write that the helper has read.
+  void ask_for_messages(int l, int64_t t) {
+    prefetch(pending(l, t, 0), 2 * h_ * sizeof(float));
+    each_line_of_z(l, own);
+  }
+  template <class F>
+  void each_line_of_z(int l, F&& ask) {
+    kFixed<W> ? z_in(l).each_copy(ask) : ask(z(l, 0), h_ * sizeof(float));
   }
 
   // Steps are counted from the start of the call; blocks of `ahead` steps, a power of two, begin at `offset`. Two
@@ -268,6 +285,13 @@ class Streams {
     return job_.history + ((first_ + stream) * rows_ + layer.history + at) * r_;
   }
 
+  // Where a layer's input of the current step goes: into the ring buffer, in place of the oldest one, which is not
+  // needed any more once the step's old taps are prepared.
+  float* input(int l, int stream) const {
+    if (l < job_.shape.layers && layers_[l].length) return row(layers_[l], stream, now_[l]);
+    return x_ + (static_cast<int64_t>(l % 2) * n_ + stream) * r_;
+  }
+
   float* z(int l, int stream) { return z_ + (static_cast<int64_t>(l % z_in_.size()) * n_ + stream) * h_; }
   Inputs<W>& z_in(int l) { return z_in_[l % z_in_.size()]; }
 
@@ -280,6 +304,7 @@ class Streams {
     for (int64_t i = 0; i < layer.ahead; ++i)
       for (int s = 0; s < n_; ++s, ++columns) {
         past.out[columns] = pending(l, t + i, s);
+        if (layer.helped) own(past.out[columns], 2 * h_ * sizeof(float));
         past.in[columns] = bias_ + ((bias_rows_ > 1 ? s : 0) * int64_t{job_.shape.layers} + l) * 2 * h_;
       }
     if (job_.shape.kernel_size == 1)
@@ -289,24 +314,29 @@ class Streams {
       int64_t at = (job_.position + t + 2 * layer.length - j * layer.dilation) % layer.length;
       for (int64_t i = 0; i < layer.ahead; ++i, at = at + 1 < layer.length ? at + 1 : 0)
         for (int s = 0; s < n_; ++s) {
-          if (s + kSoon < n_) prefetch(row(layer, s + kSoon, at), r_);
+          if (s + kSoon < n_) prefetch(row(layer, s + kSoon, at), r_ * sizeof(float));
           past.x.set(columns++, row(layer, s, at));
         }
       product(net_.layers[l].old[j - 1], past.x, j == 1 ? past.in.data() : past.out.data(), past.out.data(), columns);
     }
   }
 
-  // x = the input layer's column of the last sample.
-  void embed() {
-    for (int s = 0; s < n_; ++s) {
-      float* x = x_at_[s];
-      const int64_t b = first_ + s;
-      const bool categorical = job_.distribution == Distribution::kCategorical;
-      const float* w = net_.input + (categorical ? job_.last_class[b] * r_ : 0);
-      const float value = categorical ? 1.0f : job_.last_value[b];
-      for (int i = 0; i < r_; i += kF) store(x + i, load(w + i) * value + load(net_.input_bias + i));
-      x_in_.set(s, x);
-    }
+  // A class, or a value.
+  struct Sample {
+    int64_t c;
+    float value;
+  };
+  Sample last_sample(int i) const {
+    if (job_.distribution == Distribution::kCategorical) return {job_.last_class[first_ + i], 1.0f};
+    return {0, job_.last_value[first_ + i]};
+  }
+
+  // The first layer's input: the input layer's column of the last sample.
+  void embed(Sample last, int i) {
+    float* x = x_at_[i] = input(0, i);
+    const float* w = net_.input + last.c * r_;
+    for (int j = 0; j < r_; j += kF) store(x + j, load(w + j) * last.value + load(net_.input_bias + j));
+    x_in_.set(i, x);
   }
 
   // z = tanh(a) * sigmoid(b).
@@ -328,18 +358,19 @@ class Streams {
     }
   }
 
-  // The layer's input goes into the ring buffer.
-  void remember(int l) {
-    const Layer& layer = layers_[l];
-    if (layer.length == 0) return;
-    for (int i = 0; i < n_; ++i) std::memcpy(row(layer, i, now_[l]), x_at_[i], r_ * sizeof(float));
-    if (++now_[l] == layer.length) now_[l] = 0;
-  }
-
+  // The next layer's input, if there is one; this layer's stays where it is.
   void add_residual(int l) {
-    for (int i = 0; i < n_; ++i) add(x_at_[i], net_.layers[l].residual_bias, r_);
-    product(net_.layers[l].residual, z_in(l), x_at_.data(), x_at_.data(), n_);
-    for (int i = 0; i < n_; ++i) x_in_.set(i, x_at_[i]);
+    if (l + 1 < job_.shape.layers) {
+      const float* bias = net_.layers[l].residual_bias;
+      for (int i = 0; i < n_; ++i) {
+        float* to = next_x_at_[i] = input(l + 1, i);
+        for (int j = 0; j < r_; j += kF) store(to + j, load(x_at_[i] + j) + load(bias + j));
+      }
+      product(net_.layers[l].residual, z_in(l), next_x_at_.data(), next_x_at_.data(), n_);
+      for (int i = 0; i < n_; ++i) x_in_.set(i, next_x_at_[i]);
+      x_at_.swap(next_x_at_);
+    }
+    if (layers_[l].length && ++now_[l] == layers_[l].length) now_[l] = 0;
   }
 
   void start_skips() {
@@ -353,7 +384,7 @@ class Streams {
   // Output layers, the next sample, and what the caller asked to keep.
   void emit(int64_t t) {
     const Shape& s = job_.shape;
-    if (n_ == 1) add(skip_, led_skip_, s_);  // complete before the last layer's gate
+    if (n_ == 1) add(skip_, led_skip_, s_);
     for (int i = 0; i < n_; ++i) {
       relu(skip_at_[i], s_);
       skip_in_.set(i, skip_at_[i]);
@@ -394,13 +425,16 @@ class Streams {
   OwnVector<int64_t> now_;  // for each layer, the row of its ring buffer where the step's input goes
   std::unique_ptr<float[]> memory_;
   float *pending_, *x_, *a_, *z_, *skip_, *led_skip_, *hidden_, *out_, *bias_, *scratch_;
-  OwnVector<float*> x_at_, a_at_, skip_at_, hidden_at_, out_at_, pre_at_;
+  OwnVector<float*> x_at_, next_x_at_, a_at_, skip_at_, hidden_at_, out_at_, pre_at_;
   OwnVector<const float*> hidden_bias_at_, output_bias_at_;
   Inputs<W> x_in_, skip_in_, hidden_in_;
   OwnVector<Inputs<W>> z_in_;
   Past leads_, helps_;
-  std::vector<Flag> gated_;  // by the leader, for each layer: z is there
-  Flag emitted_;             // by the helper
+  OwnVector<int> told_;      // the last of the layers of which the helper hears at once
+  std::vector<Flag> gated_;  // by the leader, for each of told_: the gates up to there
+  struct : Flag {
+    Sample sample;
+  } emitted_;  // by the helper
   Meeting meeting_;
 };
 

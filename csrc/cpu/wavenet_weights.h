@@ -35,7 +35,7 @@ struct Packed {
     };
     const auto matrix = [&](int rows, int k) {
       PackedMatrix<W> m{rows, k};
-      m.data = reinterpret_cast<const W*>(take(m.size() * sizeof(W)));
+      m.data = reinterpret_cast<const W*>(take(m.bytes()));
       return m;
     };
     const auto vector = [&](int64_t n) { return reinterpret_cast<const float*>(take(n * sizeof(float))); };

@@ -373,7 +373,9 @@ def _check_magnitude(w: WaveNetWeights) -> float:
     skips = w.skip.sum((0, 2)) + w.skip_bias
     hidden = w.hidden @ skips + w.hidden_bias
     out = w.output @ hidden + w.output_bias
-    for name, sums in (("conv", a), ("residual", x), ("skip", skips), ("hidden", hidden), ("output", out)):
+    # what a product reads may be summed before it is scaled
+    sums_of = {"conv": a, "residual": x.sum(1), "skip": skips.sum(0), "hidden": hidden.sum(0), "output": out}
+    for name, sums in sums_of.items():
         largest = float(sums.max()) if sums.numel() else 0.0
         if not largest <= LARGEST:
             raise FloatingPointError(
