@@ -29,7 +29,7 @@ constexpr int kPanelColumns = kVectorRegisters == 32 ? 6 : 3;  // columns that s
 constexpr int kBlock = 64;                                     // inputs that share a unit
 constexpr int kFetched = 1024;                                 // pairs of weights by which they are asked for ahead
 
-struct Int24;
+struct Int24 {};  // its matrices are words that vectors of rows share
 template <class W>
 constexpr bool kFixed = std::is_same_v<W, int16_t>;
 template <class W>

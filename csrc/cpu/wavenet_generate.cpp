@@ -20,16 +20,24 @@ void generate(const Job& job, const uint8_t* packed) {
   });
 }
 
-// wavenet_pack(Tensor[] weights, bool bf16) -> Tensor: one uint8 buffer, laid out for this instruction set.
-Tensor wavenet_pack(std::vector<Tensor> weights, bool bf16) {
+template <class F>
+void with_format(bool bf16, bool few, F&& f) {
+  if (bf16) return f(int16_t{});
+  if (few) return f(Float32Weight{});
+  f(float{});
+}
+
+// wavenet_pack(Tensor[] weights, bool bf16, bool few) -> Tensor: one uint8 buffer, laid out for this instruction set
+// and for few streams or many.
+Tensor wavenet_pack(std::vector<Tensor> weights, bool bf16, bool few) {
   const Shape s = shape_of(weights);
-  const int64_t bytes = bf16 ? Packed<int16_t>(s, nullptr).bytes : Packed<Float32Weight>(s, nullptr).bytes;
-  Tensor packed = packed_buffer(weights[0], bytes);
-  if (bf16)
-    pack<int16_t>(weights, s, static_cast<uint8_t*>(packed.data_ptr()));
-  else
-    pack<Float32Weight>(weights, s, static_cast<uint8_t*>(packed.data_ptr()));
-  return packed;
+  std::optional<Tensor> packed;
+  with_format(bf16, few, [&](auto format) {
+    using W = decltype(format);
+    packed = packed_buffer(weights[0], Packed<W>(s, nullptr).bytes);
+    pack<W>(weights, s, static_cast<uint8_t*>(packed->data_ptr()));
+  });
+  return *packed;
 }
 
 // See fastgen/ops/wavenet_generate.py for the meaning of the arguments; they are checked there.
@@ -66,15 +74,14 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
     job.given_value = given ? static_cast<const float*>(given->data_ptr()) : nullptr;
   }
   const auto* data = static_cast<const uint8_t*>(packed.data_ptr());
-  const int64_t bytes =
-      bf16 ? Packed<int16_t>(job.shape, nullptr).bytes : Packed<Float32Weight>(job.shape, nullptr).bytes;
-  FASTGEN_CHECK(packed.numel() == bytes, "wavenet_generate: packed weights of ", bytes, " bytes are expected, got ",
-                packed.numel(), " (packed for another shape or instruction set?)");
-  if (job.streams == 0 || job.steps == 0) return;
-  if (bf16)
-    generate<int16_t>(job, data);
-  else
-    generate<Float32Weight>(job, data);
+  const int64_t bytes = packed.numel(), few_bytes = Packed<Float32Weight>(job.shape, nullptr).bytes;
+  with_format(bf16, bytes == few_bytes, [&](auto format) {
+    using W = decltype(format);
+    const int64_t expected = Packed<W>(job.shape, nullptr).bytes;
+    FASTGEN_CHECK(bytes == expected, "wavenet_generate: packed weights of ", expected, " bytes are expected, got ",
+                  bytes, " (packed for another shape or instruction set?)");
+    if (job.streams > 0 && job.steps > 0) generate<W>(job, data);
+  });
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ from fastgen.checks import check_classes, check_integer, check_positive, check_t
 from fastgen.ops import distributions
 
 DTYPES = (torch.float32, torch.bfloat16)
+FEW = 3  # streams a thread, up to which the CPU's float32 weights are stored so that reading them takes least
 LARGEST = 1e38  # of any sum in the network; with the gate's bias and conditioning on top it is still a float32
 Layout = dict[str, int | list[int]]
 
@@ -84,7 +85,7 @@ def _layout(w: WaveNetWeights, dilations: list[int]) -> Layout:
     }  # fmt: skip
 
 
-lib.define("wavenet_pack(Tensor[] weights, bool bf16) -> Tensor")
+lib.define("wavenet_pack(Tensor[] weights, bool bf16, bool few) -> Tensor")
 lib.define("wavenet_pack_cuda(Tensor[] weights, int[] shape, int[] dilations, bool bf16) -> Tensor")
 lib.define("wavenet_plan(int[] shape, int streams, bool bf16, int[] device) -> int[]")
 lib.define("wavenet_fits(Tensor packed, int[] shape, bool bf16) -> bool")
@@ -174,8 +175,7 @@ class Generator:
             self._packed = packed.to(weights.conv.device)
             if not torch.ops.fastgen.wavenet_fits(self._packed, self._shape(), dtype == torch.bfloat16):
                 self.backend = instead("wavenet_generate", backend, "cuda", self._packed.device, NO_ROOM)
-        elif self.backend == "cpu":
-            self._packed = torch.ops.fastgen.wavenet_pack(list(self.weights), dtype == torch.bfloat16)
+        self._packed_for: dict[bool, Tensor] = {}  # on the CPU: for few streams, or for more
         if self.backend == "reference":
             self._rounded = self.weights.rounded(dtype)
 
@@ -253,14 +253,22 @@ class Generator:
             )  # fmt: skip
         samples = state.last.new_empty(batch, steps)
         kept = uniforms.new_empty(batch, steps, outputs) if parameters else None
+        packed = self._packed if self.backend == "cuda" else self._packed_on_cpu(batch)
         torch.ops.fastgen.wavenet_generate(
-            self._packed, self._shape(), self.dilations, self.dtype == torch.bfloat16,
+            packed, self._shape(), self.dilations, self.dtype == torch.bfloat16,
             distributions.KINDS.index(self.distribution), self.log_scale_min, temperature, gate_bias.contiguous(),
             None if cond is None else cond.contiguous(), uniforms.contiguous(),
             None if given is None else given.contiguous(), state.position, state.history, state.last, samples, kept,
         )  # fmt: skip
         state.position += steps
         return samples, kept
+
+    def _packed_on_cpu(self, streams: int) -> Tensor:
+        bf16 = self.dtype == torch.bfloat16
+        few = streams <= FEW * torch.get_num_threads() and not bf16
+        if few not in self._packed_for:
+            self._packed_for[few] = torch.ops.fastgen.wavenet_pack(list(self.weights), bf16, few)
+        return self._packed_for[few]
 
     def check_state(self, state: GenerationState, batch: int) -> None:
         """Raise TypeError or ValueError unless `state` is one of `batch` streams of this network."""
