@@ -33,8 +33,8 @@ struct Int24 {};  // its matrices are words that vectors of rows share
 template <class W>
 constexpr bool kFixed = std::is_same_v<W, int16_t>;
 template <class W>
-constexpr bool kShared = std::is_same_v<W, Int24>;  // words are shared by vectors of rows
-// How float32 weights are stored where each is read for a column or two alone.
+constexpr bool kShared = std::is_same_v<W, Int24>;
+// How float32 weights are stored where each is read for a few columns alone.
 using Float32Weight = std::conditional_t<kVectorBytes == 64, Int24, float>;
 
 // A matrix of `rows` x `k` in units of W; rows are padded to whole vectors.
