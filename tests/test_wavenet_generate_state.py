@@ -96,6 +96,22 @@ def test_streams_do_not_mix(need: Need, ran: Ran) -> None:
             assert torch.equal(alone, together[one])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_are_copied(backend: str, need: Need, ran: Ran) -> None:
+    """What becomes of the tensors later does not matter, also to a number of streams that comes for the first time."""
+    need(OP, backend)
+    w, dilations = network(), [1, 2, 4, 8]
+    loop, other = (Generator(w, dilations, backend=backend) for _ in range(2))
+    gate_bias, _ = conditioning(w, 1, 20)
+    u, states = draw("categorical", 9, 20), [first(w, dilations, n) for n in (1, 9, 1, 9)]
+    with ran(OP, backend):
+        before = [other.run(state, u[: len(state.last)], gate_bias)[0] for state in states[:2]]
+        for tensor in w:
+            tensor.fill_(torch.nan)
+        after = [loop.run(state, u[: len(state.last)], gate_bias)[0] for state in states[2:]]
+    assert all(map(torch.equal, before, after))
+
+
 def test_many_threads(need: Need, ran: Ran) -> None:
     """More threads than cores or streams, and calls from several Python threads at once, change nothing."""
     need(OP, "cpu")

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.backend import resolve
 from fastgen.checks import check_integer, check_positive, check_progress, check_tensor
 from fastgen.models.progress import Progress, reporter
-from fastgen.ops import GenerationState, Generator, WaveNetWeights, initial_state
+from fastgen.ops import GenerationState, Generator, initial_state
 
 if TYPE_CHECKING:
     from fastgen.models.wavenet import WaveNet
@@ -130,13 +130,12 @@ def _loop(model: WaveNet, dtype: torch.dtype, backend: str | None) -> Generator:
     # the values themselves are compared: version counters do not see what is written through `.data`
     now = [*weights] if local_weight is None else [*weights, local_weight]
     if key not in loops or not all(map(torch.equal, loops[key][1], now)):
-        copies = [w.clone() for w in now]
         loop = Generator(
-            WaveNetWeights(*copies[:11]), model.dilations, distribution=model.distribution, dtype=dtype,
-            log_scale_min=model.log_scale_min, local_weight=None if local_weight is None else copies[11],
+            weights, model.dilations, distribution=model.distribution, dtype=dtype,
+            log_scale_min=model.log_scale_min, local_weight=local_weight,
             backend=chosen,
         )  # fmt: skip
-        loops[key] = loop, copies
+        loops[key] = loop, [*loop.weights, *(w.clone() for w in now[len(weights) :])]
     return loops[key][0]
 
 

@@ -107,7 +107,7 @@ class Generator:
     Parameters
     ----------
     weights, dilations
-        The network; one dilation for each layer.
+        The network, which is copied; one dilation for each layer.
     distribution
         "categorical", "logistic" or "gaussian": what the outputs parametrise.
     log_scale_min
@@ -152,7 +152,7 @@ class Generator:
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"wavenet_generate: {name} holds NaN or infinity")
         self.backend = resolve("wavenet_generate", backend, weights.conv.device)
-        self.weights = WaveNetWeights(*(t.contiguous() for t in weights))
+        self.weights = WaveNetWeights(*(t.detach().clone(memory_format=torch.contiguous_format) for t in weights))
         self.dilations = list(dilations)
         _check_network(self.weights, self.dilations, distribution)
         layers, gates, _, _ = weights.conv.shape
