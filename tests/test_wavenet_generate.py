@@ -151,6 +151,21 @@ def test_float32_errs_as_float32_does(sizes: tuple[int, ...], batch: int, need: 
     assert 0 < error["cpu"] < 4 * error["reference"], error
 
 
+@pytest.mark.parametrize("batch", [1, 9])
+def test_forms_of_one_size(batch: int, need: Need, ran: Ran) -> None:
+    """Weights that take as many bytes laid out for few streams as for many: neither form is taken for the other."""
+    need(OP, "cpu")
+    w = network(7, 6, 6, 16, 16, 2)
+    w = w._replace(**{name: getattr(w, name)[:1] for name in ("conv", "residual", "residual_bias", "skip")})
+    u, state = draw("categorical", batch, 20), first(w, [1], batch)
+    start, gate_bias = state.last.clone(), torch.zeros(1, 1, 12)
+    with ran(OP, "cpu"):
+        samples, parameters = Generator(w, [1], backend="cpu").run(state, u, gate_bias, parameters=True)
+    assert parameters is not None
+    exact = teacher_forced(w, [1], start, samples, gate_bias)
+    torch.testing.assert_close(parameters.double(), exact, rtol=0, atol=1e-5)
+
+
 def test_same_uniforms_same_samples(need: Need, ran: Ran) -> None:
     """The C++ loop and the reference draw the same classes, up to a near-tie after which histories differ."""
     need(OP, "cpu")

@@ -28,14 +28,17 @@ void with_format(bool bf16, bool few, F&& f) {
 }
 
 // wavenet_pack(Tensor[] weights, bool bf16, bool few) -> Tensor: one uint8 buffer, laid out for this instruction set
-// and for few streams or many.
+// and for few streams or many, which its last byte tells: both can have the same size.
 Tensor wavenet_pack(std::vector<Tensor> weights, bool bf16, bool few) {
   const Shape s = shape_of(weights);
   std::optional<Tensor> packed;
   with_format(bf16, few, [&](auto format) {
     using W = decltype(format);
-    packed = packed_buffer(weights[0], Packed<W>(s, nullptr).bytes);
-    pack<W>(weights, s, static_cast<uint8_t*>(packed->data_ptr()));
+    const int64_t bytes = Packed<W>(s, nullptr).bytes;
+    packed = packed_buffer(weights[0], bytes + 1);
+    auto* data = static_cast<uint8_t*>(packed->data_ptr());
+    pack<W>(weights, s, data);
+    data[bytes] = few;
   });
   return *packed;
 }
@@ -74,10 +77,10 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
     job.given_value = given ? static_cast<const float*>(given->data_ptr()) : nullptr;
   }
   const auto* data = static_cast<const uint8_t*>(packed.data_ptr());
-  const int64_t bytes = packed.numel(), few_bytes = Packed<Float32Weight>(job.shape, nullptr).bytes;
-  with_format(bf16, bytes == few_bytes, [&](auto format) {
+  const int64_t bytes = packed.numel();
+  with_format(bf16, bytes > 0 && data[bytes - 1], [&](auto format) {
     using W = decltype(format);
-    const int64_t expected = Packed<W>(job.shape, nullptr).bytes;
+    const int64_t expected = Packed<W>(job.shape, nullptr).bytes + 1;
     FASTGEN_CHECK(bytes == expected, "wavenet_generate: packed weights of ", expected, " bytes are expected, got ",
                   bytes, " (packed for another shape or instruction set?)");
     if (job.streams > 0 && job.steps > 0) generate<W>(job, data);
