@@ -256,7 +256,8 @@ def test_bf16_weights_alone_are_rounded(sizes: tuple[int, ...], need: Need, ran:
     """Weights that bf16 holds give what float64 gives with them, to the error of fixed point in blocks of 64 inputs.
 
     A row of 64 weights of similar size has units of a 1300th of their standard deviation, 2^-10, hence errors of 2^-12;
-    an activation keeps 14 bits or more of the block's largest.
+    an activation keeps 14 bits or more of the block's largest. For few streams, with AVX-512, weights err by 2^-11 and
+    activations keep 11 bits.
     """
     need(OP, "cpu")
     outputs, residual, gate, skip, kernel_size = sizes
@@ -273,7 +274,8 @@ def test_bf16_weights_alone_are_rounded(sizes: tuple[int, ...], need: Need, ran:
         torch.set_num_threads(1)
         exact = teacher_forced(w, dilations, start, samples, gate_bias, cond)
         assert float(exact.std()) > 0.3
-        torch.testing.assert_close(parameters.double(), exact, rtol=0, atol=2e-3 * float(exact.std()))
+        largest = (6e-3 if streams == 1 else 2e-3) * float(exact.std())
+        torch.testing.assert_close(parameters.double(), exact, rtol=0, atol=largest)
         inverted("categorical", parameters, u, samples)
 
 
@@ -297,8 +299,9 @@ def test_bf16_weights_of_extreme_channels(need: Need, ran: Ran) -> None:
 def test_bf16_weights(batch: int, need: Need, ran: Ran) -> None:
     """bf16 weights disturb the parameters as rounding the weights in the reference does, and the KL is small.
 
-    Rounding to bf16 errs by 1.6e-3 of a weight, rms; fixed point adds some 2.2e-4 of the row's, a seventh. A change
-    d of the logits costs KL = Var_p(d) / 2 + O(d^3): with d of rms 0.01 to 0.03, some 1e-4.
+    Rounding to bf16 errs by 1.6e-3 of a weight, rms; fixed point adds some 2.2e-4 of the row's, a seventh; for few
+    streams 4.5e-4, and 2.5e-4 of the activations', a third. A change d of the logits costs KL = Var_p(d) / 2 + O(d^3):
+    with d of rms 0.01 to 0.03, some 1e-4.
     """
     need(OP, "cpu")
     w, dilations = default_network(seed=3)
@@ -316,7 +319,7 @@ def test_bf16_weights(batch: int, need: Need, ran: Ran) -> None:
     rounding = float((rounded - exact).pow(2).mean().sqrt())
     assert 1e-3 < rounding < 0.1
     assert float((parameters - exact).pow(2).mean().sqrt()) < 1.1 * rounding
-    assert float((parameters - rounded).pow(2).mean().sqrt()) < rounding / 5
+    assert float((parameters - rounded).pow(2).mean().sqrt()) < rounding / (2.8 if batch == 1 else 5)
     assert float((parameters - exact).abs().max()) < 2 * float((rounded - exact).abs().max())
     log_p = torch.log_softmax(exact, -1)
     divergence = (log_p.exp() * (log_p - torch.log_softmax(parameters.double(), -1))).sum(-1)

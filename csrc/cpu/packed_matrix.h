@@ -2,7 +2,7 @@
 // sample.
 //
 // Rows (outputs) lie in the lanes. A matrix is cut into panels of a few vectors of rows, and each panel is stored in
-// the order in which it is read. Three formats:
+// the order in which it is read. Four formats:
 //   - float: [panel][k][row]. Activations and sums are float32.
 //   - Int24, for float32 where the machine reads weights slower than it multiplies: whole numbers of a unit of the row,
 //     its largest weight, / 2^31. Four vectors of rows are three vectors of words: the upper 24 bits of each word are a
@@ -15,6 +15,10 @@
 //     multiplies and adds two inputs for each lane. Stored as [block][panel][k / 2][row][2], then the units of the
 //     panel's rows. Against bfloat16 that costs nothing: for each weight as many bits are read, and the error that is
 //     added, about 2^-12 of a row's typical weight, is a seventh of what rounding to bfloat16 made.
+//   - Int12, the same in three quarters of the bytes, for machines with AVX-512: four vectors of rows are three vectors
+//     of words, whose upper 12 bits are the first three's numbers and whose lower 4 give the fourth's. As in Int24 a
+//     word is multiplied as it is. Activations have 12 bits, so that more is left for the words' sums. The error of a
+//     typical weight is 2^-11 of it; with that of activations it is a third of what rounding to bfloat16 made.
 #pragma once
 
 #include <array>
@@ -29,13 +33,19 @@ constexpr int kPanelColumns = kVectorRegisters == 32 ? 6 : 3;  // columns that s
 constexpr int kBlock = 64;                                     // inputs that share a unit
 constexpr int kFetched = 1024;                                 // pairs of weights by which they are asked for ahead
 
-struct Int24 {};  // its matrices are words that vectors of rows share
+// Matrices of words that vectors of rows share.
+struct Int24 {};
+struct Int12 {};
 template <class W>
-constexpr bool kFixed = std::is_same_v<W, int16_t>;
+constexpr bool kShared = std::is_same_v<W, Int24> || std::is_same_v<W, Int12>;
 template <class W>
-constexpr bool kShared = std::is_same_v<W, Int24>;
-// How float32 weights are stored where each is read for a few columns alone.
+constexpr bool kFixed = std::is_same_v<W, int16_t> || std::is_same_v<W, Int12>;
+// How weights are stored where each is read for a few columns alone.
 using Float32Weight = std::conditional_t<kVectorBytes == 64, Int24, float>;
+using BFloat16Weight = std::conditional_t<kVectorBytes == 64, Int12, int16_t>;
+// The largest activation in fixed point, as a power of two.
+template <class W>
+constexpr int kActivationBits = kShared<W> ? 12 : 15;
 
 // A matrix of `rows` x `k` in units of W; rows are padded to whole vectors.
 template <class W>
@@ -47,8 +57,8 @@ struct PackedMatrix {
   int padded_k() const { return kFixed<W> ? static_cast<int>(round_up(k, 16)) : k; }
   // For each row of a block of k inputs, in a panel of so many vectors; a unit is a float.
   static int row_bytes(int vectors, int k) {
-    constexpr int kUnit = sizeof(float);
-    return kFixed<W> ? 2 * k + kUnit : kShared<W> ? (vectors >= 4 ? 3 : 4) * k + kUnit : 4 * k;
+    const int words = (kFixed<W> ? 2 : 4) * k, shared = kShared<W> && vectors >= 4 ? words / 4 * 3 : words;
+    return shared + (std::is_same_v<W, float> ? 0 : static_cast<int>(sizeof(float)));
   }
   int64_t bytes() const {
     int64_t n = 0;
@@ -122,13 +132,31 @@ void pack_matrix(const PackedMatrix<Int24>& m, Int24* out, F&& weight) {
   });
 }
 
-template <class F>
-void pack_matrix(const PackedMatrix<int16_t>& m, int16_t* out, F&& weight) {
-  // |activation| <= 2^15 and the block's |weight|, each rounded by up to 1/2, add up to less than 2^16
-  constexpr double kMostSum = 65500 - kBlock / 2, kMost = 32767;
+// The words of the first three of four numbers, which give the fourth as (a << 4) ^ (b << 8) ^ (c << 12). Each number
+// is met within 8.
+inline std::array<int16_t, 3> share_words(const std::array<int16_t, 4>& number) {
+  std::array<int16_t, 3> words;
+  int fourth = (number[3] + 8) >> 4 << 4;
+  for (int i = 0, shift = 4; i < 3; ++i, shift += 4) {
+    const int low = (fourth >> shift) & 15;
+    words[i] = static_cast<int16_t>(((number[i] - low + 8) >> 4 << 4) | low);
+    fourth ^= words[i] << shift;
+  }
+  return words;
+}
+
+template <class W, class F>
+  requires kFixed<W>
+void pack_matrix(const PackedMatrix<W>& m, W* to, F&& weight) {
+  // with each number's rounding, no sum over a block leaves 31 bits
+  constexpr double kRounding = kShared<W> ? 8.5 : 0.5, kMost = 32767 - (kShared<W> ? 16 : 0);
+  constexpr double kMostSum = (1 << (31 - kActivationBits<W>)) - kBlock * kRounding - 36;
+  auto* out = reinterpret_cast<int16_t*>(to);
   m.for_each_block([&](int begin, int k) {
     m.for_each_panel([&](int first, int vectors) {
       const int width = vectors * kF;
+      std::vector<int16_t> numbers(width * k);  // as they lie where words are not shared
+      std::vector<float> units(width);
       for (int r = 0; r < width; ++r) {
         double row[kBlock] = {}, sum = 0, most = 0;
         for (int c = 0; c < k && first + r < m.rows && begin + c < m.k; ++c) {
@@ -137,40 +165,71 @@ void pack_matrix(const PackedMatrix<int16_t>& m, int16_t* out, F&& weight) {
           most = std::max(most, std::fabs(row[c]));
         }
         // rows of zeros too need a unit whose products are ordinary numbers: others cost a hundred cycles each
-        const float unit = most > 0 ? std::max(static_cast<float>(std::max(sum / kMostSum, most / kMost)), 1e-37f) : 1;
+        units[r] = most > 0 ? std::max(static_cast<float>(std::max(sum / kMostSum, most / kMost)), 1e-37f) : 1;
         for (int c = 0; c < k; ++c)
-          out[(c / 2 * width + r) * 2 + c % 2] = static_cast<int16_t>(std::lrint(row[c] / unit));
-        std::memcpy(out + (k * width + 2 * r), &unit, sizeof unit);
+          numbers[(c / 2 * width + r) * 2 + c % 2] = static_cast<int16_t>(std::lrint(row[c] / units[r]));
       }
-      out += width * m.row_bytes(vectors, k) / sizeof *out;
+      constexpr int kVector = 2 * kF;
+      if (kShared<W> && vectors >= 4) {
+        for (size_t at = 0; at < numbers.size(); at += 4 * kVector, out += 3 * kVector)
+          for (int i = 0; i < kVector; ++i) {
+            const int16_t* n = &numbers[at + i];
+            const auto words = share_words({n[0], n[kVector], n[2 * kVector], n[3 * kVector]});
+            for (int v = 0; v < 3; ++v) out[v * kVector + i] = words[v];
+          }
+      } else {
+        out = std::copy(numbers.begin(), numbers.end(), out);
+      }
+      std::memcpy(out, units.data(), units.size() * sizeof(float));
+      out += 2 * units.size();
     });
   });
 }
 
 // A block of activations as whole numbers of `unit`, a power of two; not a number if one of them is not finite.
+template <int Bits>
 struct alignas(64) FixedBlock {
   int16_t x[kBlock];
   float unit;
 
   void set(const float* from, int k) {
+    set(k, [&](int c) FASTGEN_INLINE { return load(from + c); });
+  }
+  // value(c) is the vector of the activations from c on; k is a multiple of its lanes.
+  template <class F>
+  void set(int k, F&& value) {
+    k == kBlock ? set_vectors(kBlock / kF, value) : set_vectors(k / kF, value);
+  }
+
+ private:
+  template <class F>
+  [[gnu::always_inline]] void set_vectors(int count, F& value) {
     using Narrow = VectorOf<int16_t, kVectorBytes / 2>::type;
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-    const VecI largest = splat(32767);
+    constexpr int32_t kLargest = std::bit_cast<int32_t>(kShift) + 32767;
+    const auto each = [&](auto&& f) FASTGEN_INLINE {
+      unroll<kBlock / kF>([&](auto i) FASTGEN_INLINE {
+        if (i < count) f(i);
+      });
+    };
+    const auto larger_of = [](VecU a, VecU b) FASTGEN_INLINE { return larger<uint32_t>(a, b); };
+    VecF v[kBlock / kF];
     VecU most = {};
-    for (int c = 0; c < k; c += kF) {
-      const VecU magnitude = (VecU)load(from + c) & 0x7fffffff;
-      most = magnitude > most ? magnitude : most;
-    }
-    most = fold_lanes<uint32_t>(most, [](VecU a, VecU b) FASTGEN_INLINE { return larger<uint32_t>(a, b); });
+    each([&](auto i) FASTGEN_INLINE {
+      v[i] = value(i * kF);
+      most = larger_of(most, (VecU)v[i] & 0x7fffffff);
+    });
+    most = fold_lanes<uint32_t>(most, larger_of);
     VecU exponent = most >> 23;
     exponent = exponent > 32 ? exponent : 32 + VecU{};  // the unit is at least 2^-109
-    const VecF scale = (VecF)((268 - exponent) << 23);
-    for (int c = 0; c < k; c += kF) {
-      const VecI i = (VecI)(load(from + c) * scale + kShift) - (VecI)splat(kShift);
-      const Narrow narrow = __builtin_convertvector(i < largest ? i : largest, Narrow);
-      std::memcpy(x + c, &narrow, sizeof narrow);
-    }
-    unit = ((VecF)((exponent - 14) << 23) + ((VecF)most - (VecF)most))[0];
+    const VecF scale = (VecF)((Bits + 253 - exponent) << 23);
+    each([&](auto i) FASTGEN_INLINE {
+      VecI shifted = (VecI)(v[i] * scale + kShift);
+      if (Bits == 15) shifted = shifted < kLargest ? shifted : kLargest + VecI{};
+      const Narrow narrow = __builtin_convertvector(shifted, Narrow);
+      std::memcpy(x + i * kF, &narrow, sizeof narrow);
+    });
+    unit = ((VecF)((exponent - (Bits - 1)) << 23) + ((VecF)most - (VecF)most))[0];
   }
 };
 
@@ -193,10 +252,21 @@ class Inputs {
   }
   void set(int s, const float* x) {
     if constexpr (kFixed<W>)
-      for (int b = 0; b < blocks_; ++b)
-        fixed_[s * blocks_ + b].set(x + b * kBlock, std::min(kBlock, static_cast<int>(round_up(k_ - b * kBlock, 16))));
+      fill(s, nullptr, [&](int c) FASTGEN_INLINE { return load(x + c); });
     else
       x_[s] = x;
+  }
+  // x[s] from vectors, value(c) of them from c on, which float32 keeps at `to`.
+  template <class F>
+  [[gnu::always_inline]] void fill(int s, float* to, F&& value) {
+    if constexpr (kFixed<W>) {
+      for (int b = 0; b < blocks_; ++b)
+        fixed_[s * blocks_ + b].set(std::min(kBlock, static_cast<int>(round_up(k_ - b * kBlock, 16))),
+                                    [&](int c) FASTGEN_INLINE { return value(b * kBlock + c); });
+    } else {
+      for (int c = 0; c < k_; c += kF) store(to + c, value(c));
+      x_[s] = to;
+    }
   }
   // Columns [s, s + count): windows of `taps` pixels of `channels` (a multiple of 16) each, one pixel after another.
   void set_windows(int s, const float* pixels, int count, int taps, int channels) {
@@ -204,7 +274,7 @@ class Inputs {
       for (int i = 0; i < count; ++i) x_[s + i] = pixels + i * channels;
     } else if (channels % kBlock == 0) {  // pixels share nothing: each is converted once
       const int pixel_blocks = channels / kBlock;
-      FixedBlock* to = &fixed_[s * blocks_];
+      FixedBlock<kActivationBits<W>>* to = &fixed_[s * blocks_];
       for (int b = 0; b < (count + taps - 1) * pixel_blocks; ++b) to[b].set(pixels + b * kBlock, kBlock);
       for (int i = 0; i < count; ++i) at_[s + i] = s * blocks_ + i * pixel_blocks;
     } else {
@@ -219,7 +289,7 @@ class Inputs {
   // f(place, bytes) for each block that was copied.
   template <class F>
   void each_copy(F&& f) const {
-    for (const FixedBlock& block : fixed_) f(&block, sizeof block);
+    for (const auto& block : fixed_) f(&block, sizeof block);
   }
   decltype(auto) at(int s, int block) const {
     if constexpr (kFixed<W>)
@@ -230,7 +300,7 @@ class Inputs {
 
  private:
   int blocks_, k_;
-  OwnVector<FixedBlock> fixed_;
+  OwnVector<FixedBlock<kActivationBits<W>>> fixed_;
   OwnVector<const float*> x_;
   OwnVector<int> at_;  // first block of each column
 };
@@ -333,14 +403,32 @@ void panel_product(const Int24* panel, int k, const Inputs<Int24>& x, int block,
 }
 #endif
 
+#if defined(__AVX512BW__)
+// The fourth of four vectors of numbers, from the words of the other three: see share_words.
+inline VecU fourth_numbers(VecU a, VecU b, VecU c) {
+  const __m512i low = _mm512_slli_epi16((__m512i)a, 4), middle = _mm512_slli_epi16((__m512i)b, 8);
+  return (VecU)_mm512_ternarylogic_epi64(low, middle, _mm512_slli_epi16((__m512i)c, 12), 0x96);
+}
+#else
+inline VecU fourth_numbers(VecU a, VecU b, VecU c) {
+  using Words = Vec<uint16_t>;
+  return (VecU)((Words)a << 4 ^ (Words)b << 8 ^ (Words)c << 12);
+}
+#endif
+
 // The same in fixed point, for one block; k is a multiple of 16. With one column it takes as long as the weights take
 // to come: they are asked for well ahead, for the processor loses track of them between matrices.
-template <int Width, int NS>
-void panel_product(const int16_t* panel, int k, const Inputs<int16_t>& x, int block, int first,
-                   const float* const* init, float* const* y, int row) {
-  constexpr int NV = rows_at_once(Width, NS), kSplit = std::max(8 / (NS * NV), 1), kNext = Width * kF;
+template <int Width, int NS, class W>
+  requires kFixed<W>
+void panel_product(const W* panel, int k, const Inputs<W>& x, int block, int first, const float* const* init,
+                   float* const* y, int row) {
+  constexpr int NV = rows_at_once(Width, NS), kSplit = std::max(8 / (NS * NV), 1);
+  constexpr bool kShares = kShared<W> && Width >= 4;
+  constexpr int kNext = (kShares ? Width / 4 * 3 : Width) * kF;
+  const auto* words = reinterpret_cast<const uint32_t*>(panel);
+  const auto* units = reinterpret_cast<const float*>(words + int64_t{k} / 2 * kNext);
   for (int part = 0; part < Width; part += NV, row += NV * kF) {
-    const auto* w = reinterpret_cast<const uint32_t*>(panel) + part * kF;
+    const uint32_t* w = words + (kShares ? part / 4 * 3 : part) * kF;
     VecU sum[kSplit][NS][NV] = {};
 #pragma GCC unroll 16
     for (int c = 0; c < k; c += 2 * kSplit, w += kSplit * kNext)
@@ -351,17 +439,31 @@ void panel_product(const int16_t* panel, int k, const Inputs<int16_t>& x, int bl
           std::memcpy(&pair, x.at(first + s, block).x + c + 2 * q, sizeof pair);
           at[s] = splat(pair);
         });
-        unroll<NV>([&](auto v) FASTGEN_INLINE {
-          const VecU weights = load(w + q * kNext + v * kF);
-          if (NS == 1 && (v * kVectorBytes) % 64 == 0) __builtin_prefetch(w + q * kNext + v * kF + kFetched);
+        const auto fetched = [&](int v) FASTGEN_INLINE {
+          const uint32_t* from = w + q * kNext + v * kF;
+          if (NS == 1 && (v * kVectorBytes) % 64 == 0) __builtin_prefetch(from + kFetched);
+          return load(from);
+        };
+        const auto multiply = [&](VecU weights, auto v) FASTGEN_INLINE {
           unroll<NS>([&](auto s) FASTGEN_INLINE { sum[q][s][v] = add_pairs(sum[q][s][v], weights, at[s]); });
-        });
+        };
+        if constexpr (kShares)
+          unroll<NV / 4>([&](auto i) FASTGEN_INLINE {
+            constexpr int kFirst = 4 * i;
+            VecU a = fetched(3 * i), b = fetched(3 * i + 1), d = fetched(3 * i + 2);
+            asm("" : "+v"(a), "+v"(b), "+v"(d));  // or the compiler loads each twice
+            multiply(a, std::integral_constant<int, kFirst>{});
+            multiply(b, std::integral_constant<int, kFirst + 1>{});
+            multiply(d, std::integral_constant<int, kFirst + 2>{});
+            multiply(fourth_numbers(a, b, d), std::integral_constant<int, kFirst + 3>{});
+          });
+        else
+          unroll<NV>([&](auto v) FASTGEN_INLINE { multiply(fetched(v), v); });
       });
-    const auto* units = reinterpret_cast<const float*>(w);
     unroll<NS>([&](auto s) FASTGEN_INLINE {
       unroll<NV>([&](auto v) FASTGEN_INLINE {
         unroll<kSplit - 1>([&](auto q) FASTGEN_INLINE { sum[0][s][v] += sum[q + 1][s][v]; });
-        const VecF weighted = __builtin_convertvector((VecI)sum[0][s][v], VecF) * load(units + v * kF);
+        const VecF weighted = __builtin_convertvector((VecI)sum[0][s][v], VecF) * load(units + (part + v) * kF);
         const int at = row + v * kF;
         store(y[first + s] + at, load(init[first + s] + at) + weighted * x.at(first + s, block).unit);
       });

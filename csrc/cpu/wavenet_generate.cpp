@@ -22,9 +22,8 @@ void generate(const Job& job, const uint8_t* packed) {
 
 template <class F>
 void with_format(bool bf16, bool few, F&& f) {
-  if (bf16) return f(int16_t{});
-  if (few) return f(Float32Weight{});
-  f(float{});
+  if (bf16) return few ? f(BFloat16Weight{}) : f(int16_t{});
+  few ? f(Float32Weight{}) : f(float{});
 }
 
 // wavenet_pack(Tensor[] weights, bool bf16, bool few) -> Tensor: one uint8 buffer, laid out for this instruction set

@@ -54,10 +54,6 @@ inline void add(float* to, const float* from, int n) {
   for (int i = 0; i < n; i += kF) store(to + i, load(to + i) + load(from + i));
 }
 
-inline void relu(float* p, int n) {
-  for (int i = 0; i < n; i += kF) store(p + i, at_least(load(p + i), 0.0f));
-}
-
 // The streams [first, first + count) of a job, advanced by one thread or by two.
 template <class W>
 class Streams {
@@ -335,8 +331,11 @@ class Streams {
   void embed(Sample last, int i) {
     float* x = x_at_[i] = input(0, i);
     const float* w = net_.input + last.c * r_;
-    for (int j = 0; j < r_; j += kF) store(x + j, load(w + j) * last.value + load(net_.input_bias + j));
-    x_in_.set(i, x);
+    x_in_.fill(i, x, [&](int j) FASTGEN_INLINE {
+      const VecF y = load(w + j) * last.value + load(net_.input_bias + j);
+      store(x + j, y);
+      return y;
+    });
   }
 
   // z = tanh(a) * sigmoid(b).
@@ -352,9 +351,7 @@ class Streams {
     product(net_.layers[l].current, x_in_, pre_at_.data(), a_at_.data(), n_);
     for (int i = 0; i < n_; ++i) {
       const float* a = a_at_[i];
-      float* to = z(l, i);
-      for (int j = 0; j < h_; j += kF) store(to + j, gate(load(a + j), load(a + h_ + j)));
-      z_in(l).set(i, to);
+      z_in(l).fill(i, z(l, i), [&](int j) FASTGEN_INLINE { return gate(load(a + j), load(a + h_ + j)); });
     }
   }
 
@@ -381,19 +378,18 @@ class Streams {
     product(net_.layers[l].skip, z_in(l), to, to, n_);
   }
 
+  void rectify(const OwnVector<float*>& at, Inputs<W>& in) {
+    for (int i = 0; i < n_; ++i)
+      in.fill(i, at[i], [&](int j) FASTGEN_INLINE { return at_least(load(at[i] + j), 0.0f); });
+  }
+
   // Output layers, the next sample, and what the caller asked to keep.
   void emit(int64_t t) {
     const Shape& s = job_.shape;
     if (n_ == 1) add(skip_, led_skip_, s_);
-    for (int i = 0; i < n_; ++i) {
-      relu(skip_at_[i], s_);
-      skip_in_.set(i, skip_at_[i]);
-    }
+    rectify(skip_at_, skip_in_);
     product(net_.hidden, skip_in_, hidden_bias_at_.data(), hidden_at_.data(), n_);
-    for (int i = 0; i < n_; ++i) {
-      relu(hidden_at_[i], s_);
-      hidden_in_.set(i, hidden_at_[i]);
-    }
+    rectify(hidden_at_, hidden_in_);
     product(net_.output, hidden_in_, output_bias_at_.data(), out_at_.data(), n_);
     for (int i = 0; i < n_; ++i) {
       const int64_t b = first_ + i, at = b * job_.steps + t;

@@ -24,7 +24,7 @@ from fastgen.checks import check_classes, check_integer, check_positive, check_t
 from fastgen.ops import distributions
 
 DTYPES = (torch.float32, torch.bfloat16)
-FEW = 3  # streams a thread, up to which the CPU's float32 weights are stored so that reading them takes least
+FEW = 3  # streams a thread, up to which the CPU's weights are stored so that reading them takes least
 LARGEST = 1e38  # of any sum in the network; with the gate's bias and conditioning on top it is still a float32
 Layout = dict[str, int | list[int]]
 
@@ -264,9 +264,9 @@ class Generator:
         return samples, kept
 
     def _packed_on_cpu(self, streams: int) -> Tensor:
-        bf16 = self.dtype == torch.bfloat16
-        few = streams <= FEW * torch.get_num_threads() and not bf16
+        few = streams <= FEW * torch.get_num_threads()
         if few not in self._packed_for:
+            bf16 = self.dtype == torch.bfloat16
             self._packed_for[few] = torch.ops.fastgen.wavenet_pack(list(self.weights), bf16, few)
         return self._packed_for[few]
 
