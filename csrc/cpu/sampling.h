@@ -14,36 +14,38 @@ inline int64_t sampling_scratch(int classes) { return 2 * round_up(classes, kF);
 
 // The number of classes whose cumulative probability is <= u, for softmax(logits / temperature).
 inline int64_t sample_categorical(const float* logits, int classes, float temperature, float u, float* p) {
-  const int padded = static_cast<int>(round_up(classes, kF));
-  const float scale = 1.0f / temperature;
-  for (int i = 0; i < classes; ++i) p[i] = logits[i] * scale;
-  for (int i = classes; i < padded; ++i) p[i] = -INFINITY;
-  VecF tops = load(p);
-  for (int i = kF; i < padded; i += kF) {
-    const VecF x = load(p + i);
-    tops = x > tops ? x : tops;
+  const int vectors = static_cast<int>(round_up(classes, kF)) / kF;
+  float* sums = p + vectors * kF;  // of each vector's lanes
+  const auto logits_at = [&](int v) {
+    if ((v + 1) * kF <= classes) return load(logits + v * kF);
+    VecF some = splat(-INFINITY);
+    std::memcpy(&some, logits + v * kF, (classes - v * kF) * sizeof(float));
+    return some;
+  };
+  VecF tops = logits_at(0), totals = {};
+  for (int v = 1; v < vectors; ++v) tops = larger<float>(logits_at(v), tops);
+  const float top = largest_lane<float>(tops), scale = 1.0f / temperature;
+  for (int v = 0; v < vectors; ++v) store(p + v * kF, exp_bounded(at_least((logits_at(v) - top) * scale, -87.0f)));
+  for (int first = 0; first < vectors; first += kF) {
+    VecF rows[kF];
+    unroll<kF>([&](auto i) FASTGEN_INLINE { rows[i] = first + i < vectors ? load(p + (first + i) * kF) : VecF{}; });
+    const VecF of_rows = sums_of_rows<float>(rows);
+    store(sums + first, of_rows);
+    totals += of_rows;
   }
-  const float top = largest_lane<float>(tops);
-  float total = 0;
-  float* sum = p + padded;
-  for (int i = 0; i < padded; i += kF) {
-    const VecF e = exp_bounded(at_least(load(p + i) - top, -87.0f));
-    store(p + i, e);
-    total += sum[i / kF] = sum_of_lanes<float>(e);
-  }
-  const float threshold = u * total;
-  float below = 0;
-  for (int i = 0; i < padded; i += kF) {
-    if (below + sum[i / kF] <= threshold) {
-      below += sum[i / kF];
-      continue;
-    }
-    int c = i;
-    for (; c < i + kF - 1; ++c) {
-      below += p[c];
-      if (below > threshold) break;
-    }
-    return std::min(c, classes - 1);
+  const float threshold = u * sum_of_lanes<float>(totals);
+  float below = 0;                            // the sum of all that is passed
+  const auto passed = [&](const float* at) {  // how many of a vector's lanes are
+    const VecF upto = running_sums<float>(load(at)) + below;
+    const int n = std::popcount(sign_bits<float>((VecF)(upto <= threshold)));
+    if (n > 0) below = upto[n - 1];
+    return n;
+  };
+  for (int first = 0; first < vectors; first += kF) {
+    const int n = passed(sums + first);
+    if (n == kF) continue;
+    const int v = first + n;
+    return v < vectors ? std::min(v * kF + passed(p + v * kF), classes - 1) : classes - 1;
   }
   return classes - 1;
 }

@@ -306,6 +306,18 @@ inline T sum_of_lanes(Vec<T> v) {
   return fold_lanes<T>(v, [](Vec<T> a, Vec<T> b) FASTGEN_INLINE { return a + b; })[0];
 }
 
+// In each lane the sum of the lanes up to it.
+template <class T>
+inline Vec<T> running_sums(Vec<T> v) {
+  constexpr int kN = kLanes<T>;
+  unroll<std::countr_zero(unsigned{kN})>([&](auto i) FASTGEN_INLINE {
+    v += [&]<int... L>(std::integer_sequence<int, L...>) FASTGEN_INLINE {
+      return __builtin_shufflevector(v, Vec<T>{}, (L < (1 << i) ? kN : L - (1 << i))...);
+    }(std::make_integer_sequence<int, kN>{});
+  });
+  return v;
+}
+
 // The sum of the lanes of each vector, of rows[i] in lane i; the rows are used up.
 template <class T>
 inline Vec<T> sums_of_rows(Vec<T> (&rows)[kLanes<T>]) {
