@@ -164,8 +164,8 @@ void pack_matrix(const PackedMatrix<W>& m, W* to, F&& weight) {
           sum += std::fabs(row[c]);
           most = std::max(most, std::fabs(row[c]));
         }
-        // rows of zeros too need a unit whose products are ordinary numbers: others cost a hundred cycles each
-        units[r] = most > 0 ? std::max(static_cast<float>(std::max(sum / kMostSum, most / kMost)), 1e-37f) : 1;
+        if (most == 0) continue;  // its unit is zero, whatever its words will hold of others' bits
+        units[r] = std::max(static_cast<float>(std::max(sum / kMostSum, most / kMost)), 1e-37f);
         for (int c = 0; c < k; ++c)
           numbers[(c / 2 * width + r) * 2 + c % 2] = static_cast<int16_t>(std::lrint(row[c] / units[r]));
       }
