@@ -15,22 +15,31 @@ constexpr int kWide = 3;  // vectors of a block of sums
 template <class T>
 constexpr int kTile = kWide * kLanes<T>;
 
-// sum[i][v] += sum_k a[i * row + k * column] * b[k * ld + v * lanes]. Not inlined: among other variables the compiler
-// would keep some of the sums in memory.
+// sum[i][v] += sum_k a[i * row + k * column] * b[k * ld + v * lanes]. To be inlined where the sums are the only
+// variables: among others the compiler would keep some of them in memory.
 template <class T, int Rows, int Wide>
-[[gnu::noinline]] void multiply_add(Vec<T> (&sum)[Rows][Wide], const T* a, int64_t row, int64_t column, const T* b,
-                                    int64_t ld, int64_t k) {
-  Vec<T> local[Rows][Wide];
-  unroll<Rows>([&](auto i) FASTGEN_INLINE { unroll<Wide>([&](auto v) FASTGEN_INLINE { local[i][v] = sum[i][v]; }); });
+[[gnu::always_inline]] inline void multiply_add_here(Vec<T> (&sum)[Rows][Wide], const T* a, int64_t row, int64_t column,
+                                                     const T* b, int64_t ld, int64_t k) {
   for (int64_t c = 0; c < k; ++c, a += column, b += ld) {
     Vec<T> right[Wide];
     unroll<Wide>([&](auto v) FASTGEN_INLINE { right[v] = load(b + v * kLanes<T>); });
     unroll<Rows>([&](auto i) FASTGEN_INLINE {
       const Vec<T> left = splat(a[i * row]);
-      unroll<Wide>([&](auto v) FASTGEN_INLINE { local[i][v] += left * right[v]; });
+      unroll<Wide>([&](auto v) FASTGEN_INLINE { sum[i][v] += left * right[v]; });
     });
   }
-  unroll<Rows>([&](auto i) FASTGEN_INLINE { unroll<Wide>([&](auto v) FASTGEN_INLINE { sum[i][v] = local[i][v]; }); });
+}
+template <int Rows, int Wide, class F>
+[[gnu::always_inline]] inline void each_sum(F&& f) {
+  unroll<Rows>([&](auto i) FASTGEN_INLINE { unroll<Wide>([&](auto v) FASTGEN_INLINE { f(i, v); }); });
+}
+template <class T, int Rows, int Wide>
+[[gnu::noinline]] void multiply_add(Vec<T> (&sum)[Rows][Wide], const T* a, int64_t row, int64_t column, const T* b,
+                                    int64_t ld, int64_t k) {
+  Vec<T> local[Rows][Wide];
+  each_sum<Rows, Wide>([&](auto i, auto v) FASTGEN_INLINE { local[i][v] = sum[i][v]; });
+  multiply_add_here<T>(local, a, row, column, b, ld, k);
+  each_sum<Rows, Wide>([&](auto i, auto v) FASTGEN_INLINE { sum[i][v] = local[i][v]; });
 }
 
 // Rows packed for multiply_add: panels of `rows` rows, each [k][rows]; weight(row, k), zero past `n`.
@@ -42,6 +51,22 @@ std::vector<T> pack_rows(int64_t n, int64_t k, int rows, F&& weight) {
     for (int64_t c = 0; c < k; ++c)
       for (int64_t r = first; r < first + rows; ++r) *p++ = r < n ? weight(r, c) : T(0);
   return packed;
+}
+
+// A row of a tile: `count` values, the rest zero. Whole rows are the rule, and then the compiler knows their length.
+template <class T, class E>
+inline void load_tile_row(T* __restrict to, const E* __restrict from, int64_t count) {
+  if (count == kTile<T>)
+    load_row(to, from, kTile<T>, kTile<T>);
+  else
+    load_row(to, from, count, kTile<T>);
+}
+
+// Asks for one of `parts` parts of the next tile's rows: they lie far apart, where no hardware looks ahead.
+template <class T, class F>
+inline void fetch_rows(int64_t rows, int64_t part, int64_t parts, F&& row) {
+  for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; ++r)
+    prefetch_to_l2(row(r), kTile<T> * sizeof(*row(r)) + 63);
 }
 
 // One row of a block of sums.
@@ -84,6 +109,10 @@ void load_inputs(const LayerShape& s, const E* x, int64_t t, T* to) {
     const int64_t before = std::clamp<int64_t>(-from, 0, kTile<T>);
     const int64_t count = std::clamp<int64_t>(s.steps - from - before, 0, kTile<T> - before);
     for (int64_t c = 0; c < s.channels; ++c, to += kTile<T>) {
+      if (count == kTile<T>) {
+        load_row(to, x + c * s.steps + from, kTile<T>, kTile<T>);  // of a length that the compiler knows
+        continue;
+      }
       for (int64_t i = 0; i < before; ++i) to[i] = T(0);
       load_row(to + before, x + c * s.steps + from + before, count, kTile<T> - before);
     }
@@ -173,8 +202,11 @@ void layer_forward(const LayerShape& s, const LayerTensors<E>& in, E* z_out, E* 
     T* z = tile_aligned(z_memory, gates.padded * kTile<T>);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / tiles, t = item % tiles * kTile<T>, count = std::min<int64_t>(kTile<T>, s.steps - t);
-      load_inputs(s, in.x + b * s.channels * s.steps, t, inputs);
+      const E* x = in.x + b * s.channels * s.steps;
+      load_inputs(s, x, t, inputs);
       for (int64_t h = 0; h < gates.padded; h += kHalf) {
+        fetch_rows<T>(s.channels, h / kHalf, gates.padded / kHalf,
+                      [&](int64_t c) { return x + c * s.steps + t + kTile<T>; });
         Vec<T> sum[kRows][kWide];
         gates.sums(s, in, inputs, b, t, h, sum);
 #pragma GCC unroll 4

@@ -6,7 +6,7 @@
 namespace fastgen {
 namespace {
 
-// Gradients in the compute type; see layer_backward.
+// Gradients in the compute type; see LayerBackward.
 template <class T>
 struct LayerGradients {
   T *x, *weight, *bias, *out_weight, *out_bias;  // the last two null without 1x1s
@@ -26,37 +26,36 @@ void transpose(const T* from, int64_t rows, T* to, int64_t ld) {  // (rows, kTil
 
 // c (rows, ld) += a (rows, kTile) * b (kTile, ld); rows a multiple of kRows, ld of the lanes.
 template <class T, int Wide>
-void accumulate_block(const T* a, const T* b, T* c, int64_t rows, int64_t ld) {
-  for (int64_t r = 0; r < rows; r += kRows) {
+[[gnu::noinline]] void accumulate_block(const T* a, const T* b, T* c, int64_t rows, int64_t ld) {
+  for (int64_t r = 0; r < rows; r += kRows, a += kRows * kTile<T>, c += kRows * ld) {
     Vec<T> sum[kRows][Wide] = {};  // a tile's own sum first: c may be far larger, and would round every product away
-    multiply_add<T>(sum, a + r * kTile<T>, kTile<T>, 1, b, ld, kTile<T>);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < Wide; ++v) {
-        T* to = c + (r + i) * ld + v * kLanes<T>;
-        store(to, load(to) + sum[i][v]);
-      }
+    multiply_add_here<T>(sum, a, kTile<T>, 1, b, ld, kTile<T>);
+    each_sum<kRows, Wide>([&](auto i, auto v) FASTGEN_INLINE {
+      T* to = c + i * ld + v * kLanes<T>;
+      store(to, load(to) + sum[i][v]);
+    });
   }
 }
 template <class T>
 void accumulate(const T* a, const T* b, T* c, int64_t rows, int64_t ld) {
-  int64_t n = 0;
-  for (; n + 3 * kLanes<T> <= ld; n += 3 * kLanes<T>) accumulate_block<T, 3>(a, b + n, c + n, rows, ld);
-  if (ld - n == 2 * kLanes<T>) accumulate_block<T, 2>(a, b + n, c + n, rows, ld);
-  if (ld - n == kLanes<T>) accumulate_block<T, 1>(a, b + n, c + n, rows, ld);
+  const int64_t vectors = ld / kLanes<T>;
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t left = vectors - v, n = v * kLanes<T>;
+    const int wide = left == 4 ? 2 : std::min<int64_t>(left, 3);  // one vector alone would wait for its sums
+    if (wide == 3) accumulate_block<T, 3>(a, b + n, c + n, rows, ld);
+    if (wide == 2) accumulate_block<T, 2>(a, b + n, c + n, rows, ld);
+    if (wide == 1) accumulate_block<T, 1>(a, b + n, c + n, rows, ld);
+    v += wide;
+  }
 }
 
-// The sum over each row of a tile, added to `sums`.
+// Each row of a tile, vector by vector, added to a vector of sums.
 template <class T>
-void add_row_sums(const T* tile, int64_t rows, T* sums) {
-  for (int64_t r = 0; r < rows; ++r) {
-    Vec<T> v = load(tile + r * kTile<T>);
-    for (int i = 1; i < kWide; ++i) v += load(tile + r * kTile<T> + i * kLanes<T>);
-    T lanes[kLanes<T>], sum = T(0);
-    store(lanes, v);
-    for (int i = 0; i < kLanes<T>; ++i) sum += lanes[i];
-    sums[r] += sum;
+void add_row_vectors(const T* tile, int64_t rows, T* sums) {
+  for (int64_t r = 0; r < rows; ++r, tile += kTile<T>, sums += kLanes<T>) {
+    Vec<T> sum = load(tile);
+    for (int v = 1; v < kWide; ++v) sum += load(tile + v * kLanes<T>);
+    store(sums, load(sums) + sum);
   }
 }
 
@@ -64,152 +63,227 @@ void add_row_sums(const T* tile, int64_t rows, T* sums) {
 // gives to x at t - shift is added there at once. A thread owns segments of time: it alone writes x's gradient in them,
 // and runs on past the end of each, without counting weights, as far as the convolution reaches back.
 template <class T, class E>
+class LayerBackward {
+ public:
+  LayerBackward(const LayerShape& shape, const LayerTensors<E>& in, const E* grad_z, const E* grad_residual,
+                const E* grad_skip, const LayerGradients<T>& out)
+      : s_(shape),
+        in_(in),
+        grad_z_(grad_z),
+        grad_residual_(grad_residual),
+        grad_skip_(grad_skip),
+        out_(out),
+        gates_(shape, in.weight, in.bias),
+        hp_(round_up(shape.gate, kRows)),
+        op_(round_up(shape.outs, kRows)),
+        ld_(round_up(shape.taps(), kLanes<T>)),
+        zld_(round_up(shape.gate, kLanes<T>)) {
+    const int64_t gate = s_.gate, outs = s_.outs, channels = s_.channels, kernel = s_.kernel;
+    if (outs)
+      back_out_ = pack_rows<T>(gate, outs, kRows,
+                               [&](int64_t h, int64_t o) { return static_cast<T>(in.out_weight[o * gate + h]); });
+    for (int64_t k = 0; k < kernel; ++k)
+      back_.push_back(pack_rows<T>(channels, 2 * hp_, kRows, [&](int64_t c, int64_t r) {
+        const int64_t half = r < hp_ ? 0 : 1, h = r - half * hp_;
+        return h < gate ? static_cast<T>(in.weight[((half * gate + h) * channels + c) * kernel + k]) : T(0);
+      }));
+
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t wanted = s_.batch % threads == 0 ? 1 : s_.steps / (2 * s_.reach() + kTile<T>);
+    segments_ = std::clamp<int64_t>(wanted, 1, threads);
+    length_ = std::max<int64_t>(kTile<T>, round_up((s_.steps + segments_ - 1) / segments_, kTile<T>));
+    segments_ = (s_.steps + length_ - 1) / length_;
+    items_ = s_.batch * segments_;
+    workers_.resize(std::clamp<int64_t>(items_, 1, threads));  // one also for no items: its sums are zero
+    gate_sums_.resize(items_ * 2 * hp_);
+    out_sums_.resize(items_ * op_);
+  }
+
+  void run() {
+    const int64_t workers = workers_.size();
+    for_each_worker(workers, [&](int64_t i) {
+      workers_[i].reserve(*this);
+      for (int64_t item = i * items_ / workers; item < (i + 1) * items_ / workers; ++item) segment(workers_[i], item);
+    });
+    sum_weights();
+    sum_rows();
+  }
+
+ private:
+  // A thread's buffers of one tile, and its sums.
+  struct Worker {
+    std::vector<T> memory;
+    T *inputs, *da, *grad_gate, *z, *grad_out;  // (rows, kTile)
+    T *inputs_t, *z_t;                          // (kTile, rows)
+    T *weight_sum, *out_sum;                    // (2 hp, ld), (op, zld)
+    T* row_sums;                                // (2 hp + op, lanes), of one item
+
+    void reserve(const LayerBackward& l) {
+      constexpr int64_t tile = kTile<T>;
+      constexpr int64_t kApart = 4096 / sizeof(T);  // one thread's fetching ahead does not reach another's sums
+      const std::pair<T**, int64_t> parts[] = {
+          {&inputs, l.s_.taps() * tile}, {&da, 2 * l.hp_ * tile},
+          {&grad_gate, l.hp_ * tile},    {&z, l.hp_ * tile},
+          {&grad_out, l.op_ * tile},     {&inputs_t, l.ld_ * tile},
+          {&z_t, l.zld_ * tile},         {&weight_sum, 2 * l.hp_ * l.ld_},
+          {&out_sum, l.op_ * l.zld_},    {&row_sums, (2 * l.hp_ + l.op_) * kLanes<T>}};
+      int64_t total = 2 * kApart;
+      for (auto& [part, size] : parts) total += size;
+      T* next = tile_aligned(memory, total) + kApart;
+      for (auto& [part, size] : parts) *part = std::exchange(next, next + size);
+    }
+  };
+
+  void segment(Worker& w, int64_t item) {
+    const int64_t b = item / segments_, first = item % segments_ * length_;
+    const int64_t last = std::min(first + length_, s_.steps);
+    std::fill_n(w.row_sums, (2 * hp_ + op_) * kLanes<T>, T(0));
+    for (int64_t t = first; t < std::min(s_.steps, last + s_.reach()); t += kTile<T>) {
+      load_inputs(s_, in_.x + b * s_.channels * s_.steps, t, w.inputs);
+      gradient_of_z(w, b, t);
+      gradient_of_gate(w, b, t);
+      for (int64_t k = s_.kernel - 1; k >= 0; --k) gradient_of_x(w, b, t, k, first, last);
+      if (t < last) count_weights(w, b, t);
+    }
+    for (int64_t r = 0; r < 2 * hp_ + op_; ++r)
+      (r < 2 * hp_ ? gate_sums_[item * 2 * hp_ + r] : out_sums_[item * op_ + r - 2 * hp_]) =
+          sum_of_lanes<T>(load(w.row_sums + r * kLanes<T>));
+  }
+
+  int64_t count(int64_t t) const { return std::min<int64_t>(kTile<T>, s_.steps - t); }
+
+  // Rows of the gradient that is given, and row r of it from time t on.
+  int64_t given_rows() const { return s_.outs ? s_.outs : s_.gate; }
+  const E* given(int64_t b, int64_t r, int64_t t) const {
+    if (!s_.outs) return grad_z_ + (b * s_.gate + r) * s_.steps + t;
+    return r < s_.channels ? grad_residual_ + (b * s_.channels + r) * s_.steps + t
+                           : grad_skip_ + (b * s_.skips() + r - s_.channels) * s_.steps + t;
+  }
+
+  void gradient_of_z(Worker& w, int64_t b, int64_t t) const {
+    T* rows = s_.outs ? w.grad_out : w.grad_gate;
+    for (int64_t r = 0; r < given_rows(); ++r) load_tile_row(rows + r * kTile<T>, given(b, r, t), count(t));
+    for (int64_t h = 0; s_.outs && h < hp_; h += kRows) {
+      Vec<T> sum[kRows][kWide] = {};
+      multiply_add<T>(sum, back_out_.data() + h * s_.outs, 1, kRows, rows, kTile<T>, s_.outs);
+      for (int i = 0; i < kRows; ++i)
+        for (int v = 0; v < kWide; ++v) store(w.grad_gate + (h + i) * kTile<T> + v * kLanes<T>, sum[i][v]);
+    }
+  }
+
+  void gradient_of_gate(Worker& w, int64_t b, int64_t t) const {
+    constexpr int kHalf = GateWeights<T, E>::kHalf;
+    for (int64_t h = 0; h < gates_.padded; h += kHalf) {
+      const int64_t panel = h / kHalf, panels = gates_.padded / kHalf, next = t + kTile<T>;
+      fetch_rows<T>(given_rows(), panel, panels, [&](int64_t r) { return given(b, r, next); });
+      fetch_rows<T>(s_.channels, panel, panels,
+                    [&](int64_t c) { return in_.x + (b * s_.channels + c) * s_.steps + next; });
+      Vec<T> sum[kRows][kWide];
+      gates_.sums(s_, in_, w.inputs, b, t, h, sum);
+      for (int i = 0; i < kHalf; ++i)
+        for (int v = 0; v < kWide; ++v) {
+          Vec<T> tanh, sigmoid;
+          gate_parts(sum[i][v], sum[i + kHalf][v], tanh, sigmoid);
+          const int64_t at = (h + i) * kTile<T> + v * kLanes<T>;
+          const Vec<T> g = load(w.grad_gate + at) * sigmoid;
+          store(w.z + at, tanh * sigmoid);
+          store(w.da + at, g * (T(1) - tanh * tanh));
+          store(w.da + hp_ * kTile<T> + at, g * tanh * (T(1) - sigmoid));
+        }
+    }
+    if (out_.cond && !in_.cond_constant)
+      for (int64_t r = 0; r < 2 * s_.gate; ++r)
+        std::memcpy(out_.cond + (b * 2 * s_.gate + r) * s_.steps + t, w.da + padded_row(r) * kTile<T>,
+                    count(t) * sizeof(T));
+  }
+
+  // Adds what tap k gives to x in [first, last); the last tap is the first to come there, and brings the residual.
+  void gradient_of_x(Worker& w, int64_t b, int64_t t, int64_t k, int64_t first, int64_t last) const {
+    const int64_t to = t - (s_.kernel - 1 - k) * s_.dilation;
+    const int64_t begin = std::clamp<int64_t>(first - to, 0, count(t));
+    const int64_t end = std::clamp<int64_t>(last - to, 0, count(t));
+    if (begin >= end) return;
+    const bool fresh = k == s_.kernel - 1;
+    for (int64_t c = 0; c < s_.channels; c += kRows) {
+      Vec<T> sum[kRows][kWide] = {};
+      multiply_add<T>(sum, back_[k].data() + c * 2 * hp_, 1, kRows, w.da, kTile<T>, 2 * hp_);
+      for (int i = 0; i < kRows && c + i < s_.channels; ++i) {
+        T* x = out_.x + (b * s_.channels + c + i) * s_.steps + to;
+        const T* before = !fresh ? x : s_.outs ? w.grad_out + (c + i) * kTile<T> : nullptr;
+        if (end - begin == kTile<T>) {
+          for (int v = 0; v < kWide; ++v)
+            store(x + v * kLanes<T>, before ? sum[i][v] + load(before + v * kLanes<T>) : sum[i][v]);
+          continue;
+        }
+        T row[kTile<T>];
+        for (int v = 0; v < kWide; ++v) store(row + v * kLanes<T>, sum[i][v]);
+        for (int64_t j = begin; j < end; ++j) x[j] = before ? row[j] + before[j] : row[j];
+      }
+    }
+  }
+
+  void count_weights(Worker& w, int64_t b, int64_t t) const {
+    transpose(w.inputs, s_.taps(), w.inputs_t, ld_);
+    accumulate(w.da, w.inputs_t, w.weight_sum, 2 * hp_, ld_);
+    add_row_vectors(w.da, 2 * hp_, w.row_sums);
+    if (!s_.outs) return;
+    transpose(w.z, s_.gate, w.z_t, zld_);
+    accumulate(w.grad_out, w.z_t, w.out_sum, op_, zld_);
+    add_row_vectors(w.grad_out, s_.outs, w.row_sums + 2 * hp_ * kLanes<T>);
+  }
+
+  int64_t padded_row(int64_t r) const { return r < s_.gate ? r : hp_ + r - s_.gate; }
+
+  // The threads' sums, in a fixed order.
+  void sum_weights() {
+    const Worker& total = workers_[0];
+    for (size_t i = 1; i < workers_.size(); ++i) {
+      for (int64_t j = 0; j < 2 * hp_ * ld_; ++j) total.weight_sum[j] += workers_[i].weight_sum[j];
+      for (int64_t j = 0; j < op_ * zld_; ++j) total.out_sum[j] += workers_[i].out_sum[j];
+    }
+    for (int64_t r = 0; r < 2 * s_.gate; ++r)
+      for (int64_t c = 0; c < s_.channels; ++c)
+        for (int64_t k = 0; k < s_.kernel; ++k)
+          out_.weight[(r * s_.channels + c) * s_.kernel + k] =
+              total.weight_sum[padded_row(r) * ld_ + k * s_.channels + c];
+    for (int64_t r = 0; r < s_.outs; ++r) std::copy_n(total.out_sum + r * zld_, s_.gate, out_.out_weight + r * s_.gate);
+  }
+  void sum_rows() const {
+    for (int64_t r = 0; r < 2 * s_.gate; ++r) {
+      T total = 0;
+      for (int64_t b = 0; b < s_.batch; ++b) {
+        T sum = 0;
+        for (int64_t i = b * segments_; i < (b + 1) * segments_; ++i) sum += gate_sums_[i * 2 * hp_ + padded_row(r)];
+        if (out_.cond && in_.cond_constant) out_.cond[b * 2 * s_.gate + r] = sum;
+        total += sum;
+      }
+      out_.bias[r] = total;
+    }
+    for (int64_t r = 0; r < s_.outs; ++r) {
+      T sum = 0;
+      for (int64_t i = 0; i < items_; ++i) sum += out_sums_[i * op_ + r];
+      out_.out_bias[r] = sum;
+    }
+  }
+
+  const LayerShape& s_;
+  const LayerTensors<E>& in_;
+  const E *grad_z_, *grad_residual_, *grad_skip_;
+  const LayerGradients<T>& out_;
+  GateWeights<T, E> gates_;
+  int64_t hp_, op_, ld_, zld_;         // rows of half a gate and of the 1x1s, columns of the weights' gradients; padded
+  std::vector<T> back_out_;            // transposed weights: gate channels from outputs,
+  std::vector<std::vector<T>> back_;   // and input channels from gate rows for each tap
+  int64_t segments_, length_, items_;  // segments of a sequence and their steps; items are all sequences' segments
+  std::vector<Worker> workers_;
+  std::vector<T> gate_sums_, out_sums_;  // (items, 2 hp) and (items, op)
+};
+
+// grad_z without 1x1s, else grad_residual and grad_skip.
+template <class T, class E>
 void layer_backward(const LayerShape& s, const LayerTensors<E>& in, const E* grad_z, const E* grad_residual,
                     const E* grad_skip, const LayerGradients<T>& out) {
-  const GateWeights<T, E> gates(s, in.weight, in.bias);
-  constexpr int kHalf = GateWeights<T, E>::kHalf;
-  constexpr int64_t tile = kTile<T>;
-  const int64_t hp = round_up(s.gate, kRows), cp = round_up(s.channels, kRows), op = round_up(s.outs, kRows);
-  const int64_t ld = round_up(s.taps(), kLanes<T>), zld = round_up(s.gate, kLanes<T>);
-  // transposed weights: gate channels from outputs, and input channels from gate rows for each tap
-  std::vector<T> back_out;
-  if (s.outs)
-    back_out = pack_rows<T>(s.gate, s.outs, kRows,
-                            [&](int64_t h, int64_t o) { return static_cast<T>(in.out_weight[o * s.gate + h]); });
-  std::vector<std::vector<T>> back(s.kernel);
-  for (int64_t k = 0; k < s.kernel; ++k)
-    back[k] = pack_rows<T>(s.channels, 2 * hp, kRows, [&](int64_t c, int64_t r) {
-      const int64_t h = r < hp ? r : r - hp;
-      return h >= s.gate ? T(0)
-                         : static_cast<T>(in.weight[((r < hp ? h : s.gate + h) * s.channels + c) * s.kernel + k]);
-    });
-
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t segments = s.batch % threads == 0 ? 1 : std::clamp<int64_t>(s.steps / (2 * s.reach() + tile), 1, threads);
-  const int64_t length = std::max(tile, round_up((s.steps + segments - 1) / segments, tile));
-  segments = (s.steps + length - 1) / length;
-  const int64_t items = s.batch * segments, workers = std::min(items, threads);
-  const int64_t weight_size = 2 * hp * ld, out_size = op * zld;
-  std::vector<T> weight_sums(workers * weight_size), out_sums(workers * out_size);
-  std::vector<T> gate_sums(items * 2 * hp), row_sums(items * op);
-
-  for_each_worker(workers, [&](int64_t worker) {
-    T* weight_sum = weight_sums.data() + worker * weight_size;
-    T* out_sum = out_sums.data() + worker * out_size;
-    std::vector<T> memory;
-    T* inputs = tile_aligned(memory, (s.taps() + 2 * hp + 2 * hp + op) * tile + tile * (ld + zld) + tile);
-    T* da = inputs + s.taps() * tile;    // (2hp, tile)
-    T* grad_gate = da + 2 * hp * tile;   // (hp, tile)
-    T* z = grad_gate + hp * tile;        // (hp, tile)
-    T* grad_out = z + hp * tile;         // (op, tile)
-    T* inputs_t = grad_out + op * tile;  // (tile, ld)
-    T* z_t = inputs_t + tile * ld;       // (tile, zld)
-    for (int64_t item = worker * items / workers; item < (worker + 1) * items / workers; ++item) {
-      const int64_t b = item / segments, first = item % segments * length;
-      const int64_t last = std::min(first + length, s.steps);
-      T* grad_x = out.x + b * s.channels * s.steps;
-      for (int64_t t = first; t < std::min(s.steps, last + s.reach()); t += tile) {
-        const bool own = t < last;
-        const int64_t count = std::min(tile, s.steps - t);
-        load_inputs(s, in.x + b * s.channels * s.steps, t, inputs);
-        if (s.outs) {
-          for (int64_t r = 0; r < s.outs; ++r)
-            load_row(grad_out + r * tile,
-                     r < s.channels ? grad_residual + (b * s.channels + r) * s.steps + t
-                                    : grad_skip + (b * s.skips() + r - s.channels) * s.steps + t,
-                     count, tile);
-          for (int64_t h = 0; h < hp; h += kRows) {
-            Vec<T> sum[kRows][kWide] = {};
-            multiply_add<T>(sum, back_out.data() + h * s.outs, 1, kRows, grad_out, tile, s.outs);
-            for (int i = 0; i < kRows; ++i)
-              for (int v = 0; v < kWide; ++v) store(grad_gate + (h + i) * tile + v * kLanes<T>, sum[i][v]);
-          }
-        } else {
-          for (int64_t h = 0; h < s.gate; ++h)
-            load_row(grad_gate + h * tile, grad_z + (b * s.gate + h) * s.steps + t, count, tile);
-        }
-        for (int64_t h = 0; h < gates.padded; h += kHalf) {
-          Vec<T> sum[kRows][kWide];
-          gates.sums(s, in, inputs, b, t, h, sum);
-          for (int i = 0; i < kHalf; ++i)
-            for (int v = 0; v < kWide; ++v) {
-              Vec<T> tanh, sigmoid;
-              gate_parts(sum[i][v], sum[i + kHalf][v], tanh, sigmoid);
-              const int64_t at = (h + i) * tile + v * kLanes<T>;
-              const Vec<T> g = load(grad_gate + at) * sigmoid;
-              store(z + at, tanh * sigmoid);
-              store(da + at, g * (T(1) - tanh * tanh));
-              store(da + hp * tile + at, g * tanh * (T(1) - sigmoid));
-            }
-        }
-        for (int64_t k = s.kernel - 1; k >= 0; --k) {
-          const int64_t to = t - (s.kernel - 1 - k) * s.dilation;
-          const int64_t begin = std::clamp<int64_t>(first - to, 0, count);
-          const int64_t end = std::clamp<int64_t>(last - to, 0, count);
-          if (begin >= end) continue;
-          for (int64_t c = 0; c < cp; c += kRows) {
-            Vec<T> sum[kRows][kWide] = {};
-            multiply_add<T>(sum, back[k].data() + c * 2 * hp, 1, kRows, da, tile, 2 * hp);
-            for (int i = 0; i < kRows && c + i < s.channels; ++i) {
-              T row[kTile<T>];
-              for (int v = 0; v < kWide; ++v) store(row + v * kLanes<T>, sum[i][v]);
-              T* x = grad_x + (c + i) * s.steps + to;
-              if (k == s.kernel - 1) {  // the first to reach these samples
-                const T* residual = s.outs ? grad_out + (c + i) * tile : nullptr;
-                for (int64_t j = begin; j < end; ++j) x[j] = row[j] + (residual ? residual[j] : T(0));
-              } else {
-                for (int64_t j = begin; j < end; ++j) x[j] += row[j];
-              }
-            }
-          }
-        }
-        if (!own) continue;
-        transpose(inputs, s.taps(), inputs_t, ld);
-        accumulate(da, inputs_t, weight_sum, 2 * hp, ld);
-        add_row_sums(da, 2 * hp, gate_sums.data() + item * 2 * hp);
-        if (s.outs) {
-          transpose(z, s.gate, z_t, zld);
-          accumulate(grad_out, z_t, out_sum, op, zld);
-          add_row_sums(grad_out, s.outs, row_sums.data() + item * op);
-        }
-        if (out.cond && !in.cond_constant)
-          for (int64_t r = 0; r < 2 * s.gate; ++r)
-            std::memcpy(out.cond + (b * 2 * s.gate + r) * s.steps + t, da + (r < s.gate ? r : hp + r - s.gate) * tile,
-                        count * sizeof(T));
-      }
-    }
-  });
-
-  // the threads' sums, in a fixed order
-  const auto padded_row = [&](int64_t r) { return r < s.gate ? r : hp + r - s.gate; };
-  for (int64_t r = 0; r < 2 * s.gate; ++r)
-    for (int64_t c = 0; c < s.channels; ++c)
-      for (int64_t k = 0; k < s.kernel; ++k) {
-        T sum = 0;
-        for (int64_t w = 0; w < workers; ++w)
-          sum += weight_sums[w * weight_size + padded_row(r) * ld + k * s.channels + c];
-        out.weight[(r * s.channels + c) * s.kernel + k] = sum;
-      }
-  for (int64_t r = 0; r < 2 * s.gate; ++r) {
-    T total = 0;
-    for (int64_t b = 0; b < s.batch; ++b) {
-      T sum = 0;
-      for (int64_t i = b * segments; i < (b + 1) * segments; ++i) sum += gate_sums[i * 2 * hp + padded_row(r)];
-      if (out.cond && in.cond_constant) out.cond[b * 2 * s.gate + r] = sum;
-      total += sum;
-    }
-    out.bias[r] = total;
-  }
-  for (int64_t r = 0; r < s.outs; ++r) {
-    for (int64_t h = 0; h < s.gate; ++h) {
-      T sum = 0;
-      for (int64_t w = 0; w < workers; ++w) sum += out_sums[w * out_size + r * zld + h];
-      out.out_weight[r * s.gate + h] = sum;
-    }
-    T sum = 0;
-    for (int64_t i = 0; i < items; ++i) sum += row_sums[i * op + r];
-    out.out_bias[r] = sum;
-  }
+  LayerBackward<T, E>(s, in, grad_z, grad_residual, grad_skip, out).run();
 }
 
 }  // namespace

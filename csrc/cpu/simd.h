@@ -81,6 +81,17 @@ inline void fence_stores() {
 #endif
   }
 }
+// No nearer than the second-level cache: for what is needed only after much else.
+inline void prefetch_to_l2(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const char* line = static_cast<const char*>(p) + i;
+#if defined(__SSE2__)
+    asm volatile("prefetcht1 %0" ::"m"(*line));  // the compiler drops calls of functions whose only effect is a builtin
+#else
+    __builtin_prefetch(line, 0, 2);
+#endif
+  }
+}
 template <class T>
 inline Vec<T> splat(T s) {
   return s - Vec<T>{};
