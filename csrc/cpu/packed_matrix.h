@@ -188,7 +188,7 @@ void pack_matrix(const PackedMatrix<W>& m, W* to, F&& weight) {
 
 // A block of activations as whole numbers of `unit`, a power of two; not a number if one of them is not finite.
 template <int Bits>
-struct alignas(64) FixedBlock {
+struct FixedBlock {
   int16_t x[kBlock];
   float unit;
 
@@ -237,14 +237,20 @@ struct alignas(64) FixedBlock {
 template <class W>
 class Inputs {
  public:
+  using Block = FixedBlock<kActivationBits<W>>;
+
   Inputs(int columns, int k)
       : blocks_((k + kBlock - 1) / kBlock),
         k_(k),
         fixed_(kFixed<W> ? columns * blocks_ : 0),
         x_(columns),
         at_(columns) {
-    for (int s = 0; s < columns; ++s) at_[s] = s * blocks_;
+    for (int s = 0; s < columns; ++s) place(s);
   }
+  Inputs(Inputs&&) = default;
+
+  // Column s is to be, or is already, in blocks that are kept elsewhere; or in its own ones.
+  void place(int s, Block* at = nullptr) { at_[s] = at ? at : fixed_.data() + s * blocks_; }
 
   // x[s] holds k values, up to the next multiple of 16.
   void set(const float* const* x, int columns) {
@@ -261,8 +267,8 @@ class Inputs {
   [[gnu::always_inline]] void fill(int s, float* to, F&& value) {
     if constexpr (kFixed<W>) {
       for (int b = 0; b < blocks_; ++b)
-        fixed_[s * blocks_ + b].set(std::min(kBlock, static_cast<int>(round_up(k_ - b * kBlock, 16))),
-                                    [&](int c) FASTGEN_INLINE { return value(b * kBlock + c); });
+        at_[s][b].set(std::min(kBlock, static_cast<int>(round_up(k_ - b * kBlock, 16))),
+                      [&](int c) FASTGEN_INLINE { return value(b * kBlock + c); });
     } else {
       for (int c = 0; c < k_; c += kF) store(to + c, value(c));
       x_[s] = to;
@@ -274,15 +280,15 @@ class Inputs {
       for (int i = 0; i < count; ++i) x_[s + i] = pixels + i * channels;
     } else if (channels % kBlock == 0) {  // pixels share nothing: each is converted once
       const int pixel_blocks = channels / kBlock;
-      FixedBlock<kActivationBits<W>>* to = &fixed_[s * blocks_];
-      for (int b = 0; b < (count + taps - 1) * pixel_blocks; ++b) to[b].set(pixels + b * kBlock, kBlock);
-      for (int i = 0; i < count; ++i) at_[s + i] = s * blocks_ + i * pixel_blocks;
+      place(s);
+      for (int b = 0; b < (count + taps - 1) * pixel_blocks; ++b) at_[s][b].set(pixels + b * kBlock, kBlock);
+      for (int i = 1; i < count; ++i) place(s + i, at_[s] + i * pixel_blocks);
     } else {
       const int k = taps * channels;
       for (int i = 0; i < count; ++i) {
-        at_[s + i] = (s + i) * blocks_;
+        place(s + i);
         for (int b = 0; b * kBlock < k; ++b)
-          fixed_[at_[s + i] + b].set(pixels + i * channels + b * kBlock, std::min(kBlock, k - b * kBlock));
+          at_[s + i][b].set(pixels + i * channels + b * kBlock, std::min(kBlock, k - b * kBlock));
       }
     }
   }
@@ -293,16 +299,16 @@ class Inputs {
   }
   decltype(auto) at(int s, int block) const {
     if constexpr (kFixed<W>)
-      return (fixed_[at_[s] + block]);
+      return (std::as_const(at_[s][block]));
     else
       return x_[s] + block * kBlock;
   }
 
  private:
   int blocks_, k_;
-  OwnVector<FixedBlock<kActivationBits<W>>> fixed_;
+  OwnVector<Block> fixed_;
   OwnVector<const float*> x_;
-  OwnVector<int> at_;  // first block of each column
+  OwnVector<Block*> at_;  // where each column is
 };
 
 // How many of a panel's vectors of rows are multiplied with a number of columns at once: the sums of a few columns and

@@ -102,8 +102,10 @@ class Streams {
       if (!two_threads && layer.ahead == 1) layer.pending = pending;
     if (shared_pending) pending += int64_t{2} * n_ * 2 * h_;
     // two threads: a place for each layer's z, where the helper finds it; one: this layer's and the last one's
+    if (kFixed<W>) past_.reset(new Block[rows_ * n_ * x_blocks()]);
     const int places = two_threads ? s.layers : 2;
-    z_in_.assign(places, Inputs<W>(n_, s.gate));
+    z_in_.reserve(places);
+    for (int i = 0; i < places; ++i) z_in_.emplace_back(n_, s.gate);
     bias_rows_ = job.gate_bias_stride ? n_ : 1;
     const int64_t floats = pending + int64_t{n_} * (2 * r_ + (2 + places) * h_ + 2 * s_ + o_) + s_ +
                            sampling_scratch(s.outputs) + bias_rows_ * s.layers * 2 * h_;
@@ -147,6 +149,8 @@ class Streams {
   }
 
  private:
+  using Block = typename Inputs<W>::Block;
+
   struct Layer {
     int64_t dilation, length, history, pending;
     int ahead, offset;
@@ -194,7 +198,7 @@ class Streams {
         // the processor does these while it waits for the gate
         if (l > 0) add_skip(l - 1);
         prepare_layer(l + 1);
-        add_residual(l);
+        add_residual(l, t);
       }
       if (layers > 0) add_skip(layers - 1);
       emit(t);
@@ -230,7 +234,7 @@ class Streams {
         gated(l, t);
         if (l == told_[told]) gated_[told++].publish(t);
         if (layers_[l].led_skip) add_skip(l);
-        add_residual(l);
+        add_residual(l, t);
       }
       for (int l = 0; l < layers; ++l)
         if (!layers_[l].helped && begins_block(l, t + 1)) prepare(l, t + 1, leads_);
@@ -282,11 +286,35 @@ class Streams {
   }
 
   // Where a layer's input of the current step goes: into the ring buffer, in place of the oldest one, which is not
-  // needed any more once the step's old taps are prepared.
-  float* input(int l, int stream) const {
-    if (l < job_.shape.layers && layers_[l].length) return row(layers_[l], stream, now_[l]);
+  // needed any more once the step's old taps are prepared. In fixed point its blocks go into a ring of their own.
+  float* input(int l, int stream) {
+    const Layer& layer = layers_[l];
+    if constexpr (kFixed<W>) x_in_.place(stream, layer.length ? past_block(layer, stream, now_[l]) : nullptr);
+    if (!kFixed<W> && layer.length) return row(layer, stream, now_[l]);
     return x_ + (static_cast<int64_t>(l % 2) * n_ + stream) * r_;
   }
+  // In fixed point only what outlives the call goes into the ring buffer.
+  void keep_input(int l, int64_t t) {
+    const Layer& layer = layers_[l];
+    if (!kFixed<W> || t < job_.steps - layer.length) return;
+    for (int i = 0; i < n_; ++i) std::memcpy(row(layer, i, now_[l]), x_at_[i], r_ * sizeof(float));
+  }
+
+  // Column c: a layer's input of step t, before the call's first one if t is negative.
+  void take_past(Inputs<W>& x, int c, const Layer& layer, int stream, int64_t at, int64_t t) const {
+    const int soon = std::min(stream + kSoon, n_ - 1);
+    if (kFixed<W> && t >= 0) {
+      prefetch(past_block(layer, soon, at), x_blocks() * sizeof(Block));
+      return x.place(c, past_block(layer, stream, at));
+    }
+    prefetch(row(layer, soon, at), r_ * sizeof(float));
+    x.place(c);
+    x.set(c, row(layer, stream, at));
+  }
+  Block* past_block(const Layer& layer, int stream, int64_t at) const {
+    return past_.get() + ((layer.history + at) * n_ + stream) * x_blocks();
+  }
+  int x_blocks() const { return (r_ + kBlock - 1) / kBlock; }
 
   float* z(int l, int stream) { return z_ + (static_cast<int64_t>(l % z_in_.size()) * n_ + stream) * h_; }
   Inputs<W>& z_in(int l) { return z_in_[l % z_in_.size()]; }
@@ -310,8 +338,7 @@ class Streams {
       int64_t at = (job_.position + t + 2 * layer.length - j * layer.dilation) % layer.length;
       for (int64_t i = 0; i < layer.ahead; ++i, at = at + 1 < layer.length ? at + 1 : 0)
         for (int s = 0; s < n_; ++s) {
-          if (s + kSoon < n_) prefetch(row(layer, s + kSoon, at), r_ * sizeof(float));
-          past.x.set(columns++, row(layer, s, at));
+          take_past(past.x, columns++, layer, s, at, t + i - j * layer.dilation);
         }
       product(net_.layers[l].old[j - 1], past.x, j == 1 ? past.in.data() : past.out.data(), past.out.data(), columns);
     }
@@ -356,7 +383,8 @@ class Streams {
   }
 
   // The next layer's input, if there is one; this layer's stays where it is.
-  void add_residual(int l) {
+  void add_residual(int l, int64_t t) {
+    keep_input(l, t);
     if (l + 1 < job_.shape.layers) {
       const float* bias = net_.layers[l].residual_bias;
       for (int i = 0; i < n_; ++i) {
@@ -423,6 +451,7 @@ class Streams {
   float *pending_, *x_, *a_, *z_, *skip_, *led_skip_, *hidden_, *out_, *bias_, *scratch_;
   OwnVector<float*> x_at_, next_x_at_, a_at_, skip_at_, hidden_at_, out_at_, pre_at_;
   OwnVector<const float*> hidden_bias_at_, output_bias_at_;
+  std::unique_ptr<Block[]> past_;  // in fixed point, the layers' inputs since the call began, as the history holds them
   Inputs<W> x_in_, skip_in_, hidden_in_;
   OwnVector<Inputs<W>> z_in_;
   Past leads_, helps_;
