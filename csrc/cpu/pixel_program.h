@@ -11,7 +11,7 @@
 #pragma once
 
 #include "../pixel_layout.h"
-#include "packed_matrix.h"
+#include "packed_product.h"
 #include "partner.h"
 #include "sampling.h"
 

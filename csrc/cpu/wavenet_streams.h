@@ -16,6 +16,7 @@
 #include <cstring>
 #include <memory>
 
+#include "packed_product.h"
 #include "partner.h"
 #include "sampling.h"
 #include "wavenet_weights.h"
