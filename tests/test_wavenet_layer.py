@@ -195,6 +195,17 @@ def test_nan_stays_in_its_column():
     assert torch.equal(residual.isnan(), exact[0].isnan())
 
 
+@pytest.mark.parametrize("gate", [3, 4])
+def test_infinite_input_saturates_only_the_gates_it_reaches(gate):
+    """What pads the gate's channels does not multiply infinity by zero: the gradient of x stays finite."""
+    args = {k: v if v is None else v.float() for k, v in arguments(1, 5, 60, gate, 2, 3).items()}
+    args["x"][0, 2, 20] = float("inf")
+    x = args["x"].requires_grad_()
+    results = wavenet_layer(**args, dilation=4, backend=KERNELS)
+    (grad,) = torch.autograd.grad([r[:, :, 30:].sum() + r[:, :, 20].sum() for r in results], x)
+    assert torch.isfinite(grad).all()
+
+
 def test_saturated_gates():
     """Far in the tails tanh and sigmoid are their limits, and the gradients finite."""
     args = arguments(1, 3, 40, 4, 2, 3)

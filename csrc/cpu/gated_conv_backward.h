@@ -180,7 +180,7 @@ class LayerBackward {
                     [&](int64_t c) { return in_.x + (b * s_.channels + c) * s_.steps + next; });
       Vec<T> sum[kRows][kWide];
       gates_.sums(s_, in_, w.inputs, b, t, h, sum);
-      for (int i = 0; i < kHalf; ++i)
+      for (int i = 0; i < kHalf && h + i < s_.gate; ++i)  // rows of padding stay zero, also where x is infinite
         for (int v = 0; v < kWide; ++v) {
           Vec<T> tanh, sigmoid;
           gate_parts(sum[i][v], sum[i + kHalf][v], tanh, sigmoid);
