@@ -175,6 +175,17 @@ def test_stream_starts_while_features_arrive() -> None:
         next(stream)
 
 
+@pytest.mark.parametrize("channels", [1, 20, 80])
+def test_conditioning_has_the_same_bits_in_any_chunk(channels: int, need: Need) -> None:
+    """However few steps a chunk has, its share of the conditioning is summed as that of a long one."""
+    need(OP, "cpu")
+    model = loud(WaveNet(4, 2, 16, 16, distribution="gaussian", mixtures=1, local_channels=channels))
+    local, u = torch.randn(1, channels, 150), draw("gaussian", 1, 150)
+    whole = model.generate(150, local=local, uniforms=u, backend="cpu")
+    for chunk in (1, 2, 3, 7, 11, 20):
+        assert torch.equal(torch.cat(list(model.stream(150, chunk, local=local, uniforms=u, backend="cpu")), 1), whole)
+
+
 def test_blocks_without_frames_are_skipped() -> None:
     """Nothing has arrived yet: the stream asks for the next block, before upsampling, which has no word for nothing."""
     model = loud(WaveNet(2, 1, 8, 8, classes=12, local_channels=3, upsample_scales=(4,)))

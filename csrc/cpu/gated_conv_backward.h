@@ -143,7 +143,9 @@ class LayerBackward {
       gradient_of_z(w, b, t);
       gradient_of_gate(w, b, t);
       for (int64_t k = s_.kernel - 1; k >= 0; --k) gradient_of_x(w, b, t, k, first, last);
-      if (t < last) count_weights(w, b, t);
+      if (t >= last) continue;
+      count_weights(w, b, t);
+      gradient_of_cond(w, b, t);
     }
     for (int64_t r = 0; r < 2 * hp_ + op_; ++r)
       (r < 2 * hp_ ? gate_sums_[item * 2 * hp_ + r] : out_sums_[item * op_ + r - 2 * hp_]) =
@@ -191,10 +193,13 @@ class LayerBackward {
           store(w.da + hp_ * kTile<T> + at, g * tanh * (T(1) - sigmoid));
         }
     }
-    if (out_.cond && !in_.cond_constant)
-      for (int64_t r = 0; r < 2 * s_.gate; ++r)
-        std::memcpy(out_.cond + (b * 2 * s_.gate + r) * s_.steps + t, w.da + padded_row(r) * kTile<T>,
-                    count(t) * sizeof(T));
+  }
+
+  void gradient_of_cond(Worker& w, int64_t b, int64_t t) const {
+    if (!out_.cond || in_.cond_constant) return;
+    for (int64_t r = 0; r < 2 * s_.gate; ++r)
+      std::memcpy(out_.cond + (b * 2 * s_.gate + r) * s_.steps + t, w.da + padded_row(r) * kTile<T>,
+                  count(t) * sizeof(T));
   }
 
   // Adds what tap k gives to x in [first, last); the last tap is the first to come there, and brings the residual.

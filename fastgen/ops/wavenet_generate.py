@@ -101,6 +101,13 @@ def _(*args: object) -> None:
     return None
 
 
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear of (B, T, C) with the same bits for any T: PyTorch sums a few rows in another order than many."""
+    rows = x.flatten(0, 1)
+    spare = max(0, 16 - rows.shape[0])
+    return F.linear(F.pad(rows, (0, 0, 0, spare)), weight)[: rows.shape[0]]
+
+
 class Generator:
     """A WaveNet's weights, laid out once for a backend; `run` advances a state by some steps.
 
@@ -234,7 +241,7 @@ class Generator:
         self._check_call(state, uniforms, gate_bias, cond, local, given)
         if local is not None and self.backend != "cuda":
             weight = self.local_weight.flatten(0, 1)  # type: ignore[union-attr]
-            cond = F.linear(local, weight).view(*local.shape[:2], *gate_bias.shape[1:])
+            cond = _linear(local, weight).view(*local.shape[:2], *gate_bias.shape[1:])
         elif local is not None:
             cond = local
         check_positive("wavenet_generate", "temperature", temperature)
