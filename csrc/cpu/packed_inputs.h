@@ -114,10 +114,10 @@ class Inputs {
       }
     }
   }
-  // f(place, bytes) for each block that was copied.
+  // f(place, bytes) for each column that is a copy.
   template <class F>
   void each_copy(F&& f) const {
-    for (const auto& block : fixed_) f(&block, sizeof block);
+    for (const Block* at : at_) f(at, blocks_ * sizeof(Block));
   }
   decltype(auto) at(int s, int block) const {
     if constexpr (kFixed<W>)

@@ -107,6 +107,7 @@ class Streams {
     const int places = two_threads ? s.layers : 2;
     z_in_.reserve(places);
     for (int i = 0; i < places; ++i) z_in_.emplace_back(n_, s.gate);
+    if (two_threads && kFixed<W>) place_messages();
     bias_rows_ = job.gate_bias_stride ? n_ : 1;
     const int64_t floats = pending + int64_t{n_} * (2 * r_ + (2 + places) * h_ + 2 * s_ + o_) + s_ +
                            sampling_scratch(s.outputs) + bias_rows_ * s.layers * 2 * h_;
@@ -155,7 +156,7 @@ class Streams {
   struct Layer {
     int64_t dilation, length, history, pending;
     int ahead, offset;
-    bool helped;    // its old taps are the helper's work: they are known more than a block of steps ahead
+    bool helped;    // its old taps can be the helper's work: they are known more than a block of steps ahead
     bool led_skip;  // its skip is the leader's
   };
 
@@ -180,6 +181,24 @@ class Streams {
     const int moved = static_cast<int>(std::clamp((helper - leader) / (2 * skip), 0.0, s.layers / 2.0));
     for (int i = 0; i < moved; ++i) layers_[i * s.layers / moved].led_skip = true;
   }
+
+  // The z of layers of which the helper hears at once lie one after another: fewer lines have to go over.
+  void place_messages() {
+    const int blocks = (job_.shape.gate + kBlock - 1) / kBlock;
+    constexpr int kSpare = 128 / sizeof(Block) + 1;  // where told layers end, the rest of a line is left
+    messages_.resize(job_.shape.layers * blocks + told_.size() * kSpare);
+    auto* at = reinterpret_cast<uint8_t*>(messages_.data());
+    for (int l = 0, told = 0; l < job_.shape.layers; ++l) {
+      z_in_[l].place(0, reinterpret_cast<Block*>(at));
+      at += blocks * sizeof(Block);
+      if (l < told_[told]) continue;
+      at = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<uintptr_t>(at), 128));
+      ++told;
+    }
+  }
+
+  // Where messages are slow the leader has old taps sooner than the helper's word of them.
+  bool helped(int l) const { return layers_[l].helped && meeting_.is_quick(); }
 
   bool begins_block(int l, int64_t t) const { return ((t - layers_[l].offset) & (layers_[l].ahead - 1)) == 0; }
 
@@ -238,7 +257,7 @@ class Streams {
         add_residual(l, t);
       }
       for (int l = 0; l < layers; ++l)
-        if (!layers_[l].helped && begins_block(l, t + 1)) prepare(l, t + 1, leads_);
+        if (!helped(l) && begins_block(l, t + 1)) prepare(l, t + 1, leads_);
     }
     emitted_.wait(job_.steps - 1);
     return job_.steps;
@@ -249,7 +268,7 @@ class Streams {
     const int layers = job_.shape.layers;
     for (int64_t t = 0; t < job_.steps; ++t) {
       for (int l = 0; l < layers; ++l)
-        if (layers_[l].helped && begins_block(l, t + 1)) prepare(l, t + 1, helps_);
+        if (helped(l) && begins_block(l, t + 1)) prepare(l, t + 1, helps_);
       start_skips();
       for (int l = 0, told = 0; l < layers; l = told_[told++] + 1) {
         gated_[told].wait(t);
@@ -329,7 +348,7 @@ class Streams {
     for (int64_t i = 0; i < layer.ahead; ++i)
       for (int s = 0; s < n_; ++s, ++columns) {
         past.out[columns] = pending(l, t + i, s);
-        if (layer.helped) own(past.out[columns], 2 * h_ * sizeof(float));
+        if (helped(l)) own(past.out[columns], 2 * h_ * sizeof(float));
         past.in[columns] = bias_ + ((bias_rows_ > 1 ? s : 0) * int64_t{job_.shape.layers} + l) * 2 * h_;
       }
     if (job_.shape.kernel_size == 1)
@@ -454,6 +473,7 @@ class Streams {
   OwnVector<const float*> hidden_bias_at_, output_bias_at_;
   std::unique_ptr<Block[]> past_;  // in fixed point, the layers' inputs since the call began, as the history holds them
   Inputs<W> x_in_, skip_in_, hidden_in_;
+  OwnVector<Block> messages_;  // in fixed point, what of z_in_ goes from the leader to the helper
   OwnVector<Inputs<W>> z_in_;
   Past leads_, helps_;
   OwnVector<int> told_;      // the last of the layers of which the helper hears at once
