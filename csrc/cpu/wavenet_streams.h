@@ -197,8 +197,8 @@ class Streams {
     }
   }
 
-  // Where messages are slow the leader has old taps sooner than the helper's word of them.
-  bool helped(int l) const { return layers_[l].helped && meeting_.is_quick(); }
+  // Where messages are slow the leader has old taps in fixed point sooner than the helper's word of them.
+  bool helped(int l) const { return layers_[l].helped && (!kFixed<W> || meeting_.is_quick()); }
 
   bool begins_block(int l, int64_t t) const { return ((t - layers_[l].offset) & (layers_[l].ahead - 1)) == 0; }
 
