@@ -109,8 +109,8 @@ void load_inputs(const LayerShape& s, const E* x, int64_t t, T* to) {
     const int64_t before = std::clamp<int64_t>(-from, 0, kTile<T>);
     const int64_t count = std::clamp<int64_t>(s.steps - from - before, 0, kTile<T> - before);
     for (int64_t c = 0; c < s.channels; ++c, to += kTile<T>) {
-      if (count == kTile<T>) {
-        load_row(to, x + c * s.steps + from, kTile<T>, kTile<T>);  // of a length that the compiler knows
+      if (before == 0) {
+        load_tile_row(to, x + c * s.steps + from, count);
         continue;
       }
       for (int64_t i = 0; i < before; ++i) to[i] = T(0);

@@ -77,7 +77,8 @@ class LayerBackward {
         hp_(round_up(shape.gate, kRows)),
         op_(round_up(shape.outs, kRows)),
         ld_(round_up(shape.taps(), kLanes<T>)),
-        zld_(round_up(shape.gate, kLanes<T>)) {
+        zld_(round_up(shape.gate, kLanes<T>)),
+        sum_rows_(2 * hp_ + op_) {
     const int64_t gate = s_.gate, outs = s_.outs, channels = s_.channels, kernel = s_.kernel;
     if (outs)
       back_out_ = pack_rows<T>(gate, outs, kRows,
@@ -95,8 +96,7 @@ class LayerBackward {
     segments_ = (s_.steps + length_ - 1) / length_;
     items_ = s_.batch * segments_;
     workers_.resize(std::clamp<int64_t>(items_, 1, threads));  // one also for no items: its sums are zero
-    gate_sums_.resize(items_ * 2 * hp_);
-    out_sums_.resize(items_ * op_);
+    row_sums_.resize(items_ * sum_rows_);
   }
 
   void run() {
@@ -116,17 +116,16 @@ class LayerBackward {
     T *inputs, *da, *grad_gate, *z, *grad_out;  // (rows, kTile)
     T *inputs_t, *z_t;                          // (kTile, rows)
     T *weight_sum, *out_sum;                    // (2 hp, ld), (op, zld)
-    T* row_sums;                                // (2 hp + op, lanes), of one item
+    T* row_sums;                                // (sum_rows, lanes), of one item
 
     void reserve(const LayerBackward& l) {
       constexpr int64_t tile = kTile<T>;
       constexpr int64_t kApart = 4096 / sizeof(T);  // one thread's fetching ahead does not reach another's sums
-      const std::pair<T**, int64_t> parts[] = {
-          {&inputs, l.s_.taps() * tile}, {&da, 2 * l.hp_ * tile},
-          {&grad_gate, l.hp_ * tile},    {&z, l.hp_ * tile},
-          {&grad_out, l.op_ * tile},     {&inputs_t, l.ld_ * tile},
-          {&z_t, l.zld_ * tile},         {&weight_sum, 2 * l.hp_ * l.ld_},
-          {&out_sum, l.op_ * l.zld_},    {&row_sums, (2 * l.hp_ + l.op_) * kLanes<T>}};
+      const std::pair<T**, int64_t> parts[] = {{&inputs, l.s_.taps() * tile}, {&da, 2 * l.hp_ * tile},
+                                               {&grad_gate, l.hp_ * tile},    {&z, l.hp_ * tile},
+                                               {&grad_out, l.op_ * tile},     {&inputs_t, l.ld_ * tile},
+                                               {&z_t, l.zld_ * tile},         {&weight_sum, 2 * l.hp_ * l.ld_},
+                                               {&out_sum, l.op_ * l.zld_},    {&row_sums, l.sum_rows_ * kLanes<T>}};
       int64_t total = 2 * kApart;
       for (auto& [part, size] : parts) total += size;
       T* next = tile_aligned(memory, total) + kApart;
@@ -137,7 +136,7 @@ class LayerBackward {
   void segment(Worker& w, int64_t item) {
     const int64_t b = item / segments_, first = item % segments_ * length_;
     const int64_t last = std::min(first + length_, s_.steps);
-    std::fill_n(w.row_sums, (2 * hp_ + op_) * kLanes<T>, T(0));
+    std::fill_n(w.row_sums, sum_rows_ * kLanes<T>, T(0));
     for (int64_t t = first; t < std::min(s_.steps, last + s_.reach()); t += kTile<T>) {
       load_inputs(s_, in_.x + b * s_.channels * s_.steps, t, w.inputs);
       gradient_of_z(w, b, t);
@@ -147,9 +146,8 @@ class LayerBackward {
       count_weights(w, b, t);
       gradient_of_cond(w, b, t);
     }
-    for (int64_t r = 0; r < 2 * hp_ + op_; ++r)
-      (r < 2 * hp_ ? gate_sums_[item * 2 * hp_ + r] : out_sums_[item * op_ + r - 2 * hp_]) =
-          sum_of_lanes<T>(load(w.row_sums + r * kLanes<T>));
+    for (int64_t r = 0; r < sum_rows_; ++r)
+      row_sums_[item * sum_rows_ + r] = sum_of_lanes<T>(load(w.row_sums + r * kLanes<T>));
   }
 
   int64_t count(int64_t t) const { return std::min<int64_t>(kTile<T>, s_.steps - t); }
@@ -258,7 +256,7 @@ class LayerBackward {
       T total = 0;
       for (int64_t b = 0; b < s_.batch; ++b) {
         T sum = 0;
-        for (int64_t i = b * segments_; i < (b + 1) * segments_; ++i) sum += gate_sums_[i * 2 * hp_ + padded_row(r)];
+        for (int64_t i = b * segments_; i < (b + 1) * segments_; ++i) sum += row_sums_[i * sum_rows_ + padded_row(r)];
         if (out_.cond && in_.cond_constant) out_.cond[b * 2 * s_.gate + r] = sum;
         total += sum;
       }
@@ -266,7 +264,7 @@ class LayerBackward {
     }
     for (int64_t r = 0; r < s_.outs; ++r) {
       T sum = 0;
-      for (int64_t i = 0; i < items_; ++i) sum += out_sums_[i * op_ + r];
+      for (int64_t i = 0; i < items_; ++i) sum += row_sums_[i * sum_rows_ + 2 * hp_ + r];
       out_.out_bias[r] = sum;
     }
   }
@@ -277,11 +275,12 @@ class LayerBackward {
   const LayerGradients<T>& out_;
   GateWeights<T, E> gates_;
   int64_t hp_, op_, ld_, zld_;         // rows of half a gate and of the 1x1s, columns of the weights' gradients; padded
+  int64_t sum_rows_;                   // rows that are summed over time: both halves of the gate, then the 1x1s
   std::vector<T> back_out_;            // transposed weights: gate channels from outputs,
   std::vector<std::vector<T>> back_;   // and input channels from gate rows for each tap
   int64_t segments_, length_, items_;  // segments of a sequence and their steps; items are all sequences' segments
   std::vector<Worker> workers_;
-  std::vector<T> gate_sums_, out_sums_;  // (items, 2 hp) and (items, op)
+  std::vector<T> row_sums_;  // (items, sum_rows)
 };
 
 // grad_z without 1x1s, else grad_residual and grad_skip.

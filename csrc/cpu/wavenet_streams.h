@@ -102,8 +102,8 @@ class Streams {
     for (Layer& layer : layers_)
       if (!two_threads && layer.ahead == 1) layer.pending = pending;
     if (shared_pending) pending += int64_t{2} * n_ * 2 * h_;
-    // two threads: a place for each layer's z, where the helper finds it; one: this layer's and the last one's
     if (kFixed<W>) past_.reset(new Block[rows_ * n_ * x_blocks()]);
+    // two threads: a place for each layer's z, where the helper finds it; one: this layer's and the last one's
     const int places = two_threads ? s.layers : 2;
     z_in_.reserve(places);
     for (int i = 0; i < places; ++i) z_in_.emplace_back(n_, s.gate);
@@ -357,9 +357,7 @@ class Streams {
       columns = 0;
       int64_t at = (job_.position + t + 2 * layer.length - j * layer.dilation) % layer.length;
       for (int64_t i = 0; i < layer.ahead; ++i, at = at + 1 < layer.length ? at + 1 : 0)
-        for (int s = 0; s < n_; ++s) {
-          take_past(past.x, columns++, layer, s, at, t + i - j * layer.dilation);
-        }
+        for (int s = 0; s < n_; ++s) take_past(past.x, columns++, layer, s, at, t + i - j * layer.dilation);
       product(net_.layers[l].old[j - 1], past.x, j == 1 ? past.in.data() : past.out.data(), past.out.data(), columns);
     }
   }
