@@ -98,7 +98,7 @@ def train_prior_command(options: argparse.Namespace, path: Path | None = None) -
     from fastgen.commands_speech import train_speech_prior
     from fastgen.images import load_labels, pad_to_multiple
     from fastgen.models import SpeechVQVAE
-    from fastgen.training_stages import load_quantizer, load_two_stage, train_priors
+    from fastgen.training_stages import beside, load_quantizer, load_two_stage, train_priors
 
     path = options.of if path is None else path
     model = load_quantizer(path)
@@ -122,7 +122,7 @@ def train_prior_command(options: argparse.Namespace, path: Path | None = None) -
         print(f"prior of {level}: step {log.step}, loss {log.losses[-1]:.4f} bits per code{held_out}")
     whole, size = load_two_stage(path)
     drawn_labels = None if labels is None else torch.arange(GRID_IMAGES) % whole.classes
-    picture = path.with_suffix(".samples.png")
+    picture = beside(path, "samples", ".png")
     generator = torch.Generator().manual_seed(options.seed)
     save_square(picture, whole.eval().sample(GRID_IMAGES, size, labels=drawn_labels, generator=generator))
     print(f"{picture}: samples")

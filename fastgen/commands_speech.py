@@ -67,7 +67,7 @@ def train_speech_command(options: argparse.Namespace) -> None:
 def train_speech_prior(options: argparse.Namespace, path: Path) -> None:
     """The second stage, of a quantizer that has been trained."""
     from fastgen.training_speech import load_speech_vqvae
-    from fastgen.training_stages import train_priors
+    from fastgen.training_stages import beside, train_priors
 
     model, rate, length = load_speech_vqvae(path)
     clips, labels = _clips(options, rate, length, model.classes)
@@ -81,7 +81,7 @@ def train_speech_prior(options: argparse.Namespace, path: Path) -> None:
     for log in logs.values():
         held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
         print(f"prior of codes: step {log.step}, loss {log.losses[-1]:.4f} bits per code{held_out}")
-    heard = path.with_suffix(".samples.wav")
+    heard = beside(path, "samples", ".wav")
     drawn, rate = _draw(path, HEARD, None, 1.0, options.seed)
     _save(heard, drawn, rate, model.classes)
     print(f"{heard}: {HEARD} samples")

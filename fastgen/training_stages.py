@@ -1,7 +1,7 @@
 """The second stage of the VQ-VAEs: the data set encoded once, a prior trained for each map of codes.
 
-Beside a quantizer's checkpoint NAME.pt lie NAME.codes.npz and, for each map, NAME.LEVEL.pt. Codes and priors remember
-which quantizer they are of.
+Beside a quantizer's checkpoint NAME.pt lie NAME.codes.npz and, for each map, NAME.LEVEL.pt; any other suffix belongs to
+NAME. Codes and priors remember which quantizer they are of.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ QUANTIZERS: dict[str, type[nn.Module]] = {**MODELS, "SpeechVQVAE": SpeechVQVAE}
 ENCODING_BATCH = 64
 
 
-def beside(quantizer: str | os.PathLike[str], level: str) -> Path:
-    """The file of a map's prior."""
-    return Path(quantizer).with_suffix(f".{level}.pt")
+def beside(quantizer: str | os.PathLike[str], level: str, suffix: str = ".pt") -> Path:
+    """The file of a map's prior, or of what else belongs to a quantizer."""
+    path = Path(quantizer)
+    return path.with_name(f"{path.name.removesuffix('.pt')}.{level}{suffix}")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -70,7 +71,7 @@ def encode(model: Quantizer, data: Tensor) -> list[Tensor]:
 
 def encode_once(path: str | os.PathLike[str], model: Quantizer, data: Tensor) -> list[Tensor]:
     """`encode`, or what it gave the last time for this quantizer and these data: kept beside the quantizer."""
-    levels, file = LEVELS[type(model).__name__], Path(path).with_suffix(".codes.npz")
+    levels, file = LEVELS[type(model).__name__], beside(path, "codes", ".npz")
     made_of = f"{fingerprint(model)} {hashlib.sha256(data.contiguous().numpy().tobytes()).hexdigest()[:16]}"
     damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # then it is made anew
     with contextlib.suppress(*damaged), np.load(file, allow_pickle=False) as archive:
@@ -202,20 +203,17 @@ def check_priors(path: str | os.PathLike[str], model: Quantizer, *, resume: bool
             raise FileExistsError(
                 f"{file}: exists; resume from it, or remove it: a quantizer that is trained further makes other codes"
             )
-        _check_source(file, model, level)
+        _check_source(path, model, level)
 
 
-def _check_source(file: Path, model: Quantizer, level: str) -> None:
+def _check_source(path: str | os.PathLike[str], model: Quantizer, level: str) -> None:
+    file = beside(path, level)
     if read_checkpoint(file, ("step",), "train_priors").get("source") != f"{fingerprint(model)} {level}":
         raise ValueError(
             f"{file}: is a prior over other codes than those of this quantizer, which has changed since or is another; "
             "remove it and train it again: python -m fastgen train prior --steps N --of "
-            f"{file.with_name(_stem(file, level))}"
+            f"{os.fspath(path)}"
         )
-
-
-def _stem(file: Path, level: str) -> str:
-    return file.name.removesuffix(f".{level}.pt") + ".pt"
 
 
 def load_priors(path: str | os.PathLike[str]) -> tuple[Quantizer, list[PixelModel], tuple[int, int]]:
@@ -237,7 +235,7 @@ def load_priors(path: str | os.PathLike[str]) -> tuple[Quantizer, list[PixelMode
                 f"{file}: no such file; train the prior first: python -m fastgen train prior --steps N --of "
                 f"{os.fspath(path)}"
             )
-        _check_source(file, model, level)
+        _check_source(path, model, level)
         prior, size = load_pixels(file)
         priors.append(prior)
         sizes.append(size)

@@ -10,7 +10,7 @@ from pixel_helpers import MODELS, conditions, images_like, loud, small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgen
-from fastgen.models import GatedPixelCNN, PixelCNN, PixelSNAIL
+from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelRNN, PixelSNAIL
 from fastgen.nn import CausalAttention2d, GatedPixelCNNBlock, MaskedConv2d
 
 
@@ -308,3 +308,9 @@ def test_bfloat16_weights_leave_the_levels_apart():
     with torch.no_grad():
         total = model.bfloat16().log_prob(every).exp().sum()
     assert float(total) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("model", [PixelCNN, GatedPixelCNN, PixelSNAIL, PixelRNN, GPTPrior])
+def test_an_unknown_option_is_named(model):
+    with pytest.raises(TypeError, match=f"{model.__name__}: got an unexpected argument 'bogus'"):
+        model(bogus=1)

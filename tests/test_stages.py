@@ -172,6 +172,11 @@ def test_labels_that_a_finished_prior_does_not_know_and_damaged_codes(tmp_path, 
     assert "-log2 p(codes), codes: " in capsys.readouterr().out
 
 
+def test_what_belongs_to_a_quantizer_is_named_after_it():
+    names = [beside(f"runs/{name}", "top").name for name in ("a.pt", "a.ckpt", "a.1", "a.2")]
+    assert names == ["a.top.pt", "a.ckpt.top.pt", "a.1.top.pt", "a.2.top.pt"]
+
+
 def test_the_stages_must_fit_each_other():
     with pytest.raises(TypeError, match="quantizer must be a VQVAE or VQVAE2, got Linear"):
         TwoStage(torch.nn.Linear(2, 2), [])

@@ -169,7 +169,7 @@ class Images {
 
   // dst = bias + other + matrix * window of src, for pixels [x0, x1) of all images.
   void convolve(const Instruction& i, int begin, int end, int64_t y, int64_t x0, int64_t x1) {
-    const Plane &dst = job_.planes[i.dst], &src = job_.planes[i.src];
+    const Plane& dst = job_.planes[i.dst];
     const SplitMatrix<W>& matrix = net_.matrices[i.matrix];
     Side& side = sides_[begin];
     read_windows(i, side, y, x0, x1);

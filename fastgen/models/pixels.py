@@ -77,9 +77,12 @@ class PixelModel(nn.Module):
         context_channels: int = 64,
         head_channels: int | None = None,
         log_scale_min: float = -7.0,
+        **unknown: Any,
     ) -> None:
         super().__init__()
         name = self._name = type(self).__name__
+        if unknown:
+            raise TypeError(f"{name}: got an unexpected argument {next(iter(unknown))!r}")
         head_channels = trunk_channels if head_channels is None else head_channels
         for label, size, least in (
             ("image_channels", image_channels, 1), ("mixtures", mixtures, 1), ("codes", codes, 0),
