@@ -11,8 +11,7 @@
 // multiplies what a pixel gives to later ones of its row, while the other has the turn.
 #pragma once
 
-#include "network.cuh"
-#include "pixelcnn_job.h"
+#include "pixelcnn_product.cuh"
 
 namespace fastgen::pixelcnn {
 
@@ -22,30 +21,6 @@ FASTGEN_DEVICE const T* copied(Shared& shared, const T* from, int64_t count) {
   for (int64_t i = thread(); i < count; i += threads()) to[i] = from[i];
   return to;
 }
-
-// Of bfloat16 weights, what a warp's lanes have of a tile of 16 rows by 32 inputs (see `place` in pixelcnn_job.h), and
-// of 4 M vectors (see Vectors).
-struct Fragment {
-  static constexpr int kSize = kTileRows * kTileInputs;
-  uint32_t a[2][4];
-
-  FASTGEN_DEVICE void load(const uint16_t* w) {
-    const uint16_t* from = w + thread() % 32 * kGroup;
-    for (int m = 0; m < 2; ++m) memcpy(a[m], __builtin_assume_aligned(from + m * 32 * kGroup, 16), 16);
-  }
-  // The place of the lane's column, of eight: two parts of four vectors.
-  FASTGEN_DEVICE static const float* column(const float* vectors, int length) {
-    const int lane = thread() % 32;
-    return vectors + lane / 8 * length + lane % 4 * kGroup + lane / 4 % 2 * (kGroup / 2);
-  }
-  FASTGEN_DEVICE static void load_column(const float* from, uint32_t (&b)[4]) {
-    memcpy(b, __builtin_assume_aligned(from, 16), 16);
-  }
-  FASTGEN_DEVICE void multiply(const uint32_t (&b)[4], float (&first)[4], float (&second)[4]) const {
-    multiply_add(first, a[0], {b[0], b[1]});
-    multiply_add(second, a[1], {b[2], b[3]});
-  }
-};
 
 // The images of a cluster.
 class Images {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pixelcnn_images.cuh"
+#include "pixelcnn_sample.cuh"
 
 namespace fastgen::pixelcnn {
 
@@ -262,7 +263,7 @@ class Pixels : Images {
         return old[turn * room_ * kTileRows + k * kShare * kTileRows + h * 32];
       };
       // what does not come from the stage before
-      Ahead now, late;
+      Ahead<W> now, late;
       now.fetch(w, steps);
       float v[M][2] = {};
       for (int k = 0; k < M; ++k) {
@@ -285,7 +286,7 @@ class Pixels : Images {
       if (added)
         for (int k = 0; k < M; ++k)
           for (int h = 0; h < 2; ++h) v[k][h] += number(added + k * kShare * added_length, row + h * apart);
-      multiply<M>(now, src, length, v);
+      now.template multiply<M>(src, length, v);
       if (before > 0) late.fetch(w - tap_size, steps);
       for (int k = 0; k < M; ++k) {
         const bool live = image + k * kShare < count_;
@@ -303,68 +304,13 @@ class Pixels : Images {
       }
       for (int d = 1; d <= before; ++d) {  // for the d-th pixel after this one
         float sums[M][2] = {};
-        multiply<M>(late, src, length, sums);
+        late.template multiply<M>(src, length, sums);
         if (d < before) late.fetch(w - (d + 1) * tap_size, steps);
         const int at = turn + d < before ? turn + d : turn + d - before;
         for (int k = 0; k < M; ++k)
           for (int h = 0; h < 2; ++h)
             old_of(at, k, h) = d == before ? sums[k][h] : old_of(at, k, h) + sums[k][h];  // the first for that pixel
       }
-    }
-  }
-
-  // A tile's weights for one pixel of a window: the first are on their way from `fetch` on.
-  struct Ahead {
-    static constexpr int kSteps = 4;
-    const W* w = nullptr;
-    int steps = 0;
-    Fragment first[kSteps];
-
-    FASTGEN_DEVICE void fetch(const W* weights, int count) {
-      w = weights;
-      steps = count;
-      if constexpr (sizeof(W) == 2) load(0, first);
-    }
-    FASTGEN_DEVICE void load(int from, Fragment (&to)[kSteps]) const {
-      for (int s = 0; s < kSteps; ++s) {
-        if (from + s < steps)
-          to[s].load(w + (from + s) * Fragment::kSize);
-        else
-          to[s] = {};
-      }
-    }
-  };
-
-  // v[k][h] += of row lane / 4 + 8 h of the tile with vector 4 k + lane % 4.
-  template <int M>
-  FASTGEN_DEVICE static void multiply(const Ahead& ahead, const float* vectors, int length, float (&v)[M][2]) {
-    if constexpr (sizeof(W) == 2) {
-      const float* from = Fragment::column(vectors, length);
-      float d[2][M][4] = {};
-      const auto some = [&](int begin, const Fragment(&a)[Ahead::kSteps]) {
-        uint32_t b[Ahead::kSteps][M][4];
-        for (int s = 0; s < Ahead::kSteps; ++s)
-          for (int k = 0; k < M; ++k) {
-            const int step = begin + s < ahead.steps ? begin + s : 0;
-            Fragment::load_column(from + k * kShare * length + step * kTileInputs, b[s][k]);
-          }
-        for (int s = 0; s < Ahead::kSteps; ++s)
-          for (int k = 0; k < M; ++k) a[s].multiply(b[s][k], d[0][k], d[1][k]);
-      };
-      some(0, ahead.first);
-      for (int begin = Ahead::kSteps; begin < ahead.steps; begin += Ahead::kSteps) {
-        Fragment a[Ahead::kSteps];
-        ahead.load(begin, a);
-        some(begin, a);
-      }
-      for (int k = 0; k < M; ++k)
-        for (int h = 0; h < 2; ++h)
-          v[k][h] += d[0][k][2 * h] + d[0][k][2 * h + 1] + d[1][k][2 * h] + d[1][k][2 * h + 1];
-    } else {
-      float sums[2][M] = {};
-      multiply_tile<M>(ahead.w, ahead.steps, Vectors<W>{const_cast<float*>(vectors), length}, 4 * M, sums);
-      for (int k = 0; k < M; ++k)
-        for (int h = 0; h < 2; ++h) v[k][h] += sums[h][k];
     }
   }
 
@@ -487,7 +433,7 @@ class Pixels : Images {
         zero = sum_of_warp(zero);
         sync_warp();
       }
-      int64_t value = draw_value(out, u);
+      int64_t value = draw_value(job_, out, u);
       if (job_.known && job_.known[pixel]) value = job_.given[pixel];
       if (zero == 0)
         for (int f = lane; f < features; f += lanes) {
@@ -499,40 +445,6 @@ class Pixels : Images {
       if (lanes == 32) sync_warp();
     }
     sync_block();
-  }
-
-  FASTGEN_DEVICE int64_t draw_value(const float* out, float u) const {
-    if (job_.logistic) return sample_logistic_level(out, u);
-    if (job_.outputs > 1) return sample_categorical(out, static_cast<int>(job_.outputs), job_.temperature, u);
-    // one logit: of level 1 against level 0
-    const float logit = out[0] / job_.temperature, top = fmaxf(logit, 0), zero = expf(-top);
-    return zero <= u * (zero + expf(logit - top));
-  }
-
-  // As in the CPU's pixel_images.h; each lane computes the same.
-  FASTGEN_DEVICE int64_t sample_logistic_level(const float* parameters, float u) const {
-    const int64_t mixtures = job_.outputs / 3;
-    const float *logits = parameters, *means = parameters + mixtures, *log_scales = means + mixtures;
-    float top = logits[0];
-    for (int64_t m = 1; m < mixtures; ++m) top = fmaxf(top, logits[m]);
-    const double temperature = job_.temperature;
-    double total = 0;
-    for (int64_t m = 0; m < mixtures; ++m) total += exp(static_cast<double>(logits[m] - top) / temperature);
-    int64_t low = 0, high = job_.levels - 1;
-    while (low < high) {
-      const int64_t level = (low + high) / 2;
-      const double edge = (2.0 * level + 1) / (job_.levels - 1) - 1;
-      double below = 0;
-      for (int64_t m = 0; m < mixtures; ++m) {
-        const double scale = temperature * exp(static_cast<double>(fmaxf(log_scales[m], job_.log_scale_min)));
-        below += exp(static_cast<double>(logits[m] - top) / temperature) / (1 + exp((means[m] - edge) / scale));
-      }
-      if (below / total <= u)
-        low = level + 1;
-      else
-        high = level;
-    }
-    return low;
   }
 
   const int groups_, room_;        // of kShare images; places for images

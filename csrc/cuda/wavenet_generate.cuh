@@ -16,18 +16,6 @@
 
 namespace fastgen::wavenet {
 
-// One value from a mixture, as sampling.h in the CPU's kernels. By one warp.
-FASTGEN_APART float sample_mixture(const Job& job, const float* parameters, float u, float v) {
-  const int outputs = job.shape.outputs, mixtures = outputs == 2 ? 1 : outputs / 3;
-  const float* means = parameters + outputs - 2 * mixtures;
-  const int i = mixtures == 1 ? 0 : sample_categorical(parameters, mixtures, job.temperature, u);
-  const double p = fmin(fmax(static_cast<double>(v), 1e-7), 1.0 - 1e-7);
-  const double unit = job.distribution == Distribution::kLogisticMixture ? log(p) - log1p(-p) : normal_quantile(p);
-  const float log_scale = fmaxf(means[mixtures + i], job.log_scale_min);
-  const double x = means[i] + static_cast<double>(job.temperature) * exp(static_cast<double>(log_scale)) * unit;
-  return static_cast<float>(fmin(fmax(x, -1.0), 1.0));
-}
-
 // One block's part, for streams in tiles of at most N = 4 M. A group of one stream has room in its products for some
 // steps at once: the past that a long enough dilation reaches is multiplied for four of them together.
 template <int M, bool kResident, class W>
@@ -397,22 +385,6 @@ class Block {
     }
   }
 
-  // The layers' inputs become part of their past.
-  FASTGEN_DEVICE void remember(int tile, int live) {
-    for (int own = 0; own < share_.layers(); ++own) {
-      const Queue queue = queues_[own];
-      if (queue.length == 0) continue;
-      const int64_t row = queue.row(0, 0);
-      each_pair(of_x_, 0, live, [&](int n, int i) {
-        pair(past_row(stream(tile, n), row) + i) = pair(x(own) + n * job_.lengths.x + i);
-      });
-    }
-  }
-
-  FASTGEN_DEVICE float* past_row(int64_t b, int64_t row) const {
-    return job_.history + (b * job_.history_rows + row) * job_.history_stride;
-  }
-
   // All own layers' skips on top of the sum that comes from the block before.
   FASTGEN_DEVICE void add_skips(int tile, int live, int64_t t) {
     const Matrix& m = job_.skip;
@@ -462,163 +434,15 @@ class Block {
     int64_t distance;
   };
 
-  // What the past and the conditioning give the gates of step t. Columns of the products are streams, or the steps from
-  // t on that a stream alone prepares together.
-  FASTGEN_DEVICE void prepare(int tile, int live, int64_t t) {
-    const int gates = 2 * job_.shape.gate, layers = share_.layers();
-    const int now = alone_ ? static_cast<int>(t % kAhead) : 0;
-    Product<M, true, 1, kChain, W> taps;
-    const int64_t left = job_.steps - t;
-    const int columns = alone_ ? static_cast<int>(left < kAhead ? left : kAhead) : live;
-    const auto stream_of = [&](int n) { return alone_ ? first_ : stream(tile, n); };
-    const auto step_of = [&](int n) { return alone_ ? t + n : t; };
-    // unless they are there already, the sums begin with the first tap's
-    const bool begun = alone_ || job_.cond || job_.gate_bias_stride || job_.shape.kernel_size == 1;
-    const auto add = [&](const Matrix& m, const W* w, const Past& p, auto&& meanwhile) {
-      float* sums = pending(p.own, 0);
-      const float* bias = gate_bias_ + p.own * gates;
-      const bool begins = !begun && p.tap == 1;
-      taps.run(
-          m, w, input_, p.to,
-          [&](int unit, int n, int row) {
-            return begins ? bias[row * job_.shape.gate + unit] : sums[(2 * n + row) * job_.shape.gate + unit];
-          },
-          [] { sync_block(); }, meanwhile,
-          [&](int unit, int n, float a, float b) {
-            if (n < p.from) return;
-            sums[2 * n * job_.shape.gate + unit] = a;
-            sums[(2 * n + 1) * job_.shape.gate + unit] = b;
-          });
-      sync_block();
-    };
-    if (begun && now == 0) {
-      for (int own = 0; own < layers; ++own)
-        each(0, columns, gates, [&](int n, int g) {
-          const int l = share_.first + own;
-          float v = job_.gate_bias_stride ? job_.gate_bias[(stream_of(n) * job_.shape.layers + l) * gates + g]
-                                          : gate_bias_[own * gates + g];
-          if (job_.cond && job_.shape.local == 0)
-            v += job_.cond[((stream_of(n) * job_.steps + step_of(n)) * job_.shape.layers + l) * gates + g];
-          pending(own, n)[g] = v;
-        });
-      if (job_.cond && job_.shape.local > 0)
-        each(0, columns, job_.shape.local, [&](int n, int k) {
-          put(input_, n, k, job_.cond[(stream_of(n) * job_.steps + step_of(n)) * job_.shape.local + k]);
-        });
-      sync_block();
-      if (job_.cond && job_.shape.local > 0)
-        for (int own = 0; own < layers; ++own) {
-          taps.hold(job_.local, layer(own));
-          add(job_.local, layer(own), Past{own, 0, 0, columns, false, 0}, [] {});
-        }
-    }
-
-    // the next that is due after tap `tap` of layer `own`
-    const auto after = [&](int own, int tap) {
-      for (;;) {
-        if (++tap >= job_.shape.kernel_size) {
-          ++own;
-          tap = 1;
-        }
-        if (own >= layers || job_.shape.kernel_size == 1) return Past{layers, 0, 0, 0, false, 0};
-        const int64_t distance = tap * queues_[own].dilation;
-        const bool one = alone_ && distance < kAhead;  // the later steps' past is yet to come
-        if (alone_ && !one && now > 0) continue;
-        return Past{own, tap, one ? now : 0, one ? now + 1 : columns, alone_ && !one, distance};
-      }
-    };
-    const auto past = [&](const Past& p, int n, int i) {
-      const int64_t row = queues_[p.own].row(p.ahead ? n : 0, p.distance);
-      return pair(past_row(stream_of(n), row) + i);
-    };
-    const auto weights = [&](const Past& p) {
-      return p.own < layers ? layer(p.own) + job_.old_at + (p.tap - 1) * job_.old_size : weights_;
-    };
-    // each thread's first pairs come while the products before are made
-    Pair coming[kComing] = {};
-    Past p[kComing + 1];
-    for (int k = 0; k < kComing; ++k) {
-      p[k] = k ? after(p[k - 1].own, p[k - 1].tap) : after(0, 0);
-      if (p[k].from + of_x_.vector < p[k].to) coming[k] = past(p[k], p[k].from + of_x_.vector, of_x_.number);
-    }
-    taps.hold(job_.tap, weights(p[0]), p[0].own < layers);
-#pragma unroll 1
-    while (p[0].own < layers) {
-      each_pair(of_x_, p[0].from, p[0].to, [&](int n, int i) {
-        const bool first = n == p[0].from + of_x_.vector && i == of_x_.number;
-        put(input_, n, i, first ? Pair{coming[0].v[0], coming[0].v[1]} : past(p[0], n, i));
-      });
-      p[kComing] = after(p[kComing - 1].own, p[kComing - 1].tap);
-      for (int k = 0; k + 1 < kComing; ++k) coming[k] = coming[k + 1];
-      const Past& last = p[kComing];
-      if (last.from + of_x_.vector < last.to) coming[kComing - 1] = past(last, last.from + of_x_.vector, of_x_.number);
-      add(job_.tap, weights(p[0]), p[0], [&] { taps.hold(job_.tap, weights(p[1]), p[1].own < layers); });
-      for (int k = 0; k < kComing; ++k) p[k] = p[k + 1];
-    }
-    sync_block();
+  FASTGEN_DEVICE void prepare(int tile, int live, int64_t t);
+  FASTGEN_DEVICE void remember(int tile, int live);
+  FASTGEN_DEVICE float* past_row(int64_t b, int64_t row) const {
+    return job_.history + (b * job_.history_rows + row) * job_.history_stride;
   }
 
-  // The output layers, and the sample.
-  FASTGEN_DEVICE void emit(int tile, int live, int64_t t) {
-    const int skip = job_.shape.skip, outputs = job_.shape.outputs;
-    const int each_has = job_.distribution == Distribution::kCategorical ? 1 : 2, uniform = thread();
-    float u = 0;
-    if (uniform < live * each_has)
-      u = job_.uniforms[(stream(tile, uniform / each_has) * job_.steps + t) * each_has + uniform % each_has];
-    const W* w = weights_ + (job_.layout.head - share_.begin);
-    Product<M, false, 1, kHead, W> hidden;
-    Product<M, false, kResident ? 2 : 1, kHead, W> output;
-    hidden.hold(job_.hidden, w);
-    output.hold(job_.output, w);
-    hidden.run(
-        job_.hidden, w, skips_, live, [&](int unit, int, int) { return head_bias_[unit]; },
-        [&] {
-          if (job_.cluster > 1) take_skips(tile, live, t);
-          sync_block();
-        },
-        [] {}, [&](int unit, int n, float v) { put(hidden_, n, unit, fmaxf(v, 0.0f)); });
-    if (uniform < live * each_has) uniforms_[uniform] = u;
-    output.run(
-        job_.output, w, hidden_, live, [&](int unit, int, int) { return head_bias_[skip + unit]; },
-        [] { sync_block(); }, [] {}, [&](int unit, int n, float v) { out_[n * job_.lengths.outputs + unit] = v; });
-    sync_block();
-    for (int n = thread() / 32; n < live; n += threads() / 32) choose(tile, n, t);
-    if (job_.parameters)
-      each(0, live, outputs, [&](int n, int o) {
-        job_.parameters[(stream(tile, n) * job_.steps + t) * outputs + o] = out_[n * job_.lengths.outputs + o];
-      });
-    sync_block();
-  }
-
-  FASTGEN_DEVICE void take_skips(int tile, int live, int64_t t) {
-    receive(kSum, tile, live, t);
-    each_pair(of_s_, 0, live, [&](int n, int i) {
-      const Pair v = pair(s_in_ + (tile * N + n) * job_.lengths.s + i);
-      put(skips_, n, i, Pair{fmaxf(v.v[0], 0.0f), fmaxf(v.v[1], 0.0f)});
-    });
-  }
-
-  FASTGEN_DEVICE void choose(int tile, int n, int64_t t) {
-    const int64_t b = stream(tile, n), at = b * job_.steps + t;
-    const int outputs = job_.shape.outputs;
-    const float* out = out_ + n * job_.lengths.outputs;
-    const bool is_given = t < job_.given_steps, ends = t + 1 == job_.steps;
-    const auto pass = [&](auto* samples, auto* last, auto* mailbox, auto sample) {
-      if (thread() % 32) return;
-      if (!ends) post(mailbox + tile * N + n, sample, arrival(kSample, tile), 0);
-      samples[at] = sample;
-      if (ends) last[b] = sample;
-    };
-    if (job_.distribution == Distribution::kCategorical) {
-      int32_t sample = quick_categorical(out, outputs, scale_, uniforms_[n]);
-      if (is_given) sample = static_cast<int32_t>(job_.given_class[b * job_.given_steps + t]);
-      pass(job_.classes, job_.last_class, came_, sample);
-    } else {
-      float sample = sample_mixture(job_, out, uniforms_[2 * n], uniforms_[2 * n + 1]);
-      if (is_given) sample = job_.given_value[b * job_.given_steps + t];
-      pass(job_.values, job_.last_value, came_value_, sample);
-    }
-  }
+  FASTGEN_DEVICE void emit(int tile, int live, int64_t t);
+  FASTGEN_DEVICE void take_skips(int tile, int live, int64_t t);
+  FASTGEN_DEVICE void choose(int tile, int n, int64_t t);
 
   const Job& job_;
   const int rank_, next_;
@@ -637,3 +461,6 @@ class Block {
 };
 
 }  // namespace fastgen::wavenet
+
+#include "wavenet_output.cuh"
+#include "wavenet_past.cuh"
