@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .convolution import Shape, arranged, by_tap, channels_last, conv, gated_conv, grad_weight, is_last
+from .convolution import conv, gated_conv
+from .grad_weight import grad_weight
 from .launch import on_device, sum_rows
+from .tiles import Shape, arranged, by_tap, channels_last, is_last
 
 
 def shape_of(x: Tensor, weight: Tensor, dilation: int) -> Shape:

@@ -1,4 +1,4 @@
-"""Masked convolution, plain and with a gate (see fastgen/ops/masked_conv2d.py): launches of convolution.py's kernels.
+"""Masked convolution, plain and with a gate (see fastgen/ops/masked_conv2d.py), by the kernels of convolution.py.
 
 Beside x and the result, x with its channels last is in memory, and for the backward of a gate the sums before it.
 """
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fastgen.ops.masked_conv2d import MASKS, mask_2d, weight_mask
 
-from .convolution import Shape, arranged, by_tap, conv, gate_grad, gated_conv, grad_weight
+from .convolution import conv, gate_grad, gated_conv
+from .grad_weight import grad_weight
 from .launch import on_device
+from .tiles import Shape, arranged, by_tap
 
 
 @functools.cache

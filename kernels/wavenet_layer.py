@@ -2,8 +2,8 @@
 
 A program has all gates of ROWS samples on chip and multiplies them with the 1x1 convolutions there: nothing but the
 results goes to memory. The backward computes the gates again; it writes them, for the gradient of the 1x1 convolutions,
-and the gradient of what goes into them, which convolution.py's kernels take further. Layers with more than MOST_GATES
-gates have them in memory, and PyTorch's products for the 1x1 convolutions.
+and the gradient of what goes into them, which convolution.py and grad_weight.py take further. Layers with more than
+MOST_GATES gates have them in memory, and PyTorch's products for the 1x1 convolutions.
 
 Least work: 2 H (2 C K + C + S) operations for each sample forward, three times that backward and the gates again.
 """
@@ -20,24 +20,7 @@ from torch.nn import functional
 
 from fastgen.ops.masked_conv2d import ALIGNED
 
-from .convolution import (
-    Shape,
-    arranged,
-    block_of,
-    by_tap,
-    gate,
-    gate_gradients,
-    grad_weight,
-    is_last,
-    is_short,
-    is_spread,
-    product,
-    steps_of,
-    store_halves,
-    store_sums,
-    tile_of,
-    with_added,
-)
+from .convolution import gate, gate_gradients, store_halves, store_sums, with_added
 from .gated_causal_conv1d import (
     gated_causal_conv1d,
     gated_causal_conv1d_backward,
@@ -46,6 +29,7 @@ from .gated_causal_conv1d import (
     sums_for,
     through_taps,
 )
+from .grad_weight import grad_weight
 from .launch import (
     MOST_SHARED,
     Plan,
@@ -60,6 +44,7 @@ from .launch import (
     sum_rows,
     tiles_of,
 )
+from .tiles import Shape, arranged, block_of, by_tap, is_last, is_short, is_spread, product, steps_of, tile_of
 from .tuning import tuned
 
 MOST_GATES = 256  # of a sample, on chip

@@ -75,19 +75,20 @@ def test_refuses_what_it_does_not_take(monkeypatch):
 
 
 def test_heuristics_of_products():
-    from fastgen.kernels import convolution, launch
+    from fastgen.kernels import launch
     from fastgen.kernels.code_statistics import shares_for
     from fastgen.kernels.nearest_code import chunk_for, splits_for
+    from fastgen.kernels.tiles import tile_for
     from fastgen.kernels.vector_quantize import rows_for
     from fastgen.kernels.wavenet_layer import options_for
 
     assert [rows_for(d) for d in (1, 64, 65, 2048, 5000)] == [2048, 32, 16, 1, 1]
     assert [shares_for(*size) for size in ((1, 1 << 20), (256, 65536), (8192, 65536), (1, 3))] == [64, 8, 4, 1]
     assert [chunk_for(d) for d in (1, 16, 17, 64, 100, 129, 256, 257)] == [16, 16, 32, 64, 128, 256, 256, 128]
-    small, large = convolution.tile_for(3, 5, 1, 16), convolution.tile_for(16000, 512, 256, 16)
+    small, large = tile_for(3, 5, 1, 16), tile_for(16000, 512, 256, 16)
     assert [small[k] for k in ("ROWS", "STEPS", "CHUNK", "num_warps")] == [16, 16, 16, 4]
     assert [large[k] for k in ("ROWS", "STEPS", "CHUNK", "num_warps")] == [128, 128, 64, 8]
-    assert convolution.tile_for(16000, 512, 256, 32)["CHUNK"] == 32
+    assert tile_for(16000, 512, 256, 32)["CHUNK"] == 32
     for gates, bits in ((1, 16), (100, 16), (256, 16), (128, 32)):
         for backward, most in ((False, 16384), (True, 8192)):
             tile = options_for(gates, 256, bits, backward=backward)

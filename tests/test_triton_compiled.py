@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -91,21 +92,25 @@ def update_codebook(dtype) -> list[Launch]:
     return launches
 
 
+def of_convolutions() -> tuple[ModuleType, ...]:
+    from fastgen.kernels import convolution, grad_weight, tiles
+
+    return tiles, convolution, grad_weight
+
+
 def gated_causal_conv1d(dtype, dilation=1, channels=0) -> list[Launch]:
-    from fastgen.kernels import convolution
     from fastgen.kernels import gated_causal_conv1d as module
 
     channels = channels or max(32, WIDTH[dtype])
     x, weight = (torch.empty(size, dtype=dtype) for size in ((2, channels, 4096), (2 * channels, channels, 2)))
     bias, cond = torch.empty(2 * channels, dtype=dtype), torch.empty(2, 2 * channels, 4096, dtype=dtype)
-    with recorded(convolution) as launches:
+    with recorded(*of_convolutions()) as launches:
         module.gated_causal_conv1d(x, weight, bias, cond, dilation)
         module.gated_causal_conv1d_backward(x, x, weight, bias, cond, dilation)
     return launches
 
 
 def wavenet_layer(dtype, dilation=1, channels=0, skips=256) -> list[Launch]:
-    from fastgen.kernels import convolution
     from fastgen.kernels import wavenet_layer as module
 
     channels = channels or WIDTH[dtype]
@@ -114,20 +119,19 @@ def wavenet_layer(dtype, dilation=1, channels=0, skips=256) -> list[Launch]:
     bias, out_bias = (w.new_empty(w.shape[0]) for w in weights)
     cond = torch.empty(2, 2 * channels, 1, dtype=dtype)
     args = x, weights[0], bias, weights[1], out_bias, cond, dilation
-    with recorded(convolution, module) as launches:
+    with recorded(*of_convolutions(), module) as launches:
         module.wavenet_layer(*args)
         module.wavenet_layer_backward(x, skip, *args)
     return launches[:6]  # the rest is as in gated_causal_conv1d
 
 
 def masked_conv2d(dtype, gated=False, channels=0) -> list[Launch]:
-    from fastgen.kernels import convolution
     from fastgen.kernels import masked_conv2d as module
 
     channels = channels or min(64, WIDTH[dtype])
     x, weight = torch.empty(8, channels, 32, 32, dtype=dtype), torch.empty(2 * channels, channels, 5, 5, dtype=dtype)
     bias, cond = torch.empty(2 * channels, dtype=dtype), torch.empty(8, 2 * channels, 32, 32, dtype=dtype)
-    with recorded(convolution) as launches:
+    with recorded(*of_convolutions()) as launches:
         if gated:
             out, kept = module.gated_masked_conv2d(x, weight, bias, cond, 1, 1, True)
             module.masked_conv2d_backward(out, kept, x, weight, cond, 1, 1, True)
@@ -192,7 +196,7 @@ ALL = {f"{name} {str(d)[6:]} {a}": (case, d, a) for name, case in CASES.items() 
 
 def expected_shared(launch: Launch, limit: int) -> int:
     """By what the heuristics go by."""
-    from fastgen.kernels import convolution, nearest_code, wavenet_layer
+    from fastgen.kernels import nearest_code, tiles, wavenet_layer
     from fastgen.kernels.launch import BARRIERS
 
     tile, x = launch.arguments | launch.options, launch.arguments["x"]
@@ -203,7 +207,7 @@ def expected_shared(launch: Launch, limit: int) -> int:
     if launch.kernel.__name__ == "_layer":
         return BARRIERS + wavenet_layer.shared_by(tile, 8 * x.element_size(), limit)
     paired = launch.kernel.__name__ == "_gated_conv"
-    return BARRIERS + convolution.shared_by(tile, 8 * x.base.element_size(), limit, paired)
+    return BARRIERS + tiles.shared_by(tile, 8 * x.base.element_size(), limit, paired)
 
 
 def spilled(code: list[str]) -> list[str]:
@@ -220,11 +224,11 @@ def around_products(code: list[str]) -> list[str]:
 @pytest.mark.parametrize("name", ALL | VARIANTS)
 def test_machine_code(name, monkeypatch):
     """Nothing is spilled, shared memory suffices, memory moves 16 bytes at a time, 16 bits go to tensor cores."""
-    from fastgen.kernels import convolution, nearest_code
+    from fastgen.kernels import convolution, grad_weight, nearest_code
     from fastgen.kernels import wavenet_layer as layer
 
     case, dtype, architecture = (ALL | VARIANTS)[name]
-    for module in (convolution, layer, nearest_code):
+    for module in (convolution, grad_weight, layer, nearest_code):
         monkeypatch.setattr(module, "shared_memory", lambda x: SHARED_MEMORY[architecture])
     seen = set()
     for launch in case(dtype):
@@ -272,11 +276,11 @@ def test_machine_code(name, monkeypatch):
 @pytest.mark.parametrize("limit", [99 << 10, 48 << 10])
 def test_tiles_fit_into_the_shared_memory_there_is(limit, monkeypatch):
     """Ada and consumer Blackwell have 99 KiB for a program."""
-    from fastgen.kernels import convolution as conv
+    from fastgen.kernels import convolution, grad_weight, tiles
     from fastgen.kernels import nearest_code as search
     from fastgen.kernels import wavenet_layer as layer
 
-    for module in (conv, search, layer):
+    for module in (convolution, grad_weight, search, layer):
         monkeypatch.setattr(module, "shared_memory", lambda x: limit)
     for launch in (
         wavenet_layer(BF16)[1], *(run for run in nearest_code(BF16) if run.kernel.__name__ == "_search"),
@@ -285,8 +289,8 @@ def test_tiles_fit_into_the_shared_memory_there_is(limit, monkeypatch):
         assert launch.compile(86).metadata.shared <= min(limit, expected_shared(launch, limit))
     for bits in (16, 32):
         for channels in (1, 16, 64, 100, 256, 1000):
-            tile = conv.tile_for(5000, channels, channels, bits, limit)
-            assert conv.shared_by(tile, bits, limit) <= limit
+            tile = tiles.tile_for(5000, channels, channels, bits, limit)
+            assert tiles.shared_by(tile, bits, limit) <= limit
             assert tile["CHUNK"] >= 16
             for backward in (False, True):
                 tile = layer.options_for(min(channels, 256), channels, bits, limit, backward=backward)
@@ -296,7 +300,7 @@ def test_tiles_fit_into_the_shared_memory_there_is(limit, monkeypatch):
             tile = search.scan_options(65536, chunk_bytes, whole, False, limit)
             assert search.shared_by(tile, chunk_bytes, whole, False) <= limit
             assert tile["ROWS"] >= 16
-    assert conv.tile_for(5000, 128, 128, 16, 99 << 10) == conv.tile_for(5000, 128, 128, 16, 163 << 10), "all fits"
+    assert tiles.tile_for(5000, 128, 128, 16, 99 << 10) == tiles.tile_for(5000, 128, 128, 16, 163 << 10), "all fits"
 
 
 def test_every_kernel_that_is_launched_is_compiled():
