@@ -40,7 +40,7 @@ from .tuning import tuned
 
 @triton.jit
 def with_added(  # type: ignore[no-untyped-def]
-    a, b, bias, cond, image, row, index, live, rows, cond_stride, cond_step,
+    a, b, bias, cond, image, row, index, beyond, rows, cond_stride, cond_step,
     BIASED: tl.constexpr, CONDITIONED: tl.constexpr,
 ):  # fmt: skip
     """Bias (2 rows) and cond [image][2 rows][pixel] added to both halves."""
@@ -49,7 +49,7 @@ def with_added(  # type: ignore[no-untyped-def]
         b += tl.load(bias + rows + row, row < rows, other=0.0).to(tl.float32)[:, None]
     if CONDITIONED:
         at = cond + ((image.to(tl.int64) * 2 * rows + row) * cond_stride)[:, None] + index[None, :] * cond_step
-        known = (row < rows)[:, None] & live[None, :]
+        known = (row < rows)[:, None] & (beyond[None, :] < 0)
         a += tl.load(at, known, other=0.0).to(tl.float32)
         b += tl.load(at + tl.cast(rows, tl.int64) * cond_stride, known, other=0.0).to(tl.float32)
     return a, b
@@ -105,8 +105,8 @@ def _conv(  # type: ignore[no-untyped-def]
         False, FLIP, LAST, PRECISION, ROWS, STEPS, CHUNK,
     )  # fmt: skip
     row = first + tl.arange(0, ROWS)
-    index, live = pixels_of(start + tl.arange(0, STEPS), height, width, pitch, PACKED)
-    known = (row < rows)[:, None] & live[None, :]
+    index, beyond = pixels_of(start + tl.arange(0, STEPS), height, width, pitch, PACKED)
+    known = (row < rows)[:, None] & (beyond[None, :] < 0)
     at = ((image.to(tl.int64) * rows + row) * height * width)[:, None] + index[None, :]
     if BIASED:
         sums += tl.load(bias + row, row < rows, other=0.0).to(tl.float32)[:, None]
@@ -135,11 +135,11 @@ def _gated_conv(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     pair = first + tl.arange(0, ROWS)
     position = start + tl.arange(0, STEPS)
-    index, live = pixels_of(position, height, width, pitch, PACKED)
-    a, b = with_added(a, b, bias, cond, image, pair, index, live, pairs, cond_stride, cond_step, BIASED, CONDITIONED)
+    index, beyond = pixels_of(position, height, width, pitch, PACKED)
+    a, b = with_added(a, b, bias, cond, image, pair, index, beyond, pairs, cond_stride, cond_step, BIASED, CONDITIONED)
     if KEEP and not BACKWARD:
         store_halves(kept, a, b, image, pair, position, pairs, length, image_step, row_step, step)
-    known = (pair < pairs)[:, None] & live[None, :]
+    known = (pair < pairs)[:, None] & (beyond[None, :] < 0)
     at = ((image.to(tl.int64) * pairs + pair) * height * width)[:, None] + index[None, :]
     if BACKWARD:
         a, b = gate_gradients(tl.load(grad + at, known, other=0.0).to(tl.float32), a, b, SHORT)
@@ -160,8 +160,8 @@ def _gate_grad(  # type: ignore[no-untyped-def]
     place = tl.program_id(0) // row_tiles
     image, position = place // tiles, place % tiles * STEPS + tl.arange(0, STEPS)
     pair = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
-    index, live = pixels_of(position, height, width, pitch, PACKED)
-    known = (pair < pairs)[:, None] & live[None, :]
+    index, beyond = pixels_of(position, height, width, pitch, PACKED)
+    known = (pair < pairs)[:, None] & (beyond[None, :] < 0)
     size, half = tl.cast(height, tl.int64) * width, tl.cast(pairs, tl.int64)
     at = kept + (image.to(tl.int64) * image_step + pair.to(tl.int64) * row_step)[:, None]
     at += (position.to(tl.int64) * step)[None, :]

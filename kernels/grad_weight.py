@@ -107,7 +107,7 @@ def _collect(  # type: ignore[no-untyped-def]
         for first in range(0, splits, SPLITS):
             split = first + tl.arange(0, SPLITS)
             at = partial + ((split.to(tl.int64) * taps + tap) * count)[:, None] + i[None, :]
-            sums += tl.load(at, (split < splits)[:, None] & (i < count)[None, :], other=0.0)
+            sums += tl.load(at, (split[:, None] < splits) & (i[None, :] < count), other=0.0)
     tl.store(out + i.to(tl.int64) * kernel + tap, tl.sum(sums, 0).to(out.dtype.element_ty), i < count)
 
 

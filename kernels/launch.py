@@ -41,6 +41,7 @@ class Tiles(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     padding: str = "zero"
+    round_f32_to_tf32: bool = False  # which later Tritons than 3.6 ask for
 
 
 def tiles_of(x: Tensor) -> Tiles:

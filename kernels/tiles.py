@@ -35,12 +35,15 @@ from .launch import (
 
 @triton.jit
 def pixels_of(position, height, width, pitch, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where results for positions go in [height][width], and whether there is anything. PACKED: without margins."""
+    """Where results for positions go in [height][width], and what is below 0 where there is a pixel: a number, since
+    Triton 3.6 mixes up masks that change their layout. PACKED: without margins.
+    """
     if PACKED:
-        return position, position < height * width
+        return position, position - height * width
     i, j = position // pitch, position % pitch
     # so that neighbouring threads take neighbouring pixels; single ones, as nothing is said of where pairs begin
-    return tl.max_contiguous(i * width + j, 2), (i < height) & (j < width)
+    index = tl.max_contiguous(i * width + j, 2)
+    return index, tl.where((i < height) & (j < width), -1, 0)
 
 
 @triton.jit
@@ -52,9 +55,9 @@ def _turn(  # type: ignore[no-untyped-def]
     column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     place = tl.program_id(0) // column_tiles
     image, position = (place // tiles).to(tl.int64), place % tiles * ROWS + tl.arange(0, ROWS)
-    index, live = pixels_of(position, height, width, pitch, PACKED)
+    index, beyond = pixels_of(position, height, width, pitch, PACKED)
     at = x + ((image * channels + column) * height * width)[None, :] + index[:, None]
-    v = tl.load(at, live[:, None] & (column < channels)[None, :], other=0.0)
+    v = tl.load(at, (beyond[:, None] < 0) & (column < channels)[None, :], other=0.0)
     to = out + ((image * length + position) * stride)[:, None] + column[None, :]
     tl.store(to, v, (position < length)[:, None] & (column < channels)[None, :])
 

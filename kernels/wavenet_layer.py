@@ -116,7 +116,7 @@ def _layer(  # type: ignore[no-untyped-def]
         True, False, LAST, PRECISION, GATES, STEPS, CHUNK,
     )  # fmt: skip
     a, b = with_added(
-        a, b, bias, cond, sequence, gate_row, position, position < steps, gates, cond_stride, cond_step, BIASED,
+        a, b, bias, cond, sequence, gate_row, position, position - steps, gates, cond_stride, cond_step, BIASED,
         CONDITIONED,
     )  # fmt: skip
     if BACKWARD:
@@ -156,7 +156,7 @@ def options_for(
     steps = min(128, (4096 if bits == 32 else 8192 if backward else 16384) // across) // (1 + plain)
     few = 2048 if bits == 16 else 4096  # gates, which four warps have registers for
     tile = {
-        "GATES": across, "STEPS": steps, "CHUNK": power_within(channels, 16, 1024 // bits),
+        "GATES": across, "STEPS": steps, "CHUNK": power_within(channels, 16, 1024 // bits // (1 + plain)),
         "OUTS": 1024 // bits // (1 + plain),
         "num_warps": 8 if steps * across > few else 4, "num_stages": 3 if across < 256 else 2,
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """Triton kernels without a GPU: their results in Triton's interpreter, and their heuristics."""
 
+import dataclasses
 import json
 
 import pytest
@@ -72,6 +73,18 @@ def test_refuses_what_it_does_not_take(monkeypatch):
         backend.resolve("actnorm", "triton", torch.device("cuda:1"), torch.float32)
     with pytest.warns(RuntimeWarning, match="float64 has no Triton kernel"):
         assert backend.resolve("actnorm", None, cuda, torch.float64) == "reference"
+
+
+def test_tiles_have_what_triton_asks_of_a_descriptor():
+    """The installed Triton's launcher: of later versions it asks more."""
+    from fastgen.kernels.launch import tiles_of
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tiles = tiles_of(torch.empty(1, 16, 16))
+    ours = TensorDescriptor(tiles.base, list(tiles.shape), list(tiles.strides), [1, 16, 16])
+    for field in dataclasses.fields(TensorDescriptor):
+        if field.name not in ("base", "shape", "strides", "block_shape"):
+            assert getattr(tiles, field.name) == getattr(ours, field.name)
 
 
 def test_heuristics_of_products():
