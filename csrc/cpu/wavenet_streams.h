@@ -19,13 +19,13 @@
 #include "packed_product.h"
 #include "partner.h"
 #include "sampling.h"
+#include "wavenet_history.h"
 #include "wavenet_weights.h"
 
 namespace fastgen {
 namespace {
 
 constexpr int kAhead = 8;       // samples for which old taps are computed together
-constexpr int kSoon = 6;        // streams whose histories are fetched while one is read
 constexpr int kTold = 4;        // layers of which the helping thread hears at a time
 constexpr int kOwned = 3;       // layers by which lines are asked for ahead
 constexpr int kFewStreams = 2;  // up to here old taps are computed ahead; above, streams share the weights anyway
@@ -73,7 +73,8 @@ class Streams {
         skip_in_(n_, job.shape.skip),
         hidden_in_(n_, job.shape.skip),
         leads_(n_ * kAhead, job.shape.residual),
-        helps_(two_threads ? n_ * kAhead : 0, job.shape.residual) {
+        helps_(two_threads ? n_ * kAhead : 0, job.shape.residual),
+        history_(job.history, job.dilations, job.shape.kernel_size, first, n_, r_, job.position, job.steps) {
     const Shape& s = job.shape;
     layers_.resize(s.layers);
     int64_t pending = 0;
@@ -81,10 +82,6 @@ class Streams {
     for (int l = 0; l < s.layers; ++l) {
       Layer& layer = layers_[l];
       layer.dilation = job.dilations[l];
-      layer.length = (s.kernel_size - 1) * layer.dilation;
-      layer.history = rows_;
-      now_.push_back(layer.length ? job.position % layer.length : 0);
-      rows_ += layer.length;
       layer.ahead =
           n_ > kFewStreams ? 1 : std::bit_floor(static_cast<uint32_t>(std::min<int64_t>(kAhead, layer.dilation)));
       layer.helped = two_threads && s.kernel_size > 1 && layer.dilation >= 2 * kAhead;
@@ -102,7 +99,6 @@ class Streams {
     for (Layer& layer : layers_)
       if (!two_threads && layer.ahead == 1) layer.pending = pending;
     if (shared_pending) pending += int64_t{2} * n_ * 2 * h_;
-    if (kFixed<W>) past_.reset(new Block[rows_ * n_ * x_blocks()]);
     // two threads: a place for each layer's z, where the helper finds it; one: this layer's and the last one's
     const int places = two_threads ? s.layers : 2;
     z_in_.reserve(places);
@@ -154,7 +150,7 @@ class Streams {
   using Block = typename Inputs<W>::Block;
 
   struct Layer {
-    int64_t dilation, length, history, pending;
+    int64_t dilation, pending;
     int ahead, offset;
     bool helped;    // its old taps can be the helper's work: they are known more than a block of steps ahead
     bool led_skip;  // its skip is the leader's
@@ -301,40 +297,10 @@ class Streams {
     return pending_ + layer.pending + (slot * n_ + stream) * 2 * h_;
   }
 
-  float* row(const Layer& layer, int stream, int64_t at) const {
-    return job_.history + ((first_ + stream) * rows_ + layer.history + at) * r_;
-  }
-
-  // Where a layer's input of the current step goes: into the ring buffer, in place of the oldest one, which is not
-  // needed any more once the step's old taps are prepared. In fixed point its blocks go into a ring of their own.
+  // Where a layer's input of the current step goes: in float32 into the ring buffer.
   float* input(int l, int stream) {
-    const Layer& layer = layers_[l];
-    if constexpr (kFixed<W>) x_in_.place(stream, layer.length ? past_block(layer, stream, now_[l]) : nullptr);
-    if (!kFixed<W> && layer.length) return row(layer, stream, now_[l]);
-    return x_ + (static_cast<int64_t>(l % 2) * n_ + stream) * r_;
+    return history_.input(l, stream, x_in_, x_ + (static_cast<int64_t>(l % 2) * n_ + stream) * r_);
   }
-  // In fixed point only what outlives the call goes into the ring buffer.
-  void keep_input(int l, int64_t t) {
-    const Layer& layer = layers_[l];
-    if (!kFixed<W> || t < job_.steps - layer.length) return;
-    for (int i = 0; i < n_; ++i) std::memcpy(row(layer, i, now_[l]), x_at_[i], r_ * sizeof(float));
-  }
-
-  // Column c: a layer's input of step t, before the call's first one if t is negative.
-  void take_past(Inputs<W>& x, int c, const Layer& layer, int stream, int64_t at, int64_t t) const {
-    const int soon = std::min(stream + kSoon, n_ - 1);
-    if (kFixed<W> && t >= 0) {
-      prefetch(past_block(layer, soon, at), x_blocks() * sizeof(Block));
-      return x.place(c, past_block(layer, stream, at));
-    }
-    prefetch(row(layer, soon, at), r_ * sizeof(float));
-    x.place(c);
-    x.set(c, row(layer, stream, at));
-  }
-  Block* past_block(const Layer& layer, int stream, int64_t at) const {
-    return past_.get() + ((layer.history + at) * n_ + stream) * x_blocks();
-  }
-  int x_blocks() const { return (r_ + kBlock - 1) / kBlock; }
 
   float* z(int l, int stream) { return z_ + (static_cast<int64_t>(l % z_in_.size()) * n_ + stream) * h_; }
   Inputs<W>& z_in(int l) { return z_in_[l % z_in_.size()]; }
@@ -355,9 +321,10 @@ class Streams {
       for (int c = 0; c < columns; ++c) std::memcpy(past.out[c], past.in[c], 2 * h_ * sizeof(float));
     for (int j = 1; j < job_.shape.kernel_size; ++j) {
       columns = 0;
-      int64_t at = (job_.position + t + 2 * layer.length - j * layer.dilation) % layer.length;
-      for (int64_t i = 0; i < layer.ahead; ++i, at = at + 1 < layer.length ? at + 1 : 0)
-        for (int s = 0; s < n_; ++s) take_past(past.x, columns++, layer, s, at, t + i - j * layer.dilation);
+      const int64_t length = history_.length(l);
+      int64_t at = (job_.position + t + 2 * length - j * layer.dilation) % length;
+      for (int64_t i = 0; i < layer.ahead; ++i, at = at + 1 < length ? at + 1 : 0)
+        for (int s = 0; s < n_; ++s) history_.take(l, t + i - j * layer.dilation, at, s, past.x, columns++);
       product(net_.layers[l].old[j - 1], past.x, j == 1 ? past.in.data() : past.out.data(), past.out.data(), columns);
     }
   }
@@ -402,7 +369,7 @@ class Streams {
 
   // The next layer's input, if there is one; this layer's stays where it is.
   void add_residual(int l, int64_t t) {
-    keep_input(l, t);
+    history_.remember(l, t, x_at_.data());
     if (l + 1 < job_.shape.layers) {
       const float* bias = net_.layers[l].residual_bias;
       for (int i = 0; i < n_; ++i) {
@@ -413,7 +380,6 @@ class Streams {
       for (int i = 0; i < n_; ++i) x_in_.set(i, next_x_at_[i]);
       x_at_.swap(next_x_at_);
     }
-    if (layers_[l].length && ++now_[l] == layers_[l].length) now_[l] = 0;
   }
 
   void start_skips() {
@@ -462,18 +428,17 @@ class Streams {
   const int n_;
   const bool two_threads_;
   const int r_, h_, s_, o_;  // padded channels: residual, gate, skip, outputs
-  int64_t rows_ = 0, bias_rows_ = 1;
+  int64_t bias_rows_ = 1;
   OwnVector<Layer> layers_;
-  OwnVector<int64_t> now_;  // for each layer, the row of its ring buffer where the step's input goes
   std::unique_ptr<float[]> memory_;
   float *pending_, *x_, *a_, *z_, *skip_, *led_skip_, *hidden_, *out_, *bias_, *scratch_;
   OwnVector<float*> x_at_, next_x_at_, a_at_, skip_at_, hidden_at_, out_at_, pre_at_;
   OwnVector<const float*> hidden_bias_at_, output_bias_at_;
-  std::unique_ptr<Block[]> past_;  // in fixed point, the layers' inputs since the call began, as the history holds them
   Inputs<W> x_in_, skip_in_, hidden_in_;
   OwnVector<Block> messages_;  // in fixed point, what of z_in_ goes from the leader to the helper
   OwnVector<Inputs<W>> z_in_;
   Past leads_, helps_;
+  History<W> history_;
   OwnVector<int> told_;      // the last of the layers of which the helper hears at once
   std::vector<Flag> gated_;  // by the leader, for each of told_: the gates up to there
   struct : Flag {
