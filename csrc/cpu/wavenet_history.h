@@ -25,7 +25,8 @@ class History {
       : streams_(streams), channels_(channels), steps_(steps) {
     for (const int64_t dilation : dilations) {
       const int64_t length = (kernel_size - 1) * dilation;
-      rings_.push_back({rows_, length, length ? position % length : 0});
+      rings_.push_back({rows_, length});
+      now_.push_back(length ? position % length : 0);
       rows_ += length;
     }
     data_ = data + first * rows_ * channels;
@@ -38,16 +39,16 @@ class History {
   // step's old taps are prepared; or `elsewhere`. In fixed point x's column is to be in the ring.
   float* input(int l, int stream, Inputs<W>& x, float* elsewhere) {
     const Ring& ring = rings_[l];
-    if constexpr (kFixed<W>) x.place(stream, ring.length ? block(ring, stream, ring.now) : nullptr);
-    return !kFixed<W> && ring.length ? row(ring, stream, ring.now) : elsewhere;
+    if constexpr (kFixed<W>) x.place(stream, ring.length ? block(ring, stream, now_[l]) : nullptr);
+    return !kFixed<W> && ring.length ? row(ring, stream, now_[l]) : elsewhere;
   }
 
   // Layer l's inputs x of step t of the call become part of its past.
   void remember(int l, int64_t t, const float* const* x) {
-    Ring& ring = rings_[l];
+    const Ring& ring = rings_[l];
     if (kFixed<W> && t >= steps_ - ring.length)
-      for (int i = 0; i < streams_; ++i) std::memcpy(row(ring, i, ring.now), x[i], channels_ * sizeof(float));
-    if (ring.length && ++ring.now == ring.length) ring.now = 0;
+      for (int i = 0; i < streams_; ++i) std::memcpy(row(ring, i, now_[l]), x[i], channels_ * sizeof(float));
+    if (ring.length && ++now_[l] == ring.length) now_[l] = 0;
   }
 
   // Column c of x: layer l's input of step t, before the call's first one if t is negative, at row `at` of the ring.
@@ -65,7 +66,7 @@ class History {
 
  private:
   struct Ring {
-    int64_t first, length, now;  // now: the row of the current step
+    int64_t first, length;
   };
 
   float* row(const Ring& ring, int stream, int64_t at) const {
@@ -81,6 +82,7 @@ class History {
   const int64_t steps_;
   int64_t rows_ = 0;
   OwnVector<Ring> rings_;
+  OwnVector<int64_t> now_;  // the rows of the current step, which change; a second thread reads the rings alone
   std::unique_ptr<Block[]> blocks_;
 };
 

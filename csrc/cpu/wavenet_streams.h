@@ -432,15 +432,16 @@ class Streams {
   OwnVector<Layer> layers_;
   std::unique_ptr<float[]> memory_;
   float *pending_, *x_, *a_, *z_, *skip_, *led_skip_, *hidden_, *out_, *bias_, *scratch_;
-  OwnVector<float*> x_at_, next_x_at_, a_at_, skip_at_, hidden_at_, out_at_, pre_at_;
+  OwnVector<float*> a_at_, skip_at_, hidden_at_, out_at_, pre_at_;
   OwnVector<const float*> hidden_bias_at_, output_bias_at_;
   Inputs<W> x_in_, skip_in_, hidden_in_;
   OwnVector<Block> messages_;  // in fixed point, what of z_in_ goes from the leader to the helper
   OwnVector<Inputs<W>> z_in_;
   Past leads_, helps_;
   History<W> history_;
-  OwnVector<int> told_;      // the last of the layers of which the helper hears at once
-  std::vector<Flag> gated_;  // by the leader, for each of told_: the gates up to there
+  OwnVector<int> told_;                              // the last of the layers of which the helper hears at once
+  std::vector<Flag> gated_;                          // by the leader, for each of told_: the gates up to there
+  alignas(128) OwnVector<float*> x_at_, next_x_at_;  // which the leader swaps: not on a line that the helper reads
   struct : Flag {
     Sample sample;
   } emitted_;  // by the helper
