@@ -13,28 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .functions import sigmoid, sigmoid_bf16, tanh, tanh_bf16
-from .launch import (
-    Plan,
-    cdiv,
-    planned,
-    power_within,
-    precision_of,
-    shared_memory,
-    sum_rows,
-    tiles_of,
-)
-from .tiles import (
-    Shape,
-    block_of,
-    channels_last,
-    is_last,
-    is_short,
-    is_spread,
-    pixels_of,
-    product,
-    steps_of,
-    tile_for,
-)
+from .launch import Plan, cdiv, planned, power_within, precision_of, shared_memory, sum_rows, tiles_of
+from .tiles import Shape, block_of, channels_last, is_last, is_short, is_spread, pixels_of, product, steps_of, tile_for
 from .tuning import tuned
 
 

@@ -12,24 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import (
-    Plan,
-    cdiv,
-    planned,
-    power_within,
-    precision_of,
-    shared_memory,
-    splits_for,
-    tiles_of,
-)
-from .tiles import (
-    Shape,
-    block_of,
-    is_last,
-    tile_for,
-    tile_of,
-    within,
-)
+from .launch import Plan, cdiv, planned, power_within, precision_of, shared_memory, splits_for, tiles_of
+from .tiles import Shape, block_of, is_last, tile_for, tile_of, within
 from .tuning import tuned
 
 

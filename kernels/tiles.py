@@ -22,15 +22,7 @@ from torch import Tensor
 
 from fastgen.ops.masked_conv2d import ALIGNED, aligned, positions
 
-from .launch import (
-    MOST_SHARED,
-    Plan,
-    cdiv,
-    fitted,
-    planned,
-    power_within,
-    staged,
-)
+from .launch import MOST_SHARED, Plan, cdiv, fitted, planned, power_within, staged
 
 
 @triton.jit
