@@ -91,9 +91,10 @@ def test_learns_two_moons(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns_images(kind):
     images = torch.zeros(64, 1, 8, 8, dtype=torch.uint8)
-    images[..., ::2] = 200
+    images[::2, ..., ::2] = 200  # two kinds: what the first batch sets means and scales to is no answer
+    images[1::2, ..., 1::2] = 200
     log = train(small(kind, hidden=16), images, steps=40, batch_size=32, learning_rate=3e-3)
-    assert log.losses[-1] < min(log.losses[0], 6.5)
+    assert log.losses[-1] < log.losses[0] - 0.5
 
 
 def test_levels():

@@ -1,13 +1,20 @@
-// masked_conv2d, gated_masked_conv2d and their gradients; arguments are checked in fastgen/ops/masked_conv2d.py.
+// masked_conv2d, gated_masked_conv2d, conv2d and their gradients; arguments are checked in fastgen/ops/.
 #include "masked_conv_backward.h"
 
 namespace fastgen {
 namespace {
 
-ConvShape shape_of(const Tensor& x, const Tensor& weight, int64_t mask, int64_t colors, bool gated) {
-  return {x.size(0),      x.size(1),      x.size(2),      x.size(3),
-          weight.size(0), weight.size(2), weight.size(3), static_cast<Mask>(mask),
-          colors,         gated};
+ConvShape shape_of(const Tensor& x, const Tensor& weight, Mask mask, int64_t colors, Activation activation) {
+  ConvShape s{x.size(0),      x.size(1),      x.size(2), x.size(3), weight.size(0),
+              weight.size(2), weight.size(3), mask,      colors,    activation};
+  // a 1x1 convolution sees no edges: short rows are joined, so that vectors are full
+  constexpr int64_t kLongRow = 128;
+  for (int64_t rows = s.height; s.area() == 1 && rows > 1; --rows)
+    if (s.height % rows == 0 && rows * s.width <= kLongRow) {
+      s.height /= rows;
+      s.width *= rows;
+    }
+  return s;
 }
 
 template <class E>
@@ -17,11 +24,12 @@ ConvTensors<E> tensors_of(const Tensor& x, const Tensor& weight, const std::opti
   return {data_of<E>(x), data_of<E>(weight), data_of<E>(bias), data_of<E>(cond), constant};
 }
 
-Tensor masked_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t mask, int64_t colors) {
-  const ConvShape s = shape_of(x, weight, mask, colors, false);
-  Tensor out = fresh(x, {s.batch, s.outs, s.height, s.width});
+Tensor image_like(const Tensor& x, int64_t channels) { return fresh(x, {x.size(0), channels, x.size(2), x.size(3)}); }
+
+Tensor ungated(const ConvShape& s, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  Tensor out = image_like(x, s.outs);
   if (out.numel() == 0) return out;
-  dispatch_float(x.scalar_type(), "masked_conv2d", [&](auto zero) {
+  dispatch_float(x.scalar_type(), "conv2d", [&](auto zero) {
     using E = decltype(zero);
     conv_forward<ComputeType<E>, E>(s, tensors_of<E>(x, weight, bias, std::nullopt), static_cast<E*>(out.data_ptr()),
                                     nullptr);
@@ -29,12 +37,20 @@ Tensor masked_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_
   return out;
 }
 
+Tensor masked_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t mask, int64_t colors) {
+  return ungated(shape_of(x, weight, static_cast<Mask>(mask), colors, Activation::kNone), x, weight, bias);
+}
+
+Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu) {
+  return ungated(shape_of(x, weight, Mask::kNone, 1, relu ? Activation::kRelu : Activation::kNone), x, weight, bias);
+}
+
 // -> result, and the sums before the gate where they are to be kept.
 std::tuple<Tensor, Tensor> gated_masked_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                                std::optional<Tensor> cond, int64_t mask, int64_t colors, bool keep) {
-  const ConvShape s = shape_of(x, weight, mask, colors, true);
-  Tensor out = fresh(x, {s.batch, s.results(), s.height, s.width});
-  Tensor kept = keep ? fresh(x, {s.batch, s.outs, s.height, s.width}) : fresh(x, {0});
+  const ConvShape s = shape_of(x, weight, static_cast<Mask>(mask), colors, Activation::kGate);
+  Tensor out = image_like(x, s.results());
+  Tensor kept = keep ? image_like(x, s.outs) : fresh(x, {0});
   if (out.numel() == 0) return {out, kept};
   dispatch_float(x.scalar_type(), "gated_masked_conv2d", [&](auto zero) {
     using E = decltype(zero);
@@ -44,16 +60,16 @@ std::tuple<Tensor, Tensor> gated_masked_conv2d(Tensor x, Tensor weight, std::opt
   return {out, kept};
 }
 
-// -> gradients of x (nothing unless needed), weight, bias and cond.
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(Tensor grad, std::optional<Tensor> kept, Tensor x,
-                                                                  Tensor weight, std::optional<Tensor> cond,
-                                                                  int64_t mask, int64_t colors, bool need_x) {
-  const ConvShape s = shape_of(x, weight, mask, colors, kept.has_value());
-  Tensor grad_x = need_x ? fresh(x, {s.batch, s.channels, s.height, s.width}) : fresh(x, {0});
+// -> gradients of x (nothing unless needed), weight, bias and cond; kept: see conv_backward.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const ConvShape& s, const Tensor& grad,
+                                                     const std::optional<Tensor>& kept, const Tensor& x,
+                                                     const Tensor& weight, const std::optional<Tensor>& cond,
+                                                     bool need_x) {
+  Tensor grad_x = need_x ? image_like(x, s.channels) : fresh(x, {0});
   Tensor grad_weight = fresh(x, {s.outs, s.channels, s.kernel_h, s.kernel_w});
   Tensor grad_bias = fresh(x, {s.outs});
   Tensor grad_cond = cond ? fresh(x, {s.batch, s.outs, cond->size(2), cond->size(3)}) : fresh(x, {0});
-  dispatch_float(x.scalar_type(), "masked_conv2d", [&](auto zero) {
+  dispatch_float(x.scalar_type(), "conv2d", [&](auto zero) {
     using E = decltype(zero);
     const ConvTensors<E> in = tensors_of<E>(x, weight, std::nullopt, cond);
     Result<E> gw(grad_weight), gb(grad_bias), gc(in.cond_constant ? grad_cond : grad_bias);
@@ -71,11 +87,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(Tensor grad, s
   return {grad_x, grad_weight, grad_bias, grad_cond};
 }
 
+// kept: of a gate.
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(Tensor grad, std::optional<Tensor> kept, Tensor x,
+                                                                  Tensor weight, std::optional<Tensor> cond,
+                                                                  int64_t mask, int64_t colors, bool need_x) {
+  const Activation activation = kept ? Activation::kGate : Activation::kNone;
+  return gradients(shape_of(x, weight, static_cast<Mask>(mask), colors, activation), grad, kept, x, weight, cond,
+                   need_x);
+}
+
+// result: of a ReLU.
+std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad, std::optional<Tensor> result, Tensor x, Tensor weight,
+                                                   bool need_x) {
+  const ConvShape s = shape_of(x, weight, Mask::kNone, 1, result ? Activation::kRelu : Activation::kNone);
+  auto [of_x, of_weight, of_bias, none] = gradients(s, grad, result, x, weight, std::nullopt, need_x);
+  return {of_x, of_weight, of_bias};
+}
+
 }  // namespace
 }  // namespace fastgen
 
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   m.impl("masked_conv2d", TORCH_BOX(&fastgen::masked_conv2d));
   m.impl("gated_masked_conv2d", TORCH_BOX(&fastgen::gated_masked_conv2d));
+  m.impl("conv2d", TORCH_BOX(&fastgen::conv2d));
+  m.impl("conv2d_backward", TORCH_BOX(&fastgen::conv2d_backward));
   m.impl("masked_conv2d_backward", TORCH_BOX(&fastgen::masked_conv2d_backward));
 }

@@ -1,4 +1,4 @@
-// The gradients of masked convolutions; layouts and the forward pass are in masked_conv.h.
+// The gradients of convolutions; layouts and the forward pass are in masked_conv.h.
 #pragma once
 
 #include "masked_conv.h"
@@ -13,35 +13,6 @@ struct ConvGradients {
   T *weight, *bias, *image_cond;  // image_cond: (B, outs), of conditioning that is constant over an image
 };
 
-// Weights for the gradient of x: [panel of inputs][panel of outputs][run][tap, reversed][output][input lane].
-template <class T, class E>
-OwnVector<T> pack_weights_back(const ConvShape& s, const std::vector<TapRun>& runs, const Panels<T>& inputs,
-                               const Panels<T>& outputs, const E* weight) {
-  int64_t taps = 0;
-  for (const TapRun& run : runs) taps += run.count;
-  const int64_t k = taps * outputs.lanes();
-  OwnVector<T> packed(k * inputs.lanes());
-  share(inputs.count(), [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      T* to = packed.data() + k * inputs.begin(panel);
-      for (int64_t q = 0; q < outputs.count(); ++q)
-        for (const TapRun& run : runs)
-          for (int64_t dx = run.dx + run.count - 1; dx >= run.dx; --dx)
-            for (int64_t i = 0; i < outputs.width(q); ++i) {
-              const int64_t o = outputs.first(q, i / kLanes<T>) + i % kLanes<T>;
-              const bool row = i % kLanes<T> < outputs.live(q, i / kLanes<T>);
-              for (int64_t v = 0; v < inputs.vectors(panel); ++v)
-                for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-                  const int64_t c = inputs.first(panel, v) + lane;
-                  const bool live = row && lane < inputs.live(panel, v) && s.live(o, c, run.dy, dx);
-                  *to++ = live ? static_cast<T>(weight[s.weight_at(o, c, run.dy, dx)]) : T(0);
-                }
-            }
-    }
-  });
-  return packed;
-}
-
 template <class T>
 inline T sum_of_row(const T* row, int64_t padded) {
   Vec<T> sum = {};
@@ -55,41 +26,41 @@ struct SumGradients {
   std::vector<Pixels<T>> panels;
   SumGradients(const ConvShape& s, const Panels<T>& outputs, int64_t rows) {
     for (int64_t q = 0; q < outputs.count(); ++q)
-      panels.emplace_back(s.width, s.kernel_w - 1 - s.left(), s.left(), outputs.width(q), rows);
+      panels.emplace_back(s.width, s.right(), s.left(), outputs.width(q), rows);
   }
 };
 
-// One band at a time: the gradients of its sums and of the rows below that it reaches, from what the forward pass kept;
-// then its share of the weights' gradient, and the gradient of its own pixels. Each thread sums weights apart.
+// One band at a time: the gradients of its sums and of the other rows that see it, from what the forward pass kept (the
+// sums before a gate, the results of a ReLU); then its share of the weights' gradient, and the gradient of its own
+// pixels. Each thread sums weights apart.
 template <class T, class E>
 void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, const E* kept,
                    const ConvGradients<T, E>& out) {
   constexpr int64_t kL = kLanes<T>;
   const std::vector<TapRun> runs = s.runs();
-  const Panels<T> panels{s.outs, s.gated}, inputs{s.channels, false};
+  const Panels<T> panels{s.outs, s.gated()}, inputs{s.channels, false};
   OwnVector<T> back;
   if (out.x) back = pack_weights_back<T>(s, runs, inputs, panels, in.weight);
-  int64_t taps = 0;
-  for (const TapRun& run : runs) taps += run.count;
-  const int64_t k = taps * s.channels, right = s.kernel_w - 1 - s.left(), plane = s.height * s.width;
-  const int64_t row_bytes = sizeof(T) * (Pixels<T>::row_size(s.width, s.left(), right, s.channels) +
-                                         Pixels<T>::row_size(s.width, s.left(), right, panels.lanes()));
+  const int64_t taps = taps_of(runs), k = taps * s.channels, plane = s.height * s.width;
+  const int64_t row_bytes = sizeof(T) * (Pixels<T>::row_size(s.width, s.left(), s.right(), s.channels) +
+                                         Pixels<T>::row_size(s.width, s.left(), s.right(), panels.lanes()));
   const int64_t bands = bands_of(s, row_bytes), items = s.batch * bands;
   const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
   const int64_t weight_size = out.weight ? k * panels.lanes() : 0;
   OwnVector<T> weight_sums(workers * weight_size), row_sums(items * s.outs);
 
   for_each_worker(workers, [&](int64_t worker) {
-    const int64_t most = (s.height + bands - 1) / bands;
+    const int64_t most = (s.height + bands - 1) / bands + s.above() + s.below();
     RowTile<T> first_rows(s.width), second_rows(s.width);
-    Pixels<T> x(s.width, s.left(), right, s.channels, most + s.above());
-    SumGradients<T> da(s, panels, most + s.above());
+    Pixels<T> x(s.width, s.left(), s.right(), s.channels, most);
+    SumGradients<T> da(s, panels, most);
     OwnVector<T> tile(first_rows.padded() * 2 * kL), product(kPixels * 2 * kL);
     std::vector<Stretch<T>> stretches;
     T* weight_sum = weight_sums.data() + worker * weight_size;
     for (int64_t item = worker * items / workers; item < (worker + 1) * items / workers; ++item) {
       const int64_t b = item / bands, first = item % bands * s.height / bands;
-      const int64_t last = (item % bands + 1) * s.height / bands, below = std::min(s.height, last + s.above());
+      const int64_t last = (item % bands + 1) * s.height / bands;
+      const int64_t seen_from = std::max<int64_t>(0, first - s.below()), seen_to = std::min(s.height, last + s.above());
       T* row_sum = row_sums.data() + item * s.outs;
 
       for (int64_t q = 0; q < panels.count(); ++q) {
@@ -97,16 +68,21 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
         const int64_t width = panels.width(q);
         const auto keep = [&](RowTile<T>& rows, int64_t v, int64_t y) {
           rows.to_tile(to.at(y, 0) + v * kL, width);
-          if (y >= last) return;  // another band's
+          if (y < first || y >= last) return;  // another band's
           const int64_t o = panels.first(q, v), n = panels.live(q, v);
           for (int64_t c = 0; c < n; ++c) row_sum[o + c] += sum_of_row(rows.row(c), rows.padded());
           if (out.cond) rows.write(out.cond + (b * s.outs + o) * plane + y * s.width, plane, n);
         };
-        to.start(first);
-        for (int64_t y = first; y < below; ++y) {
-          if (!s.gated) {
+        to.start(seen_from);
+        for (int64_t y = seen_from; y < seen_to; ++y) {
+          if (!s.gated()) {
             for (int64_t v = 0; v < panels.vectors(q); ++v) {
-              first_rows.read(grad + (b * s.outs + panels.first(q, v)) * plane + y * s.width, plane, panels.live(q, v));
+              const int64_t at = (b * s.outs + panels.first(q, v)) * plane + y * s.width, n = panels.live(q, v);
+              first_rows.read(grad + at, plane, n);
+              if (kept) {
+                second_rows.read(kept + at, plane, n);
+                first_rows.clear_where_zero(second_rows);
+              }
               keep(first_rows, v, y);
             }
           } else {
@@ -138,7 +114,8 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
       }
 
       if (out.weight) {
-        x.pack(in.x + b * s.channels * plane, s.height, std::max<int64_t>(0, first - s.above()), last, first_rows);
+        x.pack(in.x + b * s.channels * plane, s.height, std::max<int64_t>(0, first - s.above()),
+               std::min(s.height, last + s.below()), first_rows);
         for (int64_t q = 0; q < panels.count(); ++q) {
           const int64_t width = panels.width(q);
           T* w = weight_sum + k * panels.begin(q);
@@ -146,7 +123,7 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
             const int64_t n = run.count * s.channels;
             for_each_group(n, [&](int64_t from, int64_t count) {
               stretches.clear();
-              for (int64_t y = std::max(first, -run.dy); y < last; ++y)
+              for (int64_t y = std::max(first, -run.dy); y < std::min(last, s.height - run.dy); ++y)
                 stretches.push_back({x.at(y + run.dy, run.dx) + from, da.panels[q].at(y, 0), s.width});
               std::fill_n(product.data(), count * width, T(0));
               multiply_rows_of<T, true>(count, width / kL)(product.data(), stretches.data(),
@@ -173,7 +150,7 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
               const T* w = back.data() + taps * (panels.lanes() * inputs.begin(panel) + panels.begin(q) * width);
               for (const TapRun& run : runs) {
                 const int64_t n = run.count * panels.width(q);
-                if (y - run.dy < s.height)
+                if (y - run.dy >= 0 && y - run.dy < s.height)
                   stretches.push_back({da.panels[q].at(y - run.dy, from - run.dx - run.count + 1), w, n});
                 w += n * width;
               }
@@ -190,25 +167,7 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
     }
   });
 
-  // the threads' sums, in a fixed order
-  if (out.weight) {
-    std::fill_n(out.weight, s.outs * s.channels * s.kernel_h * s.kernel_w, T(0));
-    share(panels.count(), [&](int64_t begin, int64_t end) {
-      for (int64_t q = begin; q < end; ++q) {
-        int64_t at = k * panels.begin(q);
-        for (const TapRun& run : runs)
-          for (int64_t dx = run.dx; dx < run.dx + run.count; ++dx)
-            for (int64_t c = 0; c < s.channels; ++c)
-              for (int64_t i = 0; i < panels.width(q); ++i, ++at) {
-                const int64_t o = panels.first(q, i / kL) + i % kL;
-                if (i % kL >= panels.live(q, i / kL) || !s.live(o, c, run.dy, dx)) continue;
-                T sum = 0;
-                for (int64_t worker = 0; worker < workers; ++worker) sum += weight_sums[worker * weight_size + at];
-                out.weight[s.weight_at(o, c, run.dy, dx)] = sum;
-              }
-      }
-    });
-  }
+  if (out.weight) unpack_gradients(s, runs, panels, weight_sums, workers, out.weight);
   if (out.bias) std::fill_n(out.bias, s.outs, T(0));
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t o = 0; o < s.outs; ++o) {

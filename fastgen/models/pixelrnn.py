@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer
 from fastgen.models.stepwise import StepwiseModel
+from fastgen.nn.conv2d import Conv2d
 from fastgen.nn.masked_conv2d import MaskedConv2d
 from fastgen.nn.pixel_lstm import DiagonalBiLSTM, DiagonalSteps, RowLSTM, RowSteps
 from fastgen.ops.masked_conv2d import weight_mask
@@ -76,7 +77,7 @@ class PixelRNN(StepwiseModel):
             else DiagonalBiLSTM(channels, self.inputs, hidden, context)
             for _ in range(layers)
         )
-        self.outs = nn.ModuleList(nn.Conv2d(hidden, channels, 1) for _ in range(layers))
+        self.outs = nn.ModuleList(Conv2d(hidden, channels, 1) for _ in range(layers))
 
     def trunk(self, e: Tensor, context: Tensor | None) -> Tensor:
         h: Tensor = self.first(e)

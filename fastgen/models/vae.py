@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_classes, check_integer, check_positive, check_tensor, is_finite
+from fastgen.nn.conv2d import Conv2d
 from fastgen.ops import distributions
 from fastgen.ops.bernoulli_perceptron import bernoulli_perceptron
 from fastgen.ops.gaussian_rsample_kl import gaussian_rsample_kl
@@ -41,7 +42,7 @@ class _Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.first, self.second = (Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.silu(self.first(F.silu(x))))  # type: ignore[no-any-return]

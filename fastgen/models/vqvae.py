@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_classes, check_integer, check_positive, check_tensor
-from fastgen.nn import VectorQuantize
+from fastgen.nn import Conv2d, VectorQuantize
 
 
 class Reconstruction(NamedTuple):
@@ -44,11 +44,11 @@ class _Residual(nn.Module):
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, inner, 3, padding=1)
-        self.out = nn.Conv2d(inner, channels, 1)
+        self.conv = Conv2d(channels, inner, 3, padding=1, relu=True)
+        self.out = Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(F.relu(self.conv(F.relu(x))))  # type: ignore[no-any-return]
+        return x + self.out(self.conv(F.relu(x)))  # type: ignore[no-any-return]
 
 
 def _residuals(channels: int, inner: int, layers: int) -> list[nn.Module]:
@@ -62,11 +62,11 @@ def _encoder(channels: int, hidden: int, inner: int, layers: int, halvings: int)
         last = i + 1 == halvings
         parts += [nn.Conv2d(channels, hidden if last else hidden // 2, 4, 2, 1), nn.ReLU()]
         channels = hidden if last else hidden // 2
-    return nn.Sequential(*parts, nn.Conv2d(channels, hidden, 3, padding=1), *_residuals(hidden, inner, layers))
+    return nn.Sequential(*parts, Conv2d(channels, hidden, 3, padding=1), *_residuals(hidden, inner, layers))
 
 
 def _decoder(channels: int, out: int, hidden: int, inner: int, layers: int, halvings: int) -> nn.Sequential:
-    parts: list[nn.Module] = [nn.Conv2d(channels, hidden, 3, padding=1), *_residuals(hidden, inner, layers)]
+    parts: list[nn.Module] = [Conv2d(channels, hidden, 3, padding=1), *_residuals(hidden, inner, layers)]
     for i in range(halvings):
         last = i + 1 == halvings
         width = hidden if i == 0 else hidden // 2
@@ -190,7 +190,7 @@ class VQVAE(CodedImages):
     def _build(self, quantizer: Callable[[], VectorQuantize], shape: tuple[int, int, int], halvings: int) -> None:
         code_dim = self.config["code_dim"]
         self.encoder = _encoder(self.image_channels, *shape, halvings)
-        self.to_codes = nn.Conv2d(shape[0], code_dim, 1)
+        self.to_codes = Conv2d(shape[0], code_dim, 1)
         self.quantizer = quantizer()
         self.decoder = _decoder(code_dim, self.image_channels, *shape, halvings)
 
@@ -223,10 +223,10 @@ class VQVAE2(CodedImages):
         hidden, code_dim = shape[0], self.config["code_dim"]
         self.bottom_encoder = _encoder(self.image_channels, *shape, halvings)
         self.top_encoder = _encoder(hidden, *shape, 1)
-        self.to_top = nn.Conv2d(hidden, code_dim, 1)
+        self.to_top = Conv2d(hidden, code_dim, 1)
         self.top_quantizer = quantizer()
         self.top_decoder = _decoder(code_dim, code_dim, *shape, 1)
-        self.to_bottom = nn.Conv2d(code_dim + hidden, code_dim, 1)
+        self.to_bottom = Conv2d(code_dim + hidden, code_dim, 1)
         self.bottom_quantizer = quantizer()
         self.upsample_top = nn.ConvTranspose2d(code_dim, code_dim, 4, 2, 1)
         self.decoder = _decoder(2 * code_dim, self.image_channels, *shape, halvings)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer
+from fastgen.nn.conv2d import Conv2d
 
 
 def _zero(layer: nn.Conv2d | nn.Linear) -> nn.Module:
@@ -45,14 +46,14 @@ class ConvConditioner(_Conditioner):
 
     def __init__(self, inputs: int, outputs: int, hidden: int = 128, cond_channels: int = 0) -> None:
         super().__init__(inputs, outputs, hidden, cond_channels)
-        self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
-        self.middle = nn.Conv2d(hidden, hidden, 1)
-        self.last = _zero(nn.Conv2d(hidden, outputs, 3, padding=1))
+        self.first = Conv2d(inputs, hidden, 3, padding=1, relu=not cond_channels)
+        self.middle = Conv2d(hidden, hidden, 1, relu=True)
+        self.last = _zero(Conv2d(hidden, outputs, 3, padding=1))
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """(B, inputs, H, W), (B, cond_channels) -> (B, outputs, H, W)."""
-        h = F.relu(self._add(self.first(x), cond))
-        return self.last(F.relu(self.middle(h)))  # type: ignore[no-any-return]
+        h = self._add(self.first(x), cond)
+        return self.last(self.middle(h if self.context is None else F.relu(h)))  # type: ignore[no-any-return]
 
 
 class ResidualConditioner(_Conditioner):
@@ -61,18 +62,19 @@ class ResidualConditioner(_Conditioner):
     def __init__(self, inputs: int, outputs: int, hidden: int = 64, blocks: int = 2, cond_channels: int = 0) -> None:
         super().__init__(inputs, outputs, hidden, cond_channels)
         check_integer("ResidualConditioner", "blocks", blocks, 0)
-        self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.first = Conv2d(inputs, hidden, 3, padding=1)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(2)) for _ in range(blocks)
+            nn.ModuleList(Conv2d(hidden, hidden, 3, padding=1, relu=relu) for relu in (True, False))
+            for _ in range(blocks)
         )
-        self.last = _zero(nn.Conv2d(hidden, outputs, 3, padding=1))
+        self.last = _zero(Conv2d(hidden, outputs, 3, padding=1))
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """(B, inputs, H, W), (B, cond_channels) -> (B, outputs, H, W)."""
         h = self._add(self.first(x), cond)
         for block in self.blocks:
             one, two = cast(nn.ModuleList, block)
-            h = h + two(F.relu(one(F.relu(h))))
+            h = h + two(one(F.relu(h)))
         return self.last(F.relu(h))  # type: ignore[no-any-return]
 
 

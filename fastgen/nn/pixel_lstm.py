@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer
+from fastgen.nn.conv2d import Conv2d
 from fastgen.nn.masked_conv2d import MaskedConv2d
 
 
@@ -53,7 +54,7 @@ class RowLSTM(nn.Module):
         self.hidden_channels, self.reach = hidden_channels, kernel_size // 2
         self.input = MaskedConv2d(in_channels, 4 * hidden_channels, (1, kernel_size), "B")
         self.state = nn.Conv1d(hidden_channels, 4 * hidden_channels, kernel_size, padding=self.reach, bias=False)
-        self.context = nn.Conv2d(context_channels, 4 * hidden_channels, 1, bias=False) if context_channels else None
+        self.context = Conv2d(context_channels, 4 * hidden_channels, 1, bias=False) if context_channels else None
         _remembering(self.input.bias)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -110,9 +111,9 @@ class DiagonalLSTM(nn.Module):
         super().__init__()
         check_integer("DiagonalLSTM", "hidden_channels", hidden_channels)
         self.hidden_channels = hidden_channels
-        self.input = nn.Conv2d(in_channels, 4 * hidden_channels, 1)
+        self.input = Conv2d(in_channels, 4 * hidden_channels, 1)
         self.state = nn.Linear(2 * hidden_channels, 4 * hidden_channels, bias=False)
-        self.context = nn.Conv2d(context_channels, 4 * hidden_channels, 1, bias=False) if context_channels else None
+        self.context = Conv2d(context_channels, 4 * hidden_channels, 1, bias=False) if context_channels else None
         _remembering(self.input.bias)
 
     def gates(self, x: Tensor, context: Tensor | None) -> Tensor:

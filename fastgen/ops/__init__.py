@@ -4,6 +4,7 @@ from fastgen.ops.actnorm import actnorm
 from fastgen.ops.affine_coupling import affine_coupling
 from fastgen.ops.bernoulli_perceptron import bernoulli_perceptron
 from fastgen.ops.code_statistics import code_statistics, update_codebook_
+from fastgen.ops.conv2d import conv2d
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
 from fastgen.ops.gaussian_rsample_kl import gaussian_rsample_kl
@@ -19,7 +20,7 @@ from fastgen.ops.wavenet_layer import wavenet_layer
 
 OPS = (
     "gated_causal_conv1d", "wavenet_layer", "wavenet_generate",
-    "masked_conv2d", "gated_masked_conv2d", "pixelcnn_generate",
+    "masked_conv2d", "gated_masked_conv2d", "conv2d", "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
     "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels", "nade",
     "gaussian_rsample_kl", "bernoulli_perceptron",
@@ -37,6 +38,7 @@ __all__ = [
     "affine_coupling",
     "bernoulli_perceptron",
     "code_statistics",
+    "conv2d",
     "gated_causal_conv1d",
     "gated_masked_conv2d",
     "gaussian_rsample_kl",

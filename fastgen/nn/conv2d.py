@@ -1,0 +1,54 @@
+"""torch.nn.Conv2d with the kernel of `fastgen.ops.conv2d`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.ops.conv2d import conv2d
+
+
+class Conv2d(nn.Conv2d):
+    """torch.nn.Conv2d, and the ReLU behind it: parameters, their initialisation and the state are those of that.
+
+    Where the size of the image stays (stride, dilation and groups 1, odd kernels, zeros for padding) it runs
+    `fastgen.ops.conv2d` on a CPU in float32 and float64; anything else, bfloat16 and autocast included, is PyTorch's.
+
+    Parameters
+    ----------
+    relu
+        Whether max(., 0) follows.
+
+    The rest are those of torch.nn.Conv2d.
+    """
+
+    def __init__(self, *args: Any, relu: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._keeps_size() and _suits(x):
+            return conv2d(x, self.weight, self.bias, relu=self.relu)
+        y = super().forward(x)
+        return F.relu(y) if self.relu else y
+
+    def _keeps_size(self) -> bool:
+        odd = all(size % 2 for size in self.kernel_size)
+        half = tuple(size // 2 for size in self.kernel_size)
+        return (
+            odd and self.padding in (half, "same") and self.padding_mode == "zeros" and self.groups == 1
+            and self.stride == self.dilation == (1, 1)
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
+
+
+def _suits(x: Tensor) -> bool:
+    return (
+        isinstance(x, Tensor) and x.dim() == 4 and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    )  # fmt: skip
