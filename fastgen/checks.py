@@ -36,6 +36,18 @@ def check_positive(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be finite and > 0, got {value!r}")
 
 
+def check_temperature(op: str, temperature: Any) -> None:
+    """Between bounds within which float32 can divide logits by it."""
+    check_positive(op, "temperature", temperature)
+    if not 1e-30 <= temperature <= 1e30:
+        raise ValueError(f"{op}: temperature must lie in [1e-30, 1e30], got {temperature}")
+
+
+def check_generator(op: str, generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
+
+
 def check_tensor(op: str, name: str, value: Any, wanted: str = "") -> None:
     """`wanted` says in words what the tensor should hold."""
     if not isinstance(value, Tensor):

@@ -52,7 +52,7 @@ def train_flow_command(options: argparse.Namespace) -> None:
     density = options.density or "two_moons"
     if options.resume:
         model, trained_on = read_flow(options.out)
-        known, seed = _points_of(trained_on)
+        known, seed = points_of(trained_on)
         if options.data is None and known is None:
             raise ValueError(f"{options.out}: was trained on --data: give it again")
         if options.density not in (None, known):
@@ -97,7 +97,7 @@ def train_flow_command(options: argparse.Namespace) -> None:
     print(f"{grid}: samples; images; a way from the first to the last")
 
 
-def _points_of(source: str | None) -> tuple[str | None, int]:
+def points_of(source: str | None) -> tuple[str | None, int]:
     """Density and seed of the points that a checkpoint's model was trained on; None where it was on images."""
     density, _, seed = (source or "").rpartition(" ")
     return (density, int(seed)) if density and seed.isdecimal() else (source, 0)

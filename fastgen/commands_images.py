@@ -77,20 +77,26 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
 def check_then(options: argparse.Namespace, model: nn.Module, number: int | None = None) -> None:
     """Refuse before the first stage what the second would refuse; `number` of images, which labels must match."""
     from fastgen.images import load_labels
-    from fastgen.training_stages import check_kinds
+    from fastgen.training_stages import check_kinds, check_sizes
 
     if not options.then:
-        for flag, given in (("--priors", options.priors), ("--class-labels", options.class_labels)):
-            if given:
-                raise ValueError(f"{flag}: needs --then prior")
+        for flag in ("priors", "class_labels", "prior_channels", "prior_layers", "prior_steps"):
+            if getattr(options, flag) not in (None, False, []):
+                raise ValueError(f"--{flag.replace('_', '-')}: needs --then prior")
         return
-    check_kinds(model, options.priors)
+    check_sizes(model, check_kinds(model, options.priors), prior_sizes(options))
     if options.class_labels and number is not None:
         labels = load_labels(options.data)
         if len(labels) != number:
             raise ValueError(f"--class-labels: {number} labels are expected, one for each image, got {len(labels)}")
         if int(labels.min()) < 0:
             raise ValueError(f"--class-labels: labels must be >= 0, got {int(labels.min())}")
+
+
+def prior_sizes(options: argparse.Namespace) -> dict[str, int]:
+    """Those asked for."""
+    asked = {"channels": options.prior_channels, "layers": options.prior_layers}
+    return {name: size for name, size in asked.items() if size is not None}
 
 
 def train_prior_command(options: argparse.Namespace, path: Path | None = None) -> None:
@@ -110,12 +116,11 @@ def train_prior_command(options: argparse.Namespace, path: Path | None = None) -
     images = read_images(options)
     labels = load_labels(options.data) if options.class_labels else None
     kinds = options.priors or None
-    sizes = {"channels": options.prior_channels, "layers": options.prior_layers}
     settings = loop_options(options) | {"steps": options.prior_steps or options.steps}
     del settings["checkpoint"]
     logs = train_priors(
         path, pad_to_multiple(images, model.factor), labels, kinds=kinds,
-        sizes={name: size for name, size in sizes.items() if size is not None}, **settings,
+        sizes=prior_sizes(options), **settings,
     )  # fmt: skip
     for level, log in logs.items():
         held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
@@ -192,6 +197,7 @@ def sample_pixels(options: argparse.Namespace) -> None:
 
     check_picture(options.out)
     model, size = load_pixels(options.checkpoint)
+    model.eval()
     if model.config["cond_codes"] or model.config["cond_channels"]:
         raise ValueError(f"{options.checkpoint}: the model is conditioned on a map; sample it from Python")
     labels = asked_labels(options, model)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgen.commands_images import check_new, check_resumed, check_then, loop_options
+from fastgen.commands_images import check_new, check_resumed, check_then, loop_options, prior_sizes
 
 SPEECH_SIZES = {
     "hidden-channels": 64, "codebook-size": 128, "code-dim": 32, "downsample": 64, "layers": 20, "cycles": 2,
@@ -71,12 +71,11 @@ def train_speech_prior(options: argparse.Namespace, path: Path) -> None:
 
     model, rate, length = load_speech_vqvae(path)
     clips, labels = _clips(options, rate, length, model.classes)
-    sizes = {"channels": options.prior_channels, "layers": options.prior_layers}
     settings = loop_options(options) | {"steps": options.prior_steps or options.steps}
     del settings["checkpoint"]
     logs = train_priors(
         path, clips, labels if options.class_labels else None, kinds=options.priors or None,
-        sizes={name: size for name, size in sizes.items() if size is not None}, **settings,
+        sizes=prior_sizes(options), **settings,
     )  # fmt: skip
     for log in logs.values():
         held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.audio import load_folder, mu_law_encode
+from fastgen.audio import audio_files, load_folder, mu_law_encode
 from fastgen.checkpoints import load_checkpoint, read_checkpoint
 from fastgen.checks import check_integer
 from fastgen.files import whole_file
@@ -79,9 +79,11 @@ def evaluate(
         clips = load_folder(data, content["rate"], include=include)[:number]
         if isinstance(model, WaveNet):
             return [_audio(model, clips)]
-        return _speech(path, model, clips, content["length"])
+        return _speech(path, model, clips, content["length"], audio_files(data, include=include))
     if include is not None:
         raise ValueError(f"evaluate: include is of audio files, {os.fspath(path)} is a {type(model).__name__}")
+    if isinstance(model, FlowModel) and len(model.shape) == 1:
+        return [_density(model, content.get("source"), data)]
     labels = None
     if isinstance(model, PixelModel) and model.codes:
         if data is None:
@@ -101,10 +103,10 @@ def evaluate(
     if isinstance(model, PixelModel):
         return _pixels(model, images, labels)
     if isinstance(model, FlowModel):
-        return [_flow(model, images, labels)]
+        return [_flow(model, pad_to_multiple(images, 2 ** model.config["scales"]), labels)]
     if isinstance(model, VQVAE | VQVAE2):
         images = pad_to_multiple(images, model.factor)
-        return [*_vqvae(model, images), *_codes(path, model, images, lambda: load_labels(data, part="test")[:number])]
+        return [*_vqvae(model, images), *_codes(path, model, images, lambda _: load_labels(data, part="test")[:number])]
     assert isinstance(model, FVSBN | NADE | VAE)
     return _vectors(model, images, samples)
 
@@ -174,6 +176,19 @@ def _flow(model: FlowModel, images: Tensor, labels: Tensor | None) -> Figure:
     return Figure("-log p(x)", nats / (math.log(2) * model.dims), "bits/dim", len(x))
 
 
+def _density(model: FlowModel, source: str | None, data: str | os.PathLike[str] | None) -> Figure:
+    """On points drawn anew from the density that a flow was trained on."""
+    from fastgen.commands_flows import POINTS, points_of
+    from fastgen.densities import DENSITIES, draw
+
+    name, seed = points_of(source)
+    if name not in DENSITIES or data is not None:
+        came = "without a known density" if name not in DENSITIES else f"with data {os.fspath(data or '')}"
+        raise ValueError(f"evaluate: a flow of points is evaluated on those of the density it learned, got one {came}")
+    points = draw(name, POINTS, torch.Generator().manual_seed(seed + 1))  # other ones than in training
+    return Figure("-log p(x)", _mean(model.log_prob, points), "nats", len(points))
+
+
 def _vqvae(model: VQVAE | VQVAE2, images: Tensor) -> list[Figure]:
     from fastgen.training_images import as_floats, check_images, code_perplexities
 
@@ -191,9 +206,9 @@ def _vqvae(model: VQVAE | VQVAE2, images: Tensor) -> list[Figure]:
 
 
 def _codes(
-    path: str | os.PathLike[str], model: VQVAE | VQVAE2 | SpeechVQVAE, data: Tensor, labels: Callable[[], Tensor] | None
+    path: str | os.PathLike[str], model: VQVAE | VQVAE2 | SpeechVQVAE, data: Tensor, labels: Callable[[int], Tensor]
 ) -> list[Figure]:
-    """What the priors beside a quantizer pay for the codes of data; of none that has classes, without labels."""
+    """What the priors beside a quantizer pay for the codes of data; labels are read where a prior has classes."""
     from fastgen.training_stages import LEVELS, beside, encode, load_priors
 
     levels = LEVELS[type(model).__name__]
@@ -202,9 +217,7 @@ def _codes(
     figures, codes = [], encode(model, data)
     for i, (level, prior) in enumerate(zip(levels, load_priors(path)[1], strict=True)):
         prior.eval()
-        of_classes = labels() if prior.config["classes"] and labels is not None else None
-        if prior.config["classes"] and of_classes is None:
-            continue
+        of_classes = labels(prior.config["classes"]) if prior.config["classes"] else None
         nats = _mean(prior.log_prob, codes[i], of_classes, codes[i - 1] if i else None)
         figures.append(Figure(f"-log2 p(codes), {level}", nats / math.log(2), "bits/example", len(data)))
     return figures
@@ -223,12 +236,25 @@ def _audio(model: WaveNet, clips: Sequence[Tensor]) -> Figure:
     return Figure("-log2 p(x)", nats / (math.log(2) * total), "bits/sample", len(clips))
 
 
-def _speech(path: str | os.PathLike[str], model: SpeechVQVAE, clips: Sequence[Tensor], length: int) -> list[Figure]:
-    from fastgen.training_speech import clips_of
+def _speech(
+    path: str | os.PathLike[str], model: SpeechVQVAE, clips: Sequence[Tensor], length: int, files: Sequence[Path]
+) -> list[Figure]:
+    from fastgen.training_speech import clips_of, labels_of
 
     x = clips_of(clips, length - length % model.downsample, model.classes)
     bits = _mean(lambda part: model(part)[0], x) / (math.log(2) * x.shape[1])
-    return [Figure("-log2 p(x | codes)", bits, "bits/sample", len(x)), *_codes(path, model, x, None)]
+    figures = [Figure("-log2 p(x | codes)", bits, "bits/sample", len(x))]
+
+    def labels(classes: int) -> Tensor:
+        found = labels_of(files)  # numbered as in training where the same names are there
+        if int(found.max()) + 1 != classes:
+            raise ValueError(
+                f"evaluate: the files' names must begin with the {classes} words of the prior's classes, got "
+                f"{int(found.max()) + 1}"
+            )
+        return found[: len(x)]
+
+    return figures + _codes(path, model, x, labels)
 
 
 def recorded(path: str | os.PathLike[str]) -> dict[str, Any]:

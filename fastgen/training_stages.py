@@ -158,18 +158,32 @@ def train_priors(
                 continue
         else:
             torch.manual_seed(options.get("seed", 0))
-            more: dict[str, Any] = dict(sizes or {})
-            if kind == "gpt":
-                more["image_size"] = tuple(maps.shape[1:])
-            prior = PRIORS[kind](
-                codes=model.codebook_size, cond_codes=model.codebook_size if i else 0,
-                classes=classes, **more,
-            )  # fmt: skip
+            prior = _prior(model, i, kind, sizes, tuple(maps.shape[1:]), classes)
         logs[level] = train_pixels(
             prior, maps, labels=labels, cond=codes[i - 1] if i else None, steps=steps, checkpoint=file,
             resume=file.exists(), source=source, progress=progress, **options,
         )  # fmt: skip
     return logs
+
+
+def _prior(
+    model: nn.Module, i: int, kind: str, sizes: dict[str, int] | None, image_size: tuple[int, ...] = (1, 1),
+    classes: int = 0,
+) -> PixelModel:  # fmt: skip
+    """For the quantizer's i-th map of codes, the top first."""
+    more: dict[str, Any] = dict(sizes or {})
+    if kind == "gpt":
+        more["image_size"] = image_size
+    more["codes"] = model.codebook_size
+    more["cond_codes"] = model.codebook_size if i else 0
+    return PRIORS[kind](classes=classes, **more)
+
+
+def check_sizes(model: nn.Module, kinds: Sequence[str], sizes: dict[str, int] | None) -> None:
+    """ValueError where priors of these kinds cannot have those sizes."""
+    with torch.random.fork_rng(devices=()):
+        for i, kind in enumerate(kinds):
+            _prior(model, i, kind, sizes)
 
 
 def check_kinds(model: nn.Module, kinds: Sequence[str] | None) -> Sequence[str]:

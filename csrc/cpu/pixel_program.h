@@ -126,12 +126,12 @@ struct PixelJob {
 };
 
 // Where two threads must meet: before an instruction that reads all channels of what was written since they last met,
-// or that overwrites what the other may still be reading. They also meet before a row's first instruction, and a
-// pixel's.
-inline void mark_meetings(std::vector<Instruction>& instructions) {
+// or that overwrites what the other may still be reading, or what holds another plane, whose channels may be divided
+// elsewhere. They also meet before a row's first instruction, and a pixel's.
+inline void mark_meetings(std::vector<Instruction>& instructions, const std::vector<Plane>& planes) {
   const auto has = [](const std::vector<int64_t>& v, int64_t p) { return std::find(v.begin(), v.end(), p) != v.end(); };
   for (const bool per_pixel : {false, true}) {
-    std::vector<int64_t> written, across, read;  // across: by heads, not by channels
+    std::vector<int64_t> written, across, read, used;  // across: by heads, not by channels
     for (Instruction& i : instructions) {
       if (i.per_pixel != per_pixel) continue;
       std::vector<int64_t> whole;
@@ -139,7 +139,10 @@ inline void mark_meetings(std::vector<Instruction>& instructions) {
       if (i.kind == Kind::kRemember) whole = {i.src, i.other};
       i.meet = i.kind == Kind::kSample || has(read, i.dst) || has(across, i.src) || has(across, i.other);
       for (int64_t p : whole) i.meet = i.meet || has(written, p);
-      if (i.meet) written.clear(), across.clear(), read.clear();
+      for (int64_t p : used) i.meet = i.meet || (p != i.dst && planes[p].offset == planes[i.dst].offset);
+      if (i.meet) written.clear(), across.clear(), read.clear(), used.clear();
+      for (int64_t p : {i.dst, i.src, i.other})
+        if (p >= 0) used.push_back(p);
       written.push_back(i.dst);
       if (i.kind == Kind::kAttention) across.push_back(i.dst);
       read.insert(read.end(), whole.begin(), whole.end());

@@ -52,7 +52,7 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
     job.instructions.push_back(
         {static_cast<Kind>(p[0]), p[1] != 0, p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], false});
   }
-  mark_meetings(job.instructions);
+  mark_meetings(job.instructions, job.planes);
   job.images = values.size(0);
   job.colors = values.size(1);
   job.height = values.size(2);

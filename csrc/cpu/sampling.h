@@ -25,7 +25,10 @@ inline int64_t sample_categorical(const float* logits, int classes, float temper
   VecF tops = logits_at(0), totals = {};
   for (int v = 1; v < vectors; ++v) tops = larger<float>(logits_at(v), tops);
   const float top = largest_lane<float>(tops), scale = 1.0f / temperature;
-  for (int v = 0; v < vectors; ++v) store(p + v * kF, exp_bounded(at_least((logits_at(v) - top) * scale, -87.0f)));
+  for (int v = 0; v < vectors; ++v) {
+    const VecF x = (logits_at(v) - top) * scale, zero = {};
+    store(p + v * kF, x < -87.0f ? zero : exp_bounded(x));  // zero, or a uniform of 0 would draw what cannot be
+  }
   for (int first = 0; first < vectors; first += kF) {
     VecF rows[kF];
     unroll<kF>([&](auto i) FASTGEN_INLINE { rows[i] = first + i < vectors ? load(p + (first + i) * kF) : VecF{}; });

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import check_classes, check_integer, check_tensor, is_finite
+from fastgen.checks import check_classes, check_generator, check_integer, check_tensor, is_finite
 from fastgen.nn.flow import MultiScale
 
 MOST_LEVELS = 65536
@@ -119,7 +119,9 @@ class FlowModel(nn.Module):
         """
         self._check(x)
         if self.levels and uniforms is None:
-            uniforms = torch.rand(x.shape, generator=generator, device=x.device)
+            check_generator(f"{self._name}.log_prob", generator)
+            where = x.device if generator is None else generator.device
+            uniforms = torch.rand(x.shape, generator=generator, device=where).to(x.device)
         return self.encode(x, labels, uniforms=uniforms)[1]
 
     def bits_per_dim(self, x: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
@@ -160,7 +162,10 @@ class FlowModel(nn.Module):
             raise ValueError(f"{name}: temperature must be finite and >= 0, got {temperature!r}")
         parameter = next(self.parameters())
         if uniforms is None:
-            z = torch.randn(batch_size, self.dims, generator=generator, device=parameter.device, dtype=parameter.dtype)
+            check_generator(name, generator)
+            where = parameter.device if generator is None else generator.device
+            z = torch.randn(batch_size, self.dims, generator=generator, device=where, dtype=parameter.dtype)
+            z = z.to(parameter.device)
         else:
             check_tensor(name, "uniforms", uniforms)
             if tuple(uniforms.shape) != (batch_size, self.dims):
@@ -219,11 +224,15 @@ class FlowModel(nn.Module):
     def _discrete(self, v: Tensor) -> Tensor:
         """Undo `_continuous`, to the integers."""
         if not self.levels:
+            self._check_finite(v)
             return v
         v = v + 0.5 if self.alpha == 0 else (torch.sigmoid(v) - self.alpha) / (1 - 2 * self.alpha)
+        self._check_finite(v)
+        return (v * self.levels).floor().clamp(0, self.levels - 1).long()
+
+    def _check_finite(self, v: Tensor) -> None:
         if not bool(torch.isfinite(v).all()):
             raise ValueError(f"{self._name}.decode: z leads to values that are not finite; has the model diverged?")
-        return (v * self.levels).floor().clamp(0, self.levels - 1).long()
 
     def _part_shapes(self) -> list[tuple[int, ...]]:
         """Of each scale's z: half of what is left is factored out after every scale but the last."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from fastgen.backend import resolve
 from fastgen.checks import (
     check_classes,
+    check_generator,
     check_integer,
-    check_positive,
     check_progress,
+    check_temperature,
     check_tensor,
     is_finite,
 )
@@ -313,12 +314,9 @@ class PixelModel(nn.Module):
         for side in image_size:
             check_integer(name, "each of image_size", side)
         size = (image_size[0], image_size[1])
-        check_positive(name, "temperature", temperature)
-        if not 1e-30 <= temperature <= 1e30:
-            raise ValueError(f"{name}: temperature must lie in [1e-30, 1e30], got {temperature}")
+        check_temperature(name, temperature)
         check_progress(name, progress)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"{name}: generator must be a torch.Generator, got {type(generator).__name__}")
+        check_generator(name, generator)
         device = self.head.out.weight.device
         if device.type == "meta":
             raise ValueError(f"{name}: the model must have values to draw from, it is on the meta device")

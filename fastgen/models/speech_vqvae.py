@@ -120,7 +120,7 @@ class SpeechVQVAE(nn.Module):
         if codes.dim() != 2 or codes.dtype != torch.int64 or not codes.shape[1]:
             raise ValueError(f"SpeechVQVAE: codes must be int64 (B, frames), got {codes.dtype} {tuple(codes.shape)}")
         check_classes("SpeechVQVAE", "codes", codes, self.codebook_size)
-        local = self.quantizer.get_output_from_indices(codes).mT
+        local = self.quantizer.get_output_from_indices(codes).mT.to(next(self.decoder.parameters()).dtype)
         steps = codes.shape[1] * self.downsample
         return self.decoder.generate(steps, batch_size=len(codes), local=local, **options)
 

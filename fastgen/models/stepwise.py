@@ -52,7 +52,8 @@ class StepwiseModel(PixelModel):
                 h = steps.features(i, j)[:, :, None, None]
                 for c in range(self.image_channels):
                     e = self._features(values[:, :, i : i + 1, j : j + 1])
-                    value = self.distribution.sample(self.head(h, e)[:, c, :, 0, 0], uniforms[:, c, i, j], temperature)
+                    out = self.head(h, e)[:, c, :, 0, 0].float()
+                    value = self.distribution.sample(out, uniforms[:, c, i, j], temperature)
                     if given is not None and known is not None:
                         value = torch.where(known[:, c, i, j], given[:, c, i, j], value)
                     values[:, c, i, j] = value

@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import check_classes, check_integer, check_positive, check_tensor, is_finite
+from fastgen.checks import (
+    check_classes,
+    check_generator,
+    check_integer,
+    check_temperature,
+    check_tensor,
+    is_finite,
+)
 from fastgen.nn.conv2d import Conv2d
 from fastgen.ops import distributions
 from fastgen.ops.bernoulli_perceptron import bernoulli_perceptron
@@ -299,7 +306,8 @@ class VAE(nn.Module):
         (B, D): int64 for "bernoulli" and "logistic", float32 for "gaussian".
         """
         check_integer("VAE", "batch_size", batch_size, 0)
-        check_positive("VAE", "temperature", temperature)
+        check_temperature("VAE", temperature)
+        check_generator("VAE", generator)
         pair = () if self.distribution == "bernoulli" else (2,)
         device = next(self.parameters()).device
         where = device if generator is None else generator.device

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.checks import check_classes, check_integer, check_positive, check_tensor, check_weights
+from fastgen.checks import (
+    check_classes,
+    check_generator,
+    check_integer,
+    check_temperature,
+    check_tensor,
+    check_weights,
+)
 from fastgen.ops import distributions
 
 
@@ -140,7 +147,8 @@ class VectorModel(nn.Module):
         """
         name, shape, device = self._name, (batch_size, self.inputs), self.order.device
         check_integer(name, "batch_size", batch_size, 0)
-        check_positive(name, "temperature", temperature)
+        check_temperature(name, temperature)
+        check_generator(name, generator)
         if uniforms is None:
             where = device if generator is None else generator.device
             uniforms = torch.rand(shape, generator=generator, device=where).to(device)

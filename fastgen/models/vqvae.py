@@ -165,6 +165,10 @@ class CodedImages(nn.Module):
             raise ValueError(f"{op}: {name} must be int64 (B, h, w), got {codes.dtype} {tuple(codes.shape)}")
         check_classes(op, name, codes, self.codebook_size)
 
+    def _looked_up(self, quantizer: VectorQuantize, codes: Tensor) -> Tensor:
+        """In the dtype of the decoder: a codebook stays float32 in a module that is cast."""
+        return quantizer.get_output_from_indices(codes).to(next(self.parameters()).dtype)
+
     def loss(self, x: Tensor) -> Tensor:
         """What training minimises, (): mean squared error over the variance, plus the quantizers' loss."""
         out = self(x)
@@ -208,7 +212,7 @@ class VQVAE(CodedImages):
     def decode(self, codes: Tensor) -> Tensor:
         """codes (B, h, w) int64 -> (B, C, h * downsample, w * downsample)."""
         self._check_codes("codes", codes)
-        return self.decoder(self.quantizer.get_output_from_indices(codes))  # type: ignore[no-any-return]
+        return self.decoder(self._looked_up(self.quantizer, codes))  # type: ignore[no-any-return]
 
 
 class VQVAE2(CodedImages):
@@ -259,6 +263,4 @@ class VQVAE2(CodedImages):
             raise ValueError(
                 f"VQVAE2: bottom must have twice the sides of top {tuple(top.shape)}, got {tuple(bottom.shape)}"
             )
-        return self._decode(
-            self.top_quantizer.get_output_from_indices(top), self.bottom_quantizer.get_output_from_indices(bottom)
-        )
+        return self._decode(self._looked_up(self.top_quantizer, top), self._looked_up(self.bottom_quantizer, bottom))

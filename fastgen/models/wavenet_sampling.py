@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgen.backend import resolve
-from fastgen.checks import check_integer, check_positive, check_progress, check_tensor
+from fastgen.checks import check_generator, check_integer, check_progress, check_temperature, check_tensor
 from fastgen.models.progress import Progress, reporter
 from fastgen.ops import GenerationState, Generator, initial_state
 
@@ -52,12 +52,9 @@ def stream(
     """
     for name, count in (("steps", steps), ("batch_size", batch_size)):
         check_integer("generate", name, count)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generate: generator must be a torch.Generator, got {type(generator).__name__}")
+    check_generator("generate", generator)
     check_integer("stream", "chunk", chunk)
-    check_positive("generate", "temperature", temperature)
-    if not 1e-30 <= temperature <= 1e30:
-        raise ValueError(f"generate: temperature must lie in [1e-30, 1e30], got {temperature}")
+    check_temperature("generate", temperature)
     check_progress("generate", progress)
     if uniforms is not None:
         _check_uniforms(model, uniforms, batch_size, steps)

@@ -273,6 +273,12 @@ def look_up(op: str, indices: Tensor, codebook: Tensor) -> Tensor:
     return torch.where(indices[..., None] < 0, 0, F.embedding(indices.clamp(min=0), codebook))
 
 
+def project(layer: nn.Module, codes: Tensor) -> Tensor:
+    """layer(codes), in the layer's dtype: a codebook stays float32 in a module that is cast."""
+    weight = next(layer.parameters(), codes)
+    return layer(codes.to(weight.dtype))  # type: ignore[no-any-return]
+
+
 def _sample(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: Metric, estimator: Estimator, temperature: float
 ) -> Quantized:

@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_tensor, is_finite
-from fastgen.nn.codebook import look_up, world
+from fastgen.nn.codebook import look_up, project, world
 from fastgen.nn.vector_quantize import VectorQuantize, refuse_unoffered
 
 UNOFFERED = {
@@ -134,7 +134,7 @@ class ResidualVQ(nn.Module):
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The output for indices it returned; fewer quantizers give a coarser one."""
-        out: Tensor = self.project_out(self.get_codes_from_indices(indices).sum(0))
+        out = project(self.project_out, self.get_codes_from_indices(indices).sum(0))
         return out.movedim(-1, 1) if self.accept_image_fmap else out
 
     def last_quantizer(self, seed: int | None = None) -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_positive, check_tensor, is_finite
-from fastgen.nn.codebook import Codebook, look_up
+from fastgen.nn.codebook import Codebook, look_up, project
 from fastgen.ops.vector_quantize import Estimator
 
 # what vector-quantize-pytorch has and this layer has not, with the value that leaves each out
@@ -206,8 +206,8 @@ class VectorQuantize(nn.Module):
         """The layer's output for indices it returned."""
         codes = self.get_codes_from_indices(indices)
         if self._features_last:
-            return self.project_out(codes)  # type: ignore[no-any-return]
-        return self.project_out(codes.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+            return project(self.project_out, codes)
+        return project(self.project_out, codes.movedim(1, -1)).movedim(-1, 1)
 
     @property
     def _features_last(self) -> bool:

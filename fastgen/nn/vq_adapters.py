@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_positive, check_tensor, is_finite
-from fastgen.nn.codebook import Codebook, look_up
+from fastgen.nn.codebook import Codebook, look_up, project
 from fastgen.nn.vector_quantize import refuse_unoffered
 from fastgen.ops.vector_quantize import quantize
 
@@ -157,7 +157,7 @@ class VectorQuantization(nn.Module):
 
     def decode(self, embed_ind: Tensor) -> Tensor:
         """indices (B, N) -> (B, D, N)."""
-        return self.project_out(look_up("VectorQuantization", embed_ind, self.codebook)).mT  # type: ignore[no-any-return]
+        return project(self.project_out, look_up("VectorQuantization", embed_ind, self.codebook)).mT
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, D, N) -> quantized as x, indices (B, N), loss (1,), zero in evaluation."""

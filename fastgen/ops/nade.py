@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, check_classes, check_positive, check_tensor, differentiates, keep_dtype, quick_apply
+from fastgen.checks import (
+    check,
+    check_classes,
+    check_temperature,
+    check_tensor,
+    differentiates,
+    keep_dtype,
+    quick_apply,
+)
 from fastgen.ops import distributions
 
 
@@ -173,7 +181,7 @@ def nade_sample(
         w.float().contiguous() for w in _check(in_weight, in_bias, out_weight, out_bias, op)
     )
     steps, outputs = out_weight.shape[:2]
-    check_positive(op, "temperature", temperature)
+    check_temperature(op, temperature)
     check(op, "uniforms", uniforms, in_bias, (None, steps))
     if uniforms.numel() and not 0 <= float(uniforms.min()) <= float(uniforms.max()) < 1:
         raise ValueError(f"{op}: uniforms must lie in [0, 1)")
