@@ -34,6 +34,7 @@ from fastgen.files import check_writable
 from fastgen.loop import SCHEDULES
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError, BackendError, FloatingPointError, OverflowError)
+NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {
     "layers": 20, "cycles": 2, "residual-channels": 64, "skip-channels": 128, "kernel-size": 2,
@@ -43,14 +44,19 @@ SIZES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command -> exit status: 0, 2 for a user's error, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    try:
+        options = _parser().parse_args(arguments)
+    except ValueError as error:  # of a file of arguments
+        print(f"fastgen: arguments that cannot be read: {error}", file=sys.stderr)
+        return 2
     try:
         return options.run(options) or 0
     except USER_ERRORS as error:
-        print(f"fastgen {options.command}: {error}", file=sys.stderr)
+        message = str(error).split("\nException raised from ")[0]  # PyTorch's come with a trace of C++
+        print(f"fastgen {options.command}: {message}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in NO_MEMORY):
             raise
         print(f"fastgen {options.command}: not enough memory for what was asked", file=sys.stderr)
         return 2

@@ -40,7 +40,10 @@ class BackendError(RuntimeError):
 
 
 class _Forced(threading.local):  # dynamo traces a thread-local attribute, but no ContextVar
-    name: str | None = None
+    name: str | None
+
+    def __init__(self) -> None:  # an attribute of the class dynamo would take for a constant
+        self.name = None
 
 
 _forced = _Forced()

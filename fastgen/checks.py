@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -81,7 +82,24 @@ def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None,
     if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors)
+    if device.type == "cpu" and dtype == torch.float16:  # which no kernel takes there
+        return tensors
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and _casts(t) else t for t in tensors)
+
+
+def _casts(t: Tensor) -> bool:
+    return t.is_floating_point() and t.dtype != torch.float64
+
+
+def widest(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast all in the widest of their dtypes, at least float32: what is compared must be exact."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return tensors  # which is then refused by name
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
 
 
 def keep_dtype(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -90,7 +108,7 @@ def keep_dtype(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | Non
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return x, *others
-    return x, *(t.to(x.dtype) if isinstance(t, Tensor) else t for t in others)
+    return x, *(t.to(x.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in others)
 
 
 class _Positional(inspect.Signature):
@@ -118,6 +136,47 @@ def quick_apply(function: type[F]) -> type[F]:
     return function
 
 
+class _FirstOrder(torch.autograd.Function):
+    """The first `count` tensors, which depend on the rest; whoever differentiates them is told that that cannot be."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "fastgen: its kernels have gradients of first order alone, and this is a derivative of a gradient; "
+            "backend='reference' has all orders"
+        )
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For an autograd function's backward: what differentiates its gradients raises.
+
+    PyTorch's `once_differentiable` drops terms in silence where the gradient that comes in needs no derivative itself.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return results
+        of = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
+        found = [t for t in results if isinstance(t, Tensor)]
+        marked = iter(_FirstOrder.apply(len(found), *found, *of))  # type: ignore[no-untyped-call]
+        return tuple(next(marked) if isinstance(t, Tensor) else t for t in results)
+
+    return checked
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Within it, products on x's device keep the dtype of their factors."""
     device = x.device.type
@@ -133,6 +192,22 @@ def differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def check_writable(op: str, name: str, tensor: Tensor) -> None:
+    """Of what a kernel writes into, which PyTorch does not see."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(f"{op}: {name} must not require gradients, or call under torch.no_grad()")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{op}: {name} is an inference tensor; write into it under torch.inference_mode()")
+
+
+def count_writes(*tensors: Tensor) -> None:
+    """So that autograd refuses to go back through what held their former values."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
 def check_weights(name: str, module: torch.nn.Module) -> None:
     """Parameters that are finite, before anything is drawn with them."""
     bad = next((n for n, p in module.named_parameters() if not bool(torch.isfinite(p).all())), None)
@@ -140,15 +215,20 @@ def check_weights(name: str, module: torch.nn.Module) -> None:
         raise ValueError(f"{name}: weights must be finite, {bad} is not")
 
 
+def readable(x: Tensor) -> bool:
+    """Whether values can be asked for: not of a tensor without any, nor in traced code."""
+    return x.device.type != "meta" and not torch.compiler.is_compiling()
+
+
 def check_unit_range(op: str, name: str, x: Tensor) -> None:
     """Values in [-1, 1]; NaN is outside."""
-    if x.numel() and not bool((x.detach().abs() <= 1).all()):
+    if x.numel() and readable(x) and not bool((x.detach().abs() <= 1).all()):
         raise ValueError(f"{op}: {name} must lie in [-1, 1], got {float(x.min())} to {float(x.max())}")
 
 
 def check_classes(op: str, name: str, x: Tensor, classes: int) -> None:
-    """Integers in [0, classes)."""
-    if not x.numel():
+    """Integers in [0, classes), where they can be read."""
+    if not x.numel() or not readable(x):
         return
     low, high = torch.stack(x.aminmax()).tolist()  # a GPU is waited for once
     if not 0 <= low <= high < classes:

@@ -12,6 +12,7 @@ from fastgen.commands_images import (
     asked_labels,
     check_new,
     check_resumed,
+    classes_of,
     grid_beside,
     loop_options,
     read_images,
@@ -78,7 +79,7 @@ def train_flow_command(options: argparse.Namespace) -> None:
     if not options.resume:
         torch.manual_seed(options.seed)
         if labels is not None:
-            asked["classes"] = int(labels.max()) + 1
+            asked["classes"] = classes_of(labels, len(data))
         model = kind(tuple(data.shape[1:]), **asked)  # type: ignore[call-arg]
     source = f"{density} {options.seed}" if options.data is None else None
     log = train_flow(model, data, labels=labels, **loop_options(options), source=source)

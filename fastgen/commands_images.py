@@ -86,11 +86,16 @@ def check_then(options: argparse.Namespace, model: nn.Module, number: int | None
         return
     check_sizes(model, check_kinds(model, options.priors), prior_sizes(options))
     if options.class_labels and number is not None:
-        labels = load_labels(options.data)
-        if len(labels) != number:
-            raise ValueError(f"--class-labels: {number} labels are expected, one for each image, got {len(labels)}")
-        if int(labels.min()) < 0:
-            raise ValueError(f"--class-labels: labels must be >= 0, got {int(labels.min())}")
+        classes_of(load_labels(options.data), number, "--class-labels")
+
+
+def classes_of(labels: Tensor, number: int, flag: str = "--labels") -> int:
+    """How many classes labels are of; `number` of them are expected."""
+    if len(labels) != number:
+        raise ValueError(f"{flag}: {number} labels are expected, one for each image, got {len(labels)}")
+    if int(labels.min()) < 0:
+        raise ValueError(f"{flag}: labels must be >= 0, got {int(labels.min())}")
+    return int(labels.max()) + 1
 
 
 def prior_sizes(options: argparse.Namespace) -> dict[str, int]:
@@ -180,7 +185,7 @@ def train_pixels_command(options: argparse.Namespace) -> None:
         elif not of_codes:
             asked["image_channels"] = images.shape[1]
         if labels is not None:
-            asked["classes"] = int(labels.max()) + 1
+            asked["classes"] = classes_of(labels, len(images))
         model = kind(**defaults | asked)
     log = train_pixels(model, images, labels=labels, **loop_options(options))
     held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""

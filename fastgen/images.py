@@ -150,7 +150,7 @@ def _folder(path: Path, size: int | None) -> Tensor:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("load_images: folders need pillow: pip install fastgen-kernels[demo]") from error
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
     if not files:
         raise ValueError(f"{path}: expected pictures ({', '.join(PICTURES)}) or MNIST's IDX files, found none")
     images: list[Tensor] = []
@@ -158,7 +158,7 @@ def _folder(path: Path, size: int | None) -> Tensor:
         try:
             with Image.open(file) as picture:
                 picture.load()
-                converted = _eight_bits(file, picture)
+                converted = _eight_bits(file, ImageOps.exif_transpose(picture))
         except OSError as error:
             raise ValueError(f"{file}: expected a picture, unreadable: {error}") from error
         if size is not None:

@@ -134,6 +134,10 @@ def load_wavenet(path: str | os.PathLike[str]) -> tuple[WaveNet, int]:
         describes: the message names the missing, surplus and misshapen ones.
     """
     content = read_checkpoint(path, ENTRIES, "train_wavenet")
+    for entry, kind in (("config", dict), ("state_dict", dict), ("rate", int)):
+        if not isinstance(content[entry], kind):
+            came = type(content[entry]).__name__
+            raise ValueError(f"{os.fspath(path)}: {entry} must be a {kind.__name__}, got a {came}")
     try:
         model = WaveNet(**content["config"])
     except (TypeError, ValueError) as error:
@@ -157,8 +161,11 @@ def _restore(
         raise ValueError(f"{name}: was trained on audio of {content['rate']} Hz, got {rate} Hz")
     refuse_other_model(path, model.config, content["config"])
     load_parameters(path, model, content["state_dict"])
-    optimizer.load_state_dict(content["optimizer"])
-    generator.set_state(content["rng"])
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+        generator.set_state(content["rng"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: holds a damaged training state: {error!r}") from error
     return content
 
 

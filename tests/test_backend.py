@@ -291,3 +291,79 @@ def test_what_turns_out_not_to_run() -> None:
         backend.instead(OP, "cuda", "cuda", gpu, "no room for this network")
     with pytest.warns(RuntimeWarning, match="reference on cuda: no room for this network"):
         assert backend.instead(OP, "auto", "cuda", gpu, "no room for this network") == "reference"
+
+
+def test_compiled_code_follows_use_backend(python: Python) -> None:
+    """Also what was compiled before any choice was made."""
+    code = """
+import torch, fastgen
+from fastgen.ops import masked_conv2d
+w, x = torch.randn(4, 2, 3, 3), torch.randn(1, 2, 4, 4)
+f = torch.compile(lambda x: masked_conv2d(x, w, mask="B"), fullgraph=True, backend="eager")
+f(x)
+try:
+    with fastgen.use_backend("triton"):
+        f(x)
+except Exception as error:
+    assert "'triton' was requested but cannot run" in str(error), error
+    print("refused")
+"""
+    done = python(code)
+    assert done.stdout == "refused\n", done.stderr
+
+
+def test_written_tensors_are_counted() -> None:
+    """So that autograd does not go back through values that are gone."""
+    residual, skip = torch.zeros(1, 4, 10), torch.zeros(1, 2, 10)
+    args = (torch.randn(1, 4, 10), torch.randn(8, 4, 2), None, torch.randn(6, 4), None)
+    p = torch.randn(1, 4, 10, requires_grad=True)
+    y = (p * residual).sum()
+    fastgen.ops.wavenet_layer(*args, out=(residual, skip))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with pytest.raises(ValueError, match=r"out\[0\] must not require gradients"):
+        fastgen.ops.wavenet_layer(*args, out=(residual.clone().requires_grad_(), skip))
+    with torch.inference_mode():
+        frozen = torch.zeros(1, 4, 10)
+        fastgen.ops.wavenet_layer(*args, out=(frozen, skip.clone()))
+    with pytest.raises(ValueError, match=r"out\[0\] is an inference tensor"):
+        fastgen.ops.wavenet_layer(*args, out=(frozen, skip))
+    sizes, sums, embed = torch.ones(3), torch.randn(3, 2), torch.randn(3, 2)
+    y = (embed * torch.randn(3, 2, requires_grad=True)).sum()
+    fastgen.ops.update_codebook_(sizes, sums.clone(), embed, torch.ones(3), sums, decay=0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_searches_are_exact_under_autocast(which: str, need: Callable[[str, str], None]) -> None:
+    need("nearest_code", which)
+    x, codes = torch.randn(500, 16), torch.randn(300, 16)
+    index, distance = fastgen.ops.nearest_code(x, codes, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        again, distances = fastgen.ops.nearest_code(x, codes, backend=which)
+        quantized, found, _ = fastgen.ops.vector_quantize(x, codes, backend=which)
+        narrow, _, _ = fastgen.ops.vector_quantize(x.bfloat16(), codes, backend=which)
+    assert torch.equal(again, index)
+    assert torch.equal(found, index)
+    assert torch.equal(quantized, codes[index])
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(distances, distance, atol=1e-4, rtol=1e-5)
+
+
+def test_autocast_to_what_no_kernel_takes() -> None:
+    """float16 on a CPU: the ops keep the dtype they are given, and refuse what they would refuse without autocast."""
+    x, w = torch.randn(1, 2, 6), torch.randn(4, 2, 2)
+    with torch.autocast("cpu", torch.float16):
+        assert fastgen.ops.gated_causal_conv1d(x, w).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x must be float32"):
+        fastgen.ops.gated_causal_conv1d(torch.ones(1, 2, 6, dtype=torch.int64), w)
+
+
+def test_a_network_without_layers_is_refused() -> None:
+    weights = WaveNetWeights(
+        torch.zeros(4, 2), torch.zeros(2), torch.zeros(0, 4, 2, 2), torch.zeros(0, 2, 2), torch.zeros(0, 2),
+        torch.zeros(0, 3, 2), torch.zeros(3), torch.zeros(3, 3), torch.zeros(3), torch.zeros(4, 3), torch.zeros(4),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="weights must have layers, channels and outputs, got conv"):
+        Generator(weights, [])

@@ -161,3 +161,17 @@ def test_bad_input(changes, error, message):
 def test_bad_input_of_sampling(changes, error, message):
     with pytest.raises(error, match=message):
         nade_sample(**GOOD | {"uniforms": torch.rand(2, 4)} | changes)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_uniform_of_zero_draws_nothing_impossible(backend):
+    bias = torch.tensor([[-300.0, -torch.inf, 0.0, 1.0]])
+    weights = torch.zeros(1, 4, 2), torch.zeros(2), torch.zeros(1, 4, 2), bias
+    assert nade_sample(*weights, torch.zeros(1, 1), backend=backend).item() == 2
+
+
+def test_temperatures_that_float32_cannot_divide_by():
+    weights = torch.zeros(1, 1, 2), torch.zeros(2), torch.zeros(1, 1, 2), torch.full((1, 1), 5.0)
+    assert nade_sample(*weights, torch.full((1, 1), 0.5), temperature=1e-30).item() == 1
+    with pytest.raises(ValueError, match=r"temperature must lie in \[1e-30, 1e30\], got 1e-40"):
+        nade_sample(*weights, torch.full((1, 1), 0.5), temperature=1e-40)

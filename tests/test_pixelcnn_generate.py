@@ -414,3 +414,36 @@ def test_the_program_of_the_modules_head():
         drawn[which] = generator.run(u, parameters=True)
     torch.testing.assert_close(drawn["cpu"][1], drawn["reference"][1], atol=1e-4, rtol=1e-4)
     assert torch.equal(drawn["cpu"][0], drawn["reference"][0])
+
+
+def test_two_threads_and_planes_that_share_memory(need):
+    """A plane takes the memory of one that nothing reads any more, but the other thread may not be that far."""
+    need("pixelcnn_generate", "cpu")
+    p = PixelProgram(features=1)
+    a = p.conv(p.input, torch.randn(64, 1, 3, 3), torch.randn(64), mask="vertical")
+    b = p.relu(a)
+    c = p.conv(b, torch.randn(64, 64, 1, 1) / 8, torch.randn(64), mask="vertical_B")
+    f = p.add(p.relu(c), p.relu(a))  # the last ReLU's result lies where b was
+    p.sample(p.conv(f, torch.randn(4, 64, 1, 1) / 8, torch.randn(4), mask="B"), 0)
+    p.finish()
+    generator = PixelGenerator(p, torch.randn(4, 1), PixelDistribution("categorical", 4, 4), backend="cpu")
+    uniforms = torch.rand(1, 1, 12, 100)
+    torch.set_num_threads(1)
+    _, alone = generator.run(uniforms, parameters=True)
+    torch.set_num_threads(2)
+    for _ in range(60):
+        assert torch.equal(generator.run(uniforms, parameters=True)[1], alone)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [(4, 5), (1, 1)])
+def test_a_wide_convolution_of_the_context(size, backend, need):
+    need("pixelcnn_generate", backend)
+    p = PixelProgram(features=1, context_channels=2)
+    weight, context = torch.randn(3, 2, 3, 3), torch.randn(1, 2, *size)
+    p.sample(p.conv(p.context, weight, mask="vertical_B"), 0)
+    p.finish()
+    generator = PixelGenerator(p, torch.zeros(3, 1), PixelDistribution("categorical", 3, 3), backend=backend)
+    _, parameters = generator.run(torch.rand(1, 1, *size), context=context, parameters=True)
+    expected = fastgen.ops.masked_conv2d(context, weight, mask="vertical_B")
+    torch.testing.assert_close(parameters[:, 0].movedim(-1, 1), expected, atol=1e-5, rtol=1e-5)

@@ -92,7 +92,10 @@ def test_commands(tmp_path, capsys):
     of = ["train", "prior", "--of", str(out), "--steps", "5", "--resume", "--class-labels", "--exclude", "*_7.wav"]
     assert main([*of, "--data", str(tmp_path / "clips"), "--holdout", "2"]) == 0
     assert "prior of codes: step 5" in capsys.readouterr().out
-    (figure,) = evaluate(out, tmp_path / "clips", include="*_[0-4].wav")
+    figure, of_codes = evaluate(out, tmp_path / "clips", include="*_[0-4].wav")
+    assert of_codes.name == "-log2 p(codes), codes"  # given the labels that the files' names are
+    with pytest.raises(ValueError, match="begin with the 2 words of the prior's classes, got 1"):
+        evaluate(out, tmp_path / "clips", include="0_*.wav")
     assert (figure.unit, figure.examples) == ("bits/sample", 5)
     for command, message in (
         (of, "is of speech; --data is needed"),

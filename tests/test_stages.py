@@ -182,3 +182,19 @@ def test_the_stages_must_fit_each_other():
         TwoStage(torch.nn.Linear(2, 2), [])
     with pytest.raises(TypeError, match="priors must be PixelModels, got Linear"):
         TwoStage(quantizer(VQVAE), [torch.nn.Linear(2, 2)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--then prior --prior-channels 0", "channels must be"),
+        ("--then prior --prior-layers -1", "layers must be"),
+        ("--then prior --priors gpt --prior-channels 30", "heads"),
+        ("--prior-layers 2", "--prior-layers: needs --then prior"),
+    ],
+)
+def test_what_the_second_stage_would_refuse_is_refused_before_the_first(options, message, data, tmp_path, capsys):
+    out = tmp_path / "first.pt"
+    assert main(["train", "vqvae", "--data", str(data), "--out", str(out), "--steps", "1", *options.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

@@ -183,3 +183,17 @@ def test_sequences_and_dropout():
 def test_bad_input(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["diagonal", "gpt"])
+def test_draws_from_the_whole_distribution_after_a_cast(name):
+    """Probabilities of 1/512 and their sums have no place in bfloat16."""
+    codes = 512
+    options = {"codes": codes, "channels": 16, "layers": 1}
+    model = GPTPrior(image_size=(1, 1), heads=2, **options) if name == "gpt" else PixelRNN(**options)
+    for p in model.head.out.parameters():
+        p.zero_()
+    uniforms = ((torch.arange(codes) + 0.5) / codes)[:, None, None]
+    drawn = model.bfloat16().sample(codes, (1, 1), uniforms=uniforms)
+    assert torch.equal(drawn.flatten(), torch.arange(codes))

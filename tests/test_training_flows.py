@@ -1,5 +1,6 @@
 """Training flows: data, checkpoints that go on exactly, the commands, and real images."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from fastgen.__main__ import main
-from fastgen.commands_flows import _points_of
+from fastgen.commands_flows import points_of
 from fastgen.densities import DENSITIES, EXTENT, draw, save_density
 from fastgen.images import load_images
 from fastgen.models import Glow, RealNVP
@@ -197,7 +198,7 @@ def test_real_images(kind, name, tmp_path):
         assert torch.equal(model.decode(model.encode(x)[0]), x)
 
 
-def test_a_singular_checkpoint_and_points_of_another_seed_are_refused(tmp_path, capsys):
+def test_a_singular_checkpoint_andpoints_of_another_seed_are_refused(tmp_path, capsys):
     out = tmp_path / "g.pt"
     train = ["train", "glow", "--out", str(out), "--flow-steps", "1", "--hidden", "4", "--batch-size", "16"]
     assert main([*train, "--levels", "4", "--steps", "1"]) == 2
@@ -213,11 +214,11 @@ def test_a_singular_checkpoint_and_points_of_another_seed_are_refused(tmp_path, 
     assert "holds parameters that a layer refuses" in capsys.readouterr().err
 
 
-def test_points_of_a_checkpoint():
-    assert _points_of("two_moons 5") == ("two_moons", 5)
-    assert _points_of("two_moons") == ("two_moons", 0)
-    assert _points_of("data of my own") == ("data of my own", 0)
-    assert _points_of(None) == (None, 0)
+def testpoints_of_a_checkpoint():
+    assert points_of("two_moons 5") == ("two_moons", 5)
+    assert points_of("two_moons") == ("two_moons", 0)
+    assert points_of("data of my own") == ("data of my own", 0)
+    assert points_of(None) == (None, 0)
 
 
 def test_a_flow_that_has_diverged_draws_nothing():
@@ -226,3 +227,26 @@ def test_a_flow_that_has_diverged_draws_nothing():
         model.decode(torch.full((1, 16), float("nan")))
     with pytest.raises(ValueError, match=r"uniforms must lie in \[0, 1\), got 7.0 to 7.0"):
         model.encode(torch.zeros(1, 1, 4, 4).long(), uniforms=torch.full((1, 1, 4, 4), 7.0))
+
+
+def test_a_trained_flow_is_evaluated(tmp_path, capsys):
+    """On images of other sides than the scales divide, which are padded as in training; on its density's points."""
+    np.savez(tmp_path / "data.npz", train=pictures(size=(10, 6))[:, 0].numpy(), test=pictures(7, (10, 6))[:, 0].numpy())
+    data, small_ones = ["--data", str(tmp_path / "data.npz")], ["--hidden", "8", "--steps", "2", "--batch-size", "8"]
+    glow, moons = str(tmp_path / "glow.pt"), str(tmp_path / "moons.pt")
+    assert main(["train", "glow", *data, *small_ones, "--scales", "2", "--flow-steps", "1", "--out", glow]) == 0
+    assert main(["evaluate", glow, *data]) == 0
+    assert "bits/dim" in capsys.readouterr().out
+    assert main(["train", "realnvp", "--out", moons, *small_ones, "--couplings", "2", "--density", "rings"]) == 0
+    assert main(["evaluate", moons]) == 0
+    assert "nats" in capsys.readouterr().out
+    assert main(["evaluate", moons, *data]) == 2
+    assert "a flow of points is evaluated on those of the density it learned" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = small("RealNVP", (2,))
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match="values that are not finite"):
+        model.sample(3)

@@ -14,7 +14,7 @@ from fastgen import training_pixels
 from fastgen.__main__ import main
 from fastgen.checkpoints import save_checkpoint
 from fastgen.images import load_codes, load_images, load_labels
-from fastgen.models import GatedPixelCNN
+from fastgen.models import GatedPixelCNN, GPTPrior
 from fastgen.training_pixels import load_pixels, save_samples, to_levels, to_pixels, train_pixels, validate
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -259,3 +259,15 @@ def test_demo_part(tmp_path):
     assert text.count("GatedPixelCNN") == 2
     assert (tmp_path / "digits.png").exists()
     assert load_pixels(tmp_path / "pixels.pt")[1] == (8, 8)
+
+
+def test_samples_of_a_command_have_no_dropout(tmp_path):
+    path, images = tmp_path / "gpt.pt", torch.randint(5, (8, 3, 4))
+    train_pixels(
+        GPTPrior(5, (3, 4), 16, 2, 2, dropout=0.5), images, steps=1, batch_size=4, progress=False, checkpoint=path
+    )
+    drawn = []
+    for i in range(2):
+        assert main(["sample", "pixels", str(path), "--out", str(tmp_path / f"{i}.png"), "--seed", "1"]) == 0
+        drawn.append((tmp_path / f"{i}.png").read_bytes())
+    assert drawn[0] == drawn[1]

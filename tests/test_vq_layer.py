@@ -313,3 +313,18 @@ def test_empty_batches():
             assert indices.shape == shape[:-1]
             (quantized.sum() + loss).backward() if training else None
             assert float(loss) == 0
+
+
+def test_outputs_from_indices_after_a_cast():
+    """Where features are mapped, the codebook's float32 meets weights of another dtype."""
+    x = torch.randn(2, 6, 8, dtype=torch.bfloat16)
+    for layer in (
+        VectorQuantize(8, 16, codebook_dim=3),
+        ResidualVQ(dim=8, codebook_size=16, num_quantizers=2, codebook_dim=3),
+    ):
+        layer.bfloat16().eval()
+        quantized, indices = layer(x)[:2]
+        assert quantized.dtype == torch.bfloat16
+        torch.testing.assert_close(layer.get_output_from_indices(indices), quantized, atol=0.02, rtol=0.02)
+    layer = VectorQuantization(8, 16, codebook_dim=3).bfloat16().eval()
+    assert layer.decode(layer.encode(x.mT)).dtype == torch.bfloat16

@@ -323,3 +323,14 @@ def test_demo_part(tmp_path):
     assert "65536 x 512 x 64" in text
     assert (tmp_path / "reconstructions.png").exists()
     assert json.dumps(load_vqvae(tmp_path / "vqvae.pt").config)
+
+
+@pytest.mark.parametrize("kind", [VQVAE, VQVAE2])
+def test_decodes_in_the_dtype_it_was_cast_to(kind):
+    """Codebooks stay float32 there."""
+    model = kind(1, 8, codebook_size=16, code_dim=8).eval().bfloat16()
+    x = torch.rand(2, 1, 16, 16, dtype=torch.bfloat16)
+    codes = model.encode(x)
+    got = model.decode(*codes) if isinstance(codes, tuple) else model.decode(codes)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, model(x).reconstruction, atol=0.05, rtol=0.05)

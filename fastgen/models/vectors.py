@@ -17,6 +17,7 @@ from fastgen.checks import (
     check_temperature,
     check_tensor,
     check_weights,
+    readable,
 )
 from fastgen.ops import distributions
 
@@ -192,7 +193,7 @@ class VectorModel(nn.Module):
             whole = x
         else:
             whole = x.long()
-            if not bool((whole == x).all()):
+            if readable(x) and not bool((whole == x).all()):
                 wrong = x[whole != x][0].item()
                 hint = "; binarise images first, e.g. torch.bernoulli(x)" if self.values == 2 else ""
                 raise ValueError(f"{name}: x must hold whole numbers in [0, {self.values}), got {wrong:g}{hint}")

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from fastgen.checks import first_order
 from fastgen.nn.coupling import AffineCoupling
 
 
@@ -143,7 +143,7 @@ class _Reversible(torch.autograd.Function):
         return z, log_det
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Any, ...]:
         z, cond = ctx.saved_tensors
         grad_cond: Tensor | None = None

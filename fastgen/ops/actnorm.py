@@ -8,14 +8,14 @@ Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolut
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import check, differentiates, keep_dtype, quick_apply
+from fastgen.checks import check, differentiates, first_order, keep_dtype, quick_apply
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def actnorm_reference(x: Tensor, log_scale: Tensor, shift: Tensor, *, inverse: b
     kind = torch.promote_types(x.dtype, torch.float32)
     v, factor, t = x.to(kind), per_channel(log_scale.to(kind), x), per_channel(shift.to(kind), x)
     y = (v - t) * torch.exp(-factor) if inverse else v * torch.exp(factor) + t
-    log_det = x.shape[2:].numel() * log_scale.to(kind).sum()
+    log_det = math.prod(x.shape[2:]) * log_scale.to(kind).sum()
     return y.to(x.dtype), (-log_det if inverse else log_det).repeat(x.shape[0])
 
 
@@ -63,7 +63,7 @@ class _Actnorm(torch.autograd.Function):
         ctx.save_for_backward(output if ctx.inverse else x, log_scale)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, log_scale = ctx.saved_tensors
         factor = torch.exp(-log_scale if ctx.inverse else log_scale)
@@ -122,5 +122,5 @@ def actnorm(
     kind = torch.promote_types(x.dtype, torch.float32)
     args = (x.contiguous(), log_scale.to(kind).contiguous(), shift.to(kind).contiguous())
     y = _Actnorm.apply(*args, inverse) if differentiates(*args) else _normalise(*args, inverse)  # type: ignore[no-untyped-call]
-    log_det = x.shape[2:].numel() * args[1].sum()
+    log_det = math.prod(x.shape[2:]) * args[1].sum()
     return y, (-log_det if inverse else log_det).repeat(x.shape[0])

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import check, check_positive, check_tensor, differentiates, keep_dtype, quick_apply
+from fastgen.checks import check, check_positive, check_tensor, differentiates, first_order, keep_dtype, quick_apply
 
 SCALES = ("exp", "tanh", "sigmoid", "none")
 LAYOUTS = ("scale_shift", "shift_scale", "interleaved")
@@ -113,7 +112,7 @@ class _AffineCoupling(torch.autograd.Function):
         ctx.save_for_backward(output[0] if ctx.options[-1] else x, params, mask)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         grads = torch.ops.fastgen.affine_coupling_backward(
             grad.contiguous(), grad_log_det.contiguous(), *ctx.saved_tensors, *ctx.options

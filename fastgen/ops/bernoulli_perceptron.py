@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, check_tensor
+from fastgen.checks import check, check_tensor, differentiates, first_order, quick_apply, widest, without_autocast
 
 
 def bernoulli_perceptron_reference(z: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -25,7 +25,8 @@ def bernoulli_perceptron_reference(z: Tensor, x: Tensor, weights: Sequence[Tenso
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         h = F.relu(F.linear(h, weight, bias))
     logits = F.linear(h, weights[-1], biases[-1])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(len(z) // max(1, len(x)), *x.shape)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.view(z.shape[0] // max(1, x.shape[0]), *x.shape)
     return (x * logits - F.softplus(logits)).sum(-1).flatten()
 
 
@@ -37,32 +38,40 @@ def _(z: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tens
     return z.new_empty(z.shape[0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, x, weights, biases = inputs
-    ctx.save_for_backward(z, x, *weights, *biases)
+@quick_apply
+class _BernoulliPerceptron(torch.autograd.Function):
+    @staticmethod
+    def forward(z: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
+        layers = len(parameters) // 2
+        weights, biases = list(parameters[:layers]), list(parameters[layers:])
+        return torch.ops.fastgen.bernoulli_perceptron(z, x, weights, biases)  # type: ignore[no-any-return]
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Writes the logits: training keeps as much for its activations anyway."""
-    z, x, *parameters = ctx.saved_tensors
-    layers = len(parameters) // 2
-    weights, biases = parameters[:layers], parameters[layers:]
-    inputs = [z]
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        inputs.append(F.relu(F.linear(inputs[-1], weight, bias)))
-    logits = F.linear(inputs[-1], weights[-1], biases[-1]).view(len(z) // max(1, len(x)), *x.shape)
-    by_row = grad.view(len(z) // max(1, len(x)), len(x), 1)
-    d = (by_row * (x - torch.sigmoid(logits))).flatten(0, 1)
-    grad_weights: list[Tensor] = []
-    grad_biases: list[Tensor] = []
-    for weight, h in zip(reversed(weights), reversed(inputs), strict=True):
-        grad_weights.insert(0, d.mT @ h)
-        grad_biases.insert(0, d.sum(0))
-        d = (d @ weight) * (h > 0) if h is not z else d @ weight
-    return d, (by_row * logits).sum(0), grad_weights, grad_biases
-
-
-torch.library.register_autograd("fastgen::bernoulli_perceptron", _backward, setup_context=_setup_context, lib=lib)
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """Writes the logits: training keeps as much for its activations anyway."""
+        z, x, *parameters = ctx.saved_tensors
+        layers = len(parameters) // 2
+        weights, biases = parameters[:layers], parameters[layers:]
+        with without_autocast(z):
+            inputs = [z]
+            for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+                inputs.append(F.relu(F.linear(inputs[-1], weight, bias)))
+            copies = z.shape[0] // max(1, x.shape[0])
+            logits = F.linear(inputs[-1], weights[-1], biases[-1]).view(copies, *x.shape)
+            by_row = grad.view(copies, x.shape[0], 1)
+            d = (by_row * (x - torch.sigmoid(logits))).flatten(0, 1)
+            of_weights: list[Tensor] = []
+            of_biases: list[Tensor] = []
+            for weight, h in zip(reversed(weights), reversed(inputs), strict=True):
+                of_weights.insert(0, d.mT @ h)
+                of_biases.insert(0, d.sum(0))
+                d = (d @ weight) * (h > 0) if h is not z else d @ weight
+            return d, (by_row * logits).sum(0), *of_weights, *of_biases
 
 
 def bernoulli_perceptron(
@@ -95,10 +104,18 @@ def bernoulli_perceptron(
     check_tensor(op, "x", x, "(B, D)")
     if z.dim() != 2 or x.dim() != 2 or not z.is_floating_point():
         raise ValueError(f"{op}: z and x must be (N, Z) and (B, D) floats, got {tuple(z.shape)} and {tuple(x.shape)}")
+    if not all(isinstance(p, list | tuple) for p in (weights, biases)):
+        came = f"{type(weights).__name__} and {type(biases).__name__}"
+        raise TypeError(f"{op}: weights and biases must be lists of tensors, got {came}")
     if not len(weights) or len(weights) != len(biases):
         raise ValueError(f"{op}: weights must be as many as biases, at least 1, got {len(weights)} and {len(biases)}")
-    if len(z) % max(1, len(x)) or (len(z) and not len(x)):
-        raise ValueError(f"{op}: z must have a multiple of the {len(x)} rows of x, got {len(z)}")
+    if z.shape[0] % max(1, x.shape[0]) or (z.shape[0] and not x.shape[0]):
+        raise ValueError(f"{op}: z must have a multiple of the {x.shape[0]} rows of x, got {z.shape[0]}")
+    for name, parameters in (("weights", weights), ("biases", biases)):
+        for i, parameter in enumerate(parameters):
+            check_tensor(op, f"{name}[{i}]", parameter)
+    z, x, *rest = widest(z, x, *weights, *biases)
+    weights, biases = rest[: len(weights)], rest[len(weights) :]
     inputs = z.shape[1]
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         check(op, f"weights[{i}]", weight, z, (None, inputs))
@@ -108,8 +125,10 @@ def bernoulli_perceptron(
     if resolve(op, backend, z.device, z.dtype) == "cpu" and z.numel():
         kind = torch.promote_types(z.dtype, torch.float32)
         tensors = [t.to(kind).contiguous() for t in (z, x, *weights, *biases)]
-        split = 2 + len(weights)
+        if differentiates(*tensors):
+            return _BernoulliPerceptron.apply(*tensors)  # type: ignore[no-any-return,no-untyped-call]
         return torch.ops.fastgen.bernoulli_perceptron(  # type: ignore[no-any-return]
-            *tensors[:2], tensors[2:split], tensors[split:]
+            *tensors[:2], tensors[2 : 2 + len(weights)], tensors[2 + len(weights) :]
         )
-    return bernoulli_perceptron_reference(z, x, weights, biases)
+    with without_autocast(z):
+        return bernoulli_perceptron_reference(z, x, weights, biases)

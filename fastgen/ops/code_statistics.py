@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import check, check_integer, check_positive, check_tensor, is_finite, refused
+from fastgen.checks import (
+    check,
+    check_integer,
+    check_positive,
+    check_tensor,
+    check_writable,
+    count_writes,
+    is_finite,
+    refused,
+)
 from fastgen.ops.nearest_code import by_rows, compute_type
 
 
@@ -161,13 +170,19 @@ def update_codebook_(
     if not is_finite(decay) or not 0 <= decay <= 1:
         raise ValueError(f"{op}: decay must lie in [0, 1], got {decay!r}")
     check_positive(op, "eps", eps)
+    written = (cluster_size, embed_avg, embed)
     with torch.no_grad():
+        for name, tensor in zip(("cluster_size", "embed_avg", "embed"), written, strict=True):
+            check_writable(op, name, tensor)
+        if embed is embed_avg:
+            raise ValueError(f"{op}: embed and embed_avg must be two tensors, got one for both")
         if resolve(op, backend, embed.device, embed.dtype) == "reference":
             new = update_codebook_reference(cluster_size, embed_avg, counts, sums, decay, eps, cosine)
             seen = new[0].sum() != 0  # else the codes stay
-            for to, value in zip((cluster_size, embed_avg, embed), new, strict=True):
+            for to, value in zip(written, new, strict=True):
                 to.copy_(torch.where(seen, value, to) if to is embed else value)
             return
         torch.ops.fastgen.update_codebook(
             cluster_size, embed_avg, embed, counts.contiguous(), sums.contiguous(), decay, eps, cosine
         )
+        count_writes(*written)

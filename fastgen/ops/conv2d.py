@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, differentiates, quick_apply
+from fastgen.checks import autocast, check, differentiates, first_order, quick_apply
 
 
 def conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
@@ -61,7 +60,7 @@ class _Conv2d(torch.autograd.Function):
         ctx.save_for_backward(x, weight, output if relu else None)  # which the next layer saves anyway
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, (x, weight, result) = ctx.needs_input_grad[0], ctx.saved_tensors
         grads = torch.ops.fastgen.conv2d_backward(grad.contiguous(), result, x, weight, need_x)

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import autocast, check, check_integer, differentiates, quick_apply
+from fastgen.checks import autocast, check, check_integer, differentiates, first_order, quick_apply
 
 MOST_DILATION = 2**31 - 1  # (K - 1) * dilation stays far within 64 bits
 
@@ -76,7 +75,7 @@ class _GatedCausalConv1d(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cond = ctx.saved_tensors
         grads = torch.ops.fastgen.gated_causal_conv1d_backward(

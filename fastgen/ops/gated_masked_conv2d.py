@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import INTERPRETED, has_triton_kernels, lib, resolve
-from fastgen.checks import autocast, check, check_tensor, differentiates, quick_apply
+from fastgen.checks import autocast, check, check_tensor, differentiates, first_order, quick_apply
 from fastgen.ops.masked_conv2d import MASKS, check_masked, masked_conv2d_reference, positions
 
 
@@ -69,7 +68,7 @@ class _GatedMaskedConv2d(torch.autograd.Function):
         ctx.save_for_backward(x, weight, cond, kept)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6

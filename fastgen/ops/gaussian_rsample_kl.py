@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, check_tensor, differentiates, keep_dtype, quick_apply
+from fastgen.checks import check, check_tensor, differentiates, first_order, keep_dtype, quick_apply
 
 
 def gaussian_rsample_kl_reference(mean: Tensor, log_deviation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +60,7 @@ class _RsampleKl(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         mean, log_deviation, noise = ctx.saved_tensors
         if grad_z is not None:

@@ -16,10 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import check, check_tensor, differentiates, keep_dtype, quick_apply, refused, without_autocast
+from fastgen.checks import (
+    check,
+    check_tensor,
+    differentiates,
+    first_order,
+    keep_dtype,
+    quick_apply,
+    refused,
+    without_autocast,
+)
 
 
 def lu_weight(lower: Tensor, upper: Tensor, log_diagonal: Tensor, sign: Tensor, permutation: Tensor) -> Tensor:
@@ -119,7 +127,7 @@ class _MixChannels(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return torch.ops.fastgen.mix_channels_backward(grad.contiguous(), *ctx.saved_tensors)  # type: ignore[no-any-return]
 
@@ -139,7 +147,7 @@ class _InvertibleConv1x1(torch.autograd.Function):
         ctx.save_for_backward(x, output[2], *parameters)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         x, *matrices, log_diagonal, log_scale, shift = torch.ops.fastgen.invertible_conv1x1_backward(

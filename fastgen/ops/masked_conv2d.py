@@ -22,10 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import autocast, check, check_integer, differentiates, quick_apply
+from fastgen.checks import autocast, check, check_integer, differentiates, first_order, quick_apply
 
 MASKS = ("A", "B", "vertical", "vertical_B")
 
@@ -118,7 +117,7 @@ class _MaskedConv2d(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x = ctx.needs_input_grad[0]
         x, weight, bias, _ = torch.ops.fastgen.masked_conv2d_backward(

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import lib, resolve
 from fastgen.checks import (
@@ -26,8 +25,10 @@ from fastgen.checks import (
     check_temperature,
     check_tensor,
     differentiates,
+    first_order,
     keep_dtype,
     quick_apply,
+    without_autocast,
 )
 from fastgen.ops import distributions
 
@@ -80,7 +81,7 @@ class _Nade(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, in_weight, in_bias, out_weight = ctx.saved_tensors
         grads = torch.ops.fastgen.nade_backward(grad.contiguous(), x, in_weight, in_bias, out_weight)
@@ -132,7 +133,8 @@ def nade(
     in_weight = weights[0]
     _check_values("x", x, in_weight, 0)
     if resolve("nade", backend, in_weight.device, in_weight.dtype) == "reference":
-        return nade_reference(x, *weights)
+        with without_autocast(in_weight):
+            return nade_reference(x, *weights)
     kind = torch.promote_types(in_weight.dtype, torch.float32)
     args = [w.to(kind).contiguous() for w in weights]
     call = _Nade.apply if differentiates(*args) else torch.ops.fastgen.nade
@@ -201,13 +203,14 @@ def nade_sample(
         torch.ops.fastgen.nade_sample(in_weight, in_bias, out_weight, out_bias, uniforms.contiguous(), temperature, x)
         return x
     state = in_bias.expand(len(x), -1)
-    for d in range(steps):
-        out = torch.sigmoid(state) @ out_weight[d].T + out_bias[d]  # (B, O)
-        logits = torch.cat([torch.zeros_like(out), out], 1) if outputs == 1 else out
-        drawn = distributions.categorical_from_uniform(logits / temperature, uniforms[:, d])
-        x[:, d] = torch.where(x[:, d] < 0, drawn, x[:, d])
-        rows = in_weight[d]
-        state = state + (rows[x[:, d]] if len(rows) > 1 else rows[0] * x[:, d, None])
+    with without_autocast(in_weight):
+        for d in range(steps):
+            out = torch.sigmoid(state) @ out_weight[d].T + out_bias[d]  # (B, O)
+            logits = torch.cat([torch.zeros_like(out), out], 1) if outputs == 1 else out
+            drawn = distributions.categorical_from_uniform(logits / temperature, uniforms[:, d])
+            x[:, d] = torch.where(x[:, d] < 0, drawn, x[:, d])
+            rows = in_weight[d]
+            state = state + (rows[x[:, d]] if len(rows) > 1 else rows[0] * x[:, d, None])
     return x
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import check, differentiates, refused
+from fastgen.checks import check, differentiates, refused, widest, without_autocast
 
 Metric = Literal["euclidean", "cosine"]
 Precision = Literal["ieee", "tf32", "bf16"]
@@ -165,6 +165,7 @@ def nearest_code(
         An explicit backend that cannot run here.
     """
     op = "nearest_code"
+    x, codebook = widest(x, codebook)
     check_search(op, x, codebook, metric, nonfinite, precision)
     strict = is_strict(x, nonfinite)
     rows, codes = x.detach(), codebook.detach()
@@ -172,7 +173,8 @@ def nearest_code(
     if strict and chosen != "cpu":
         assert_finite(op, rows, codes)
     if chosen == "reference":
-        index, distance = nearest_code_reference(rows, codes, metric=metric)
+        with without_autocast(x):
+            index, distance = nearest_code_reference(rows, codes, metric=metric)
     else:
         with refused():
             index, distance = torch.ops.fastgen.nearest_code(

@@ -338,7 +338,9 @@ class _Reference:
             tuple(table.new_zeros(batch, height * self.width, n) for n in (c.keys, c.values)) for c in program.caches
         ]
         if context is not None:
-            self.planes[program.context].copy_(context.permute(0, 2, 3, 1))
+            p = program.planes[program.context]
+            image = self.planes[program.context][:, p.rows - 1 :, p.left : p.left + self.width]
+            image.copy_(context.permute(0, 2, 3, 1))
 
     def row(
         self, y: int, uniforms: Tensor, temperature: float, given: Tensor | None, known: Tensor | None

@@ -18,10 +18,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import check_tensor, differentiates, is_finite, quick_apply, refused
+from fastgen.checks import (
+    check_tensor,
+    differentiates,
+    first_order,
+    is_finite,
+    quick_apply,
+    refused,
+    widest,
+    without_autocast,
+)
 from fastgen.ops.nearest_code import (
     PRECISIONS,
     Metric,
@@ -135,7 +143,7 @@ class _VectorQuantize(torch.autograd.Function):
         ctx.num_codes, ctx.codebook_dtype = codebook.shape[0], codebook.dtype
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_quantized: Tensor, _: Any, grad_commitment: Tensor, grad_codebook_error: Tensor, __: Any
     ) -> tuple[Tensor | None, ...]:
@@ -183,7 +191,8 @@ def quantize(
     if strict and chosen != "cpu":
         assert_finite(op, x.detach(), codebook.detach())
     if chosen == "reference":
-        return quantize_reference(x, codebook, mask, metric=metric, estimator=estimator)
+        with without_autocast(x):
+            return quantize_reference(x, codebook, mask, metric=metric, estimator=estimator)
     args = (
         by_rows(x), codebook.contiguous(), None if mask is None else mask.contiguous(), metric == "cosine", strict,
         PRECISIONS.index(precision),
@@ -243,9 +252,11 @@ def vector_quantize(
     op = "vector_quantize"
     if not is_finite(beta) or beta < 0:
         raise ValueError(f"{op}: beta must be finite and >= 0, got {beta!r}")
+    dtype = x.dtype if isinstance(x, Tensor) else None
+    x, codebook = widest(x, codebook)
     check_search(op, x, codebook, metric, nonfinite, precision)
     out = quantize(
         op, x, codebook, mask=mask, metric=metric, estimator=estimator, nonfinite=nonfinite, precision=precision,
         backend=backend,
     )  # fmt: skip
-    return out.quantized, out.indices, out.codebook_error + beta * out.commitment
+    return out.quantized.to(dtype), out.indices, out.codebook_error + beta * out.commitment

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import autocast, check, differentiates, quick_apply
+from fastgen.checks import autocast, check, check_writable, count_writes, differentiates, first_order, quick_apply
 from fastgen.ops.gated_causal_conv1d import check_gate, empty_cond_grad, gated_causal_conv1d_reference
 
 
@@ -94,7 +93,7 @@ class _WaveNetLayer(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_residual: Tensor, grad_skip: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         grads = torch.ops.fastgen.wavenet_layer_backward(
@@ -111,7 +110,8 @@ def _check_apart(op: str, tensors: dict[str, Tensor | None]) -> None:
     for name, t in tensors.items():
         if t is not None and t.numel() and t.device.type != "meta":
             last = sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
-            spans[name] = (t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size())
+            if begin := t.data_ptr():  # fake tensors have no memory
+                spans[name] = (begin, begin + (last + 1) * t.element_size())
     for name in [n for n in ("out[0]", "out[1]") if n in spans]:
         begin, end = spans.pop(name)
         shared = [other for other, (b, e) in spans.items() if b < end and begin < e]
@@ -188,6 +188,8 @@ def wavenet_layer(
             raise ValueError(f"{op}: out= cannot be used where gradients are needed; call under torch.no_grad()")
         if not all(t.is_contiguous() for t in out):
             raise ValueError(f"{op}: out must be contiguous, got strides {tuple(t.stride() for t in out)}")
+        for name, t in zip(("out[0]", "out[1]"), out, strict=True):
+            check_writable(op, name, t)
         names = ("out[0]", "out[1]", "x", "weight", "bias", "out_weight", "out_bias", "cond")
         _check_apart(op, dict(zip(names, (*out, *tensors), strict=True)))
     if resolve(op, backend, x.device, x.dtype) == "reference":
@@ -200,6 +202,7 @@ def wavenet_layer(
     args = tuple(None if t is None else t.contiguous() for t in tensors)
     if out is not None:
         torch.ops.fastgen.wavenet_layer_out(*args, dilation, *out)
+        count_writes(*out)
         return out
     if needs_grad:
         return _WaveNetLayer.apply(*args, dilation)  # type: ignore[no-any-return,no-untyped-call]
