@@ -208,6 +208,14 @@ def count_writes(*tensors: Tensor) -> None:
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
+def renew_weights(module: torch.nn.Module) -> None:
+    """Of `torch.nn.utils.weight_norm`, which keeps a `weight` that is current only when its module is called."""
+    for part in module.modules():
+        for hook in part._forward_pre_hooks.values():
+            if hasattr(hook, "compute_weight"):
+                hook(part, ())
+
+
 def check_weights(name: str, module: torch.nn.Module) -> None:
     """Parameters that are finite, before anything is drawn with them."""
     bad = next((n for n, p in module.named_parameters() if not bool(torch.isfinite(p).all())), None)

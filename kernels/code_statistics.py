@@ -57,7 +57,9 @@ def code_statistics(x: Tensor, minus: Tensor | None, indices: Tensor, num_codes:
     def plan() -> Plan:
         chunk = power_within(dim, 1, 128)
         options = {"SUBTRACT": subtract, "ROWS": 1024 // chunk, "CHUNK": chunk, "num_warps": 4}
-        return Plan(_sum_segments, num_codes * shares * cdiv(dim, chunk), (num_codes, dim, *steps, shares), options)
+        return Plan(
+            _sum_segments, num_codes * shares * max(1, cdiv(dim, chunk)), (num_codes, dim, *steps, shares), options
+        )
 
     with on_device(x):
         # sorted in fewer passes; what is no code's goes to either end

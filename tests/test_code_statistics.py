@@ -126,3 +126,10 @@ def test_bad_update():
         update_codebook_(good[0], torch.ones(2, 3).T, *good[2:], decay=0.5)
     with pytest.raises(TypeError, match="embed must be float32"):
         update_codebook_(*(t.bfloat16() for t in good), decay=0.5)
+
+
+def test_rows_without_coordinates_are_counted():
+    indices = torch.tensor([2, 0, 2])
+    counts, sums = code_statistics(torch.zeros(3, 0), indices, 4, backend=KERNELS)
+    assert counts.tolist() == [1, 0, 2, 0]
+    assert sums.shape == (4, 0)

@@ -175,3 +175,16 @@ def test_temperatures_that_float32_cannot_divide_by():
     assert nade_sample(*weights, torch.full((1, 1), 0.5), temperature=1e-30).item() == 1
     with pytest.raises(ValueError, match=r"temperature must lie in \[1e-30, 1e30\], got 1e-40"):
         nade_sample(*weights, torch.full((1, 1), 0.5), temperature=1e-40)
+
+
+def test_sums_over_many_rows_keep_their_digits():
+    """All of one sign: a running float32 sum of so many would lose the last ones."""
+    rows, generator = 40000, torch.Generator().manual_seed(0)
+    x = torch.randint(2, (rows, 6), generator=generator)
+    weights = [torch.rand(shape, generator=generator) for shape in ((6, 1, 4), (4,), (6, 1, 4), (6, 1))]
+    grads = {}
+    for dtype in (torch.float32, torch.float64):
+        leaves = [w.to(dtype).requires_grad_() for w in weights]
+        grads[dtype] = torch.autograd.grad(nade(x, *leaves, backend="cpu").sum(), leaves)
+    for got, exact in zip(grads[torch.float32], grads[torch.float64], strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=5e-6, atol=1e-6 * float(exact.abs().max()))

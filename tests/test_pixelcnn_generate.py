@@ -447,3 +447,20 @@ def test_a_wide_convolution_of_the_context(size, backend, need):
     _, parameters = generator.run(torch.rand(1, 1, *size), context=context, parameters=True)
     expected = fastgen.ops.masked_conv2d(context, weight, mask="vertical_B")
     torch.testing.assert_close(parameters[:, 0].movedim(-1, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize(
+    "make", [lambda: small("GatedPixelCNN", levels=4), lambda: fastgen.models.PixelRNN(levels=4, channels=8, layers=1)]
+)
+def test_weights_of_the_older_weight_norm_are_current(make):
+    """Changed since the last forward pass."""
+    model = loud(make())
+    torch.nn.utils.weight_norm(model.head.out)
+    uniforms = torch.rand(3, 1, 5, 5)
+    before = model.sample(3, (5, 5), uniforms=uniforms)
+    with torch.no_grad():
+        model.head.out.weight_g.mul_(-3)
+    drawn = model.sample(3, (5, 5), uniforms=uniforms)
+    assert not torch.equal(drawn, before)
+    assert torch.equal(drawn, sample_naive(model, 3, (5, 5), uniforms=uniforms))

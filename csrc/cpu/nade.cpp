@@ -13,6 +13,7 @@ constexpr int kWide = 64;                                  // hidden units of a 
 constexpr int64_t kRows = 32;                              // samples that share each weight that is read
 constexpr int64_t kStretch = 32;                           // inputs, in the backward
 constexpr int kTogether = kVectorRegisters == 32 ? 4 : 2;  // samples side by side there
+constexpr int64_t kSettled = 64;                           // times as many go into one running sum
 
 inline VecF sigmoid(VecF x) { return quotient(splat(1.0f), 1.0f + exp_bounded(-at_most(at_least(x, -60.0f), 80.0f))); }
 inline Vec<double> sigmoid(Vec<double> x) {
@@ -169,6 +170,22 @@ class TileGrads {
     bias_sums.assign(kWidth, T(0));
   }
 
+  // What float32 sums of many samples would lose: from time to time they are added to the totals, and begin anew.
+  void settle() {
+    settle(in_sums, in_total_);
+    settle(out_sums, out_total_);
+    settle(bias_sums, bias_total_);
+  }
+  // The sums are then those of all samples.
+  void finish() {
+    if (bias_total_.empty()) return;
+    settle();
+    in_sums.swap(in_total_);
+    out_sums.swap(out_total_);
+    bias_sums.swap(bias_total_);
+    for (auto* total : {&in_total_, &out_total_, &bias_total_}) total->clear();
+  }
+
   // Adds the gradients of N samples; grad: that of their outputs, a sample's D * O after another's.
   template <int N>
   void add(const Runs<T>* samples, const T* grad) {
@@ -220,6 +237,11 @@ class TileGrads {
   }
 
  private:
+  static void settle(OwnVector<T>& sums, OwnVector<T>& total) {
+    if (total.empty()) total.resize(sums.size());
+    for (size_t k = 0; k < sums.size(); ++k) total[k] += std::exchange(sums[k], T(0));
+  }
+
   // The states at the beginning of each stretch; returns the number of runs.
   int64_t keep_states(const Runs<T>& sample, int k) {
     Vec<T> a[kVectors];
@@ -246,7 +268,7 @@ class TileGrads {
   }
 
   const Sizes& s_;
-  OwnVector<T> states_, units_;
+  OwnVector<T> states_, units_, in_total_, out_total_, bias_total_;
 };
 
 // Gradients of in_weight, in_bias and out_weight, for grad (B, D, O).
@@ -267,12 +289,15 @@ std::tuple<Tensor, Tensor, Tensor> nade_backward(Tensor grad, Tensor x, Tensor i
         cut(data_of<T>(out_weight), s.steps * s.outputs, s, tile, grads.from);
         cut(data_of<T>(in_bias), 1, s, tile, grads.start);
         grads.clear();
-        for (int64_t b = 0; b < s.batch; b += kTogether)
+        for (int64_t b = 0; b < s.batch; b += kTogether) {
+          if (b > 0 && b / kTogether % kSettled == 0) grads.settle();
           unroll<kTogether>([&](auto less) {
             constexpr int kSamples = kTogether - less;
             if (std::min<int64_t>(s.batch - b, kTogether) == kSamples)
               grads.template add<kSamples>(&samples[b], data_of<T>(grad) + b * s.steps * s.outputs);
           });
+        }
+        grads.finish();
         paste(grads.in_sums, s.steps * s.columns, s, tile, static_cast<T*>(of_in.data_ptr()));
         paste(grads.out_sums, s.steps * s.outputs, s, tile, static_cast<T*>(of_out.data_ptr()));
         paste(grads.bias_sums, 1, s, tile, static_cast<T*>(of_bias.data_ptr()));

@@ -20,6 +20,7 @@ from fastgen.checks import (
     check_temperature,
     check_tensor,
     is_finite,
+    renew_weights,
 )
 from fastgen.models.progress import Progress, reporter
 from fastgen.nn.pixel_context import PixelContext
@@ -220,6 +221,7 @@ class PixelModel(nn.Module):
             weights are not finite, or so large that the network's outputs are not.
         """
         name = f"{self._name}.sample"
+        renew_weights(self)
         size, uniforms, given, known = self._sampling_arguments(
             name, batch_size, image_size, given, known, temperature, uniforms, generator, progress
         )

@@ -151,7 +151,7 @@ class VAE(nn.Module):
             if (
                 not isinstance(image_size, tuple | list)
                 or len(image_size) != 2
-                or any(side < 4 or side % 4 for side in image_size)
+                or any(not isinstance(side, int) or side < 4 or side % 4 for side in image_size)
             ):
                 raise ValueError(f"VAE: image_size must be two multiples of 4, got {image_size!r}")
             if math.prod(image_size) != inputs:

@@ -99,7 +99,7 @@ class WaveNet(nn.Module):
             raise ValueError(f"WaveNet: log_scale_min must be finite, got {log_scale_min!r}")
         self.config = {
             **sizes, "distribution": distribution, "local_channels": local_channels,
-            "upsample_scales": tuple(upsample_scales), "speakers": speakers,
+            "upsample_scales": _scales(upsample_scales), "speakers": speakers,
             "upsample_options": None if upsample_options is None else dict(upsample_options),
             "gate_channels": gate_channels, "speaker_channels": speaker_channels, "start": start,
             "log_scale_min": log_scale_min, "weight_norm": weight_norm,
@@ -371,6 +371,12 @@ class WaveNet(nn.Module):
     def _check_device(self, name: str, tensor: Tensor) -> None:
         if tensor.device != self.output.bias.device:  # type: ignore[union-attr]
             raise ValueError(f"WaveNet: {name} is on {tensor.device}, the model on {self.output.bias.device}")  # type: ignore[union-attr]
+
+
+def _scales(upsample_scales: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(upsample_scales, list | tuple):
+        raise TypeError(f"WaveNet: upsample_scales must be a list of integers, got {upsample_scales!r}")
+    return tuple(upsample_scales)
 
 
 def _upsampling(scales: Sequence[int], options: Mapping[str, Any]) -> TransposedUpsample | StretchUpsample:
