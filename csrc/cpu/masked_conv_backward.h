@@ -144,19 +144,22 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
           for (int64_t v = 0; v < vectors; ++v)
             first_rows.template expect<true>(out.x + (b * s.channels + inputs.first(panel, v)) * plane + y * s.width,
                                              plane, inputs.live(panel, v));
-          for (int64_t q = 0; q < panels.count(); ++q)
-            for_each_group(s.width, [&](int64_t from, int64_t count) {
+          for_each_group(s.width, [&](int64_t from, int64_t count) {
+            const T* w = back.data() + taps * panels.lanes() * inputs.begin(panel);
+            for (int64_t q = 0; q < panels.count();) {
+              const int64_t step = panels.width(q);  // what all panels but the last share
               stretches.clear();
-              const T* w = back.data() + taps * (panels.lanes() * inputs.begin(panel) + panels.begin(q) * width);
-              for (const TapRun& run : runs) {
-                const int64_t n = run.count * panels.width(q);
-                if (y - run.dy >= 0 && y - run.dy < s.height)
-                  stretches.push_back({da.panels[q].at(y - run.dy, from - run.dx - run.count + 1), w, n});
-                w += n * width;
-              }
+              for (; q < panels.count() && panels.width(q) == step; ++q)
+                for (const TapRun& run : runs) {
+                  const int64_t n = run.count * step;
+                  if (y - run.dy >= 0 && y - run.dy < s.height)
+                    stretches.push_back({da.panels[q].at(y - run.dy, from - run.dx - run.count + 1), w, n});
+                  w += n * width;
+                }
               multiply_rows_of<T, false>(count, vectors)(tile.data() + from * width, stretches.data(),
-                                                         static_cast<int64_t>(stretches.size()), panels.width(q));
-            });
+                                                         static_cast<int64_t>(stretches.size()), step);
+            }
+          });
           for (int64_t v = 0; v < vectors; ++v) {
             first_rows.from_tile(tile.data() + v * kL, width);
             first_rows.write(out.x + (b * s.channels + inputs.first(panel, v)) * plane + y * s.width, plane,

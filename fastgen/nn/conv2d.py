@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from fastgen.ops.conv2d import conv2d
 
+SMALL = 100  # pixels of an image: up to there PyTorch's kernels are as fast or faster
+
 
 class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d, and the ReLU behind it: parameters, their initialisation and the state are those of that.
 
     Where the size of the image stays (stride, dilation and groups 1, odd kernels, zeros for padding) it runs
-    `fastgen.ops.conv2d` on a CPU in float32 and float64; anything else, bfloat16 and autocast included, is PyTorch's.
+    `fastgen.ops.conv2d` on a CPU in float32 and float64, save for small images with larger kernels than 1x1; anything
+    else, bfloat16 and autocast included, is PyTorch's.
 
     Parameters
     ----------
@@ -30,7 +33,7 @@ class Conv2d(nn.Conv2d):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._keeps_size() and _suits(x):
+        if self._keeps_size() and _suits(x, self.kernel_size):
             return conv2d(x, self.weight, self.bias, relu=self.relu)
         y = super().forward(x)
         return F.relu(y) if self.relu else y
@@ -47,8 +50,10 @@ class Conv2d(nn.Conv2d):
         return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
 
 
-def _suits(x: Tensor) -> bool:
-    return (
-        isinstance(x, Tensor) and x.dim() == 4 and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    )  # fmt: skip
+def _suits(x: Tensor, kernel_size: tuple[int, ...]) -> bool:
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu":
+        return False
+    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return False
+    # compiled code would be compiled anew on the other side
+    return kernel_size == (1, 1) or torch.compiler.is_compiling() or x.shape[2] * x.shape[3] > SMALL
