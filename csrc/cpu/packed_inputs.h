@@ -17,14 +17,16 @@ struct FixedBlock {
   void set(const float* from, int k) {
     set(k, [&](int c) FASTGEN_INLINE { return load(from + c); });
   }
-  // value(c) is the vector of the activations from c on; k is a multiple of its lanes.
-  template <class F>
+  // value(c) is the vector of the activations from c on; k is a multiple of its lanes. With Guess they are written in
+  // the unit that the block has, before it is known whether that is theirs too: if it mostly is, nobody waits for the
+  // largest of them.
+  template <bool Guess = false, class F>
   void set(int k, F&& value) {
-    k == kBlock ? set_vectors(kBlock / kF, value) : set_vectors(k / kF, value);
+    k == kBlock ? set_vectors<Guess>(kBlock / kF, value) : set_vectors<Guess>(k / kF, value);
   }
 
  private:
-  template <class F>
+  template <bool Guess, class F>
   [[gnu::always_inline]] void set_vectors(int count, F& value) {
     using Narrow = VectorOf<int16_t, kVectorBytes / 2>::type;
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
@@ -41,16 +43,23 @@ struct FixedBlock {
       v[i] = value(i * kF);
       most = larger_of(most, (VecU)v[i] & 0x7fffffff);
     });
+    const auto write = [&](VecU exponent) FASTGEN_INLINE {
+      const VecF scale = (VecF)((Bits + 253 - exponent) << 23);
+      each([&](auto i) FASTGEN_INLINE {
+        VecI shifted = (VecI)(v[i] * scale + kShift);
+        if (Bits == 15) shifted = shifted < kLargest ? shifted : kLargest + VecI{};
+        const Narrow narrow = __builtin_convertvector(shifted, Narrow);
+        std::memcpy(x + i * kF, &narrow, sizeof narrow);
+      });
+    };
+    const uint32_t guess = (std::bit_cast<uint32_t>(unit) >> 23) + (Bits - 1);  // of no unit, it is no exponent here
+    if (Guess) write(guess + VecU{});
     most = fold_lanes<uint32_t>(most, larger_of);
     VecU exponent = most >> 23;
     exponent = exponent > 32 ? exponent : 32 + VecU{};  // the unit is at least 2^-109
-    const VecF scale = (VecF)((Bits + 253 - exponent) << 23);
-    each([&](auto i) FASTGEN_INLINE {
-      VecI shifted = (VecI)(v[i] * scale + kShift);
-      if (Bits == 15) shifted = shifted < kLargest ? shifted : kLargest + VecI{};
-      const Narrow narrow = __builtin_convertvector(shifted, Narrow);
-      std::memcpy(x + i * kF, &narrow, sizeof narrow);
-    });
+    if (Guess && exponent[0] == guess) [[likely]]
+      return;
+    write(exponent);
     unit = ((VecF)((exponent - (Bits - 1)) << 23) + ((VecF)most - (VecF)most))[0];
   }
 };
@@ -84,13 +93,13 @@ class Inputs {
     else
       x_[s] = x;
   }
-  // x[s] from vectors, value(c) of them from c on, which float32 keeps at `to`.
-  template <class F>
+  // x[s] from vectors, value(c) of them from c on, which float32 keeps at `to`. Guess: see FixedBlock.
+  template <bool Guess = false, class F>
   [[gnu::always_inline]] void fill(int s, float* to, F&& value) {
     if constexpr (kFixed<W>) {
       for (int b = 0; b < blocks_; ++b)
-        at_[s][b].set(std::min(kBlock, static_cast<int>(round_up(k_ - b * kBlock, 16))),
-                      [&](int c) FASTGEN_INLINE { return value(b * kBlock + c); });
+        at_[s][b].template set<Guess>(std::min(kBlock, static_cast<int>(round_up(k_ - b * kBlock, 16))),
+                                      [&](int c) FASTGEN_INLINE { return value(b * kBlock + c); });
     } else {
       for (int c = 0; c < k_; c += kF) store(to + c, value(c));
       x_[s] = to;

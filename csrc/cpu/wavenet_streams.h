@@ -99,8 +99,9 @@ class Streams {
     for (Layer& layer : layers_)
       if (!two_threads && layer.ahead == 1) layer.pending = pending;
     if (shared_pending) pending += int64_t{2} * n_ * 2 * h_;
-    // two threads: a place for each layer's z, where the helper finds it; one: this layer's and the last one's
-    const int places = two_threads ? s.layers : 2;
+    // a place for each layer's z, where the helper finds it, and which guesses its unit; else this layer's and the last
+    // one's
+    const int places = two_threads || (kFixed<W> && n_ <= kFewStreams) ? s.layers : 2;
     z_in_.reserve(places);
     for (int i = 0; i < places; ++i) z_in_.emplace_back(n_, s.gate);
     if (two_threads && kFixed<W>) place_messages();
@@ -363,7 +364,8 @@ class Streams {
     product(net_.layers[l].current, x_in_, pre_at_.data(), a_at_.data(), n_);
     for (int i = 0; i < n_; ++i) {
       const float* a = a_at_[i];
-      z_in(l).fill(i, z(l, i), [&](int j) FASTGEN_INLINE { return gate(load(a + j), load(a + h_ + j)); });
+      z_in(l).template fill<true>(i, z(l, i),
+                                  [&](int j) FASTGEN_INLINE { return gate(load(a + j), load(a + h_ + j)); });
     }
   }
 
