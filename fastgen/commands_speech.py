@@ -59,7 +59,7 @@ def train_speech_command(options: argparse.Namespace) -> None:
     with torch.no_grad():
         again = model.eval().decode(model.encode(shown), generator=torch.Generator().manual_seed(options.seed))
     _save(heard, torch.stack([shown, again], 1), rate, model.classes)
-    print(f"{heard}: {HEARD} clips, each followed by what its codes decode to")
+    print(f"{heard}: {len(shown)} clips, each followed by what its codes decode to")
     if options.then:
         train_speech_prior(options, options.out)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgen.audio import audio_files, load_folder, mu_law_encode
 from fastgen.checkpoints import load_checkpoint, read_checkpoint
-from fastgen.checks import check_integer
+from fastgen.checks import check_integer, check_weights
 from fastgen.files import whole_file
 from fastgen.images import load_codes, load_images, load_labels, pad_to_multiple
 from fastgen.models import FVSBN, NADE, VAE, VQVAE, VQVAE2, FlowModel, PixelModel, SpeechVQVAE, WaveNet
@@ -70,6 +70,7 @@ def evaluate(
     if number is not None:
         check_integer("evaluate", "number", number)
     model, content = load_model(path)
+    check_weights(os.fspath(path), model)
     if samples and not isinstance(model, VAE):
         raise ValueError(f"evaluate: samples are of a VAE's likelihood, {os.fspath(path)} is a {type(model).__name__}")
     model.eval()

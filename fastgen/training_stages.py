@@ -202,7 +202,7 @@ def load_quantizer(path: str | os.PathLike[str]) -> Quantizer:
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"{os.fspath(path)}: no such file; train the quantizer first: "
-            f"python -m fastgen train vqvae2 --steps N --out {os.fspath(path)}"
+            f"python -m fastgen train vqvae (or vqvae2, speech_vqvae) --steps N --out {os.fspath(path)}"
         )
     return load_checkpoint(path, QUANTIZERS, "train_vqvae or train_speech_vqvae")[0]  # type: ignore[return-value]
 

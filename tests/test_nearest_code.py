@@ -408,3 +408,26 @@ def test_reference_is_the_definition():
     exact = exact_distances(x, codebook, "euclidean")
     assert torch.equal(index, exact.argmin(1))
     torch.testing.assert_close(distance, exact.min(1).values)
+
+
+@pytest.mark.parametrize("length", [1e-29, 1e-25, 1e-22])
+def test_short_vectors_have_a_direction(length):
+    """Their squares are nothing in float32; with gradients and without, on the reference too."""
+    x, codes = torch.randn(40, 6), torch.randn(9, 6)
+    index, distance = nearest_code(x, codes, metric="cosine", backend="reference")
+    for which in (KERNELS, "reference"):
+        for needs in (False, True):
+            short = (x * length).requires_grad_(needs)
+            again, distances = nearest_code(short, codes, metric="cosine", backend=which)
+            assert torch.equal(again, index)
+            torch.testing.assert_close(distances, distance, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
+@pytest.mark.parametrize("needs", [False, True])
+def test_rows_that_are_not_finite_have_no_distance(which, needs):
+    x, codes = torch.randn(4, 3), torch.randn(5, 3)
+    x[1, 0], x[2, 1] = torch.inf, torch.nan
+    index, distance = nearest_code(x.requires_grad_(needs), codes, nonfinite="first", backend=which)
+    assert distance.isnan().tolist() == [False, True, True, False]
+    assert index[1:3].tolist() == [0, 0]

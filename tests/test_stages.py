@@ -129,7 +129,10 @@ def test_a_stage_says_what_it_needs(data, tmp_path, capsys):
     out = tmp_path / "a.pt"
     prior = ["train", "prior", "--of", str(out), "--data", str(data), "--steps", "1", "--prior-channels", "8"]
     assert main(prior) == 2
-    assert "train the quantizer first: python -m fastgen train vqvae2 --steps N --out" in capsys.readouterr().err
+    assert (
+        "train the quantizer first: python -m fastgen train vqvae (or vqvae2, speech_vqvae) --steps N --out"
+        in capsys.readouterr().err
+    )
     assert main(["train", "vqvae", "--data", str(data), "--out", str(out), "--steps", "1", *SMALL]) == 0
     capsys.readouterr()
     assert main(["sample", "vqvae", str(out), "--out", str(tmp_path / "b.png")]) == 2

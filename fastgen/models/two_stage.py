@@ -64,6 +64,7 @@ class TwoStage(nn.Module):
 
         In training mode the quantizer's codebook moves, and the priors are of other codes: call `eval()` first.
         """
+        self._check_labels("elbo", labels)
         out = self.quantizer(x)
         total = self.quantizer.log_likelihood(x, out.reconstruction)
         for i, (prior, codes) in enumerate(zip(self.priors, out.codes, strict=True)):
@@ -110,8 +111,7 @@ class TwoStage(nn.Module):
             raise ValueError(f"TwoStage.sample: image_size must be two multiples of {factor}, got {image_size!r}")
         if uniforms is not None and len(uniforms) != levels:
             raise ValueError(f"TwoStage.sample: uniforms must be {levels} tensors, got {len(uniforms)}")
-        if (labels is None) == bool(self.classes):
-            raise ValueError(f"TwoStage.sample: labels are for priors of classes; these have {self.classes}")
+        self._check_labels("sample", labels)
         drawn: list[Tensor] = []
         for i, prior in enumerate(self.priors):
             assert isinstance(prior, PixelModel)
@@ -124,3 +124,7 @@ class TwoStage(nn.Module):
                 )
             )  # fmt: skip
         return self.quantizer.decode(*drawn)
+
+    def _check_labels(self, name: str, labels: Tensor | None) -> None:
+        if (labels is None) == bool(self.classes):
+            raise ValueError(f"TwoStage.{name}: labels are for priors of classes; these have {self.classes}")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.checks import check_integer
+
 
 class TransposedUpsample(nn.Module):
     """Transposed convolutions over time and feature, one for each scale; each frame becomes samples of its own.
@@ -27,6 +29,7 @@ class TransposedUpsample(nn.Module):
 
     def __init__(self, scales: Sequence[int], freq_kernel_size: int = 3, relu: bool = False) -> None:
         super().__init__()
+        check_integer("TransposedUpsample", "freq_kernel_size", freq_kernel_size)
         if freq_kernel_size % 2 == 0:
             raise ValueError(f"TransposedUpsample: freq_kernel_size must be odd, got {freq_kernel_size}")
         self.scale = math.prod(scales)
@@ -62,6 +65,9 @@ class StretchUpsample(nn.Module):
 
     def __init__(self, scales: Sequence[int], freq_kernel_size: int = 1, *, channels: int = 0, pad: int = 0) -> None:
         super().__init__()
+        check_integer("StretchUpsample", "freq_kernel_size", freq_kernel_size)
+        if freq_kernel_size % 2 == 0:
+            raise ValueError(f"StretchUpsample: freq_kernel_size must be odd, got {freq_kernel_size}")
         self.scales = tuple(scales)
         self.scale = math.prod(scales)
         self.pad = pad

@@ -24,15 +24,22 @@ PRECISIONS = ("ieee", "tf32", "bf16")
 SCORES = 1 << 24  # of the reference, in memory at a time
 
 
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows over their largest value, whose squares float32 can hold; and that value (N, 1)."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    return x / torch.where(largest > 0, largest, 1), largest
+
+
 def no_direction(x: Tensor) -> Tensor:
     """Rows so short that their cosines count as 0: (N, 1)."""
-    return x.norm(dim=-1, keepdim=True) <= 1e-30  # type: ignore[no-any-return]
+    scaled, largest = _scaled(x)
+    return scaled.norm(dim=-1, keepdim=True) * largest <= 1e-30  # type: ignore[no-any-return]
 
 
 def unit(x: Tensor) -> Tensor:
     """Rows scaled to length 1; those without direction become zero."""
-    nothing = no_direction(x)
-    return torch.where(nothing, 0, x / torch.where(nothing, 1, x.norm(dim=-1, keepdim=True)))
+    nothing, (scaled, _) = no_direction(x), _scaled(x)
+    return torch.where(nothing, 0, scaled / torch.where(nothing, 1, scaled.norm(dim=-1, keepdim=True)))
 
 
 def squared_distance(x: Tensor, codes: Tensor, metric: Metric) -> Tensor:
@@ -60,7 +67,8 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, *, metric: Metric = "euc
     indices = [(r @ codes.T - offset).argmax(1) for r in rows.split(max(step, 1))]
     index = torch.cat(indices)
     index = torch.where(torch.isfinite(rows).all(1), index, 0)
-    return index, squared_distance(x, codebook[index], metric)
+    distance = squared_distance(x, codebook[index], metric)
+    return index, torch.where(torch.isfinite(distance), distance, torch.nan)
 
 
 lib.define("nearest_code(Tensor x, Tensor codebook, bool cosine, bool strict, int precision=0) -> (Tensor, Tensor)")
@@ -181,5 +189,6 @@ def nearest_code(
                 by_rows(rows), codes.contiguous(), metric == "cosine", strict, PRECISIONS.index(precision)
             )
     if differentiates(x, codebook):
-        distance = squared_distance(x.to(distance.dtype), F.embedding(index, codebook).to(distance.dtype), metric)
+        found = squared_distance(x.to(distance.dtype), F.embedding(index, codebook).to(distance.dtype), metric)
+        distance = torch.where(distance.isnan(), distance, found)
     return index, distance
