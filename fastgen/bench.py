@@ -176,20 +176,27 @@ def _quantization(benchmarks: list[dict[str, Any]]) -> list[str]:
 
 
 def _pixels(benchmarks: list[dict[str, Any]]) -> list[str]:
-    """The tables of the masked convolution and of sampling images."""
+    """The tables of convolutions and of sampling images."""
     lines = []
-    convolutions = [b for b in benchmarks if b.get("masked")]
-    if convolutions:
-        lines += [
-            "",
-            "| gated masked convolution, ms | fastgen | eager | cropped to live rows | torch.compile | of FMA peak | "
-            "extra memory, MB: fastgen / eager |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
-    for b in convolutions:
-        ms = [f"{1e3 * b['seconds'][k]:.1f}" for k in ("fastgen", "eager", "cropped", "torch.compile")]
-        megabytes = _megabytes(b["peak_extra_bytes"], ("fastgen", "eager"))
-        lines.append(f"| {b['case']} | {' | '.join(ms)} | {b['of_fma_peak']:.0%} | {megabytes} |")
+    for kind, title, contestants in (
+        (
+            "masked", "gated masked convolution",
+            {"fastgen": "", "eager": "", "cropped": " to live rows", "torch.compile": ""},
+        ),
+        ("conv2d", "convolution with ReLU", {"fastgen": "", "eager": "", "torch.compile": ""}),
+    ):  # fmt: skip
+        convolutions = [b for b in benchmarks if b.get(kind)]
+        if convolutions:
+            heads = " | ".join(f"{name}{what}" for name, what in contestants.items())
+            lines += [
+                "",
+                f"| {title}, ms | {heads} | of FMA peak | extra memory, MB: fastgen / eager |",
+                "|---|" + "---:|" * (len(contestants) + 2),
+            ]
+        for b in convolutions:
+            ms = [f"{1e3 * b['seconds'][k]:.{1 if kind == 'masked' else 2}f}" for k in contestants]
+            megabytes = _megabytes(b["peak_extra_bytes"], ("fastgen", "eager"))
+            lines.append(f"| {b['case']} | {' | '.join(ms)} | {b['of_fma_peak']:.0%} | {megabytes} |")
     samples = [b for b in benchmarks if "pixels" in b]
     if samples:
         lines += [

@@ -1,0 +1,58 @@
+"""A convolution and its ReLU, as in conditioners of Glow and elsewhere, beside eager PyTorch and torch.compile."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import peak_extra_bytes
+
+from fastgen.ops import conv2d
+
+SHAPES = {
+    "6 to 128 3x3, B8 32x32": (8, 6, 128, 32, 3),
+    "128 to 128 1x1, B8 32x32": (8, 128, 128, 32, 1),
+    "128 to 12 3x3, B8 32x32": (8, 128, 12, 32, 3),
+    "64 to 64 3x3, B16 28x28": (16, 64, 64, 28, 3),
+    "128 to 32 3x3, B32 8x8": (32, 128, 32, 8, 3),
+}
+
+
+def eager(x, weight, bias):
+    """What a user writes."""
+    return F.relu(F.conv2d(x, weight, bias, padding=weight.shape[2] // 2))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conv2d(shape, backward, contest, limits, benchmark):
+    batch, channels, outs, side, kernel = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size, scale=1.0):
+        return (torch.randn(*size, generator=generator) * scale).requires_grad_(backward)
+
+    args = (
+        normal(batch, channels, side, side),
+        normal(outs, channels, kernel, kernel, scale=(channels * kernel * kernel) ** -0.5),
+        normal(outs),
+    )
+    cotangent = torch.randn(batch, outs, side, side)
+    compiled = torch.compile(eager)
+    ways = {
+        "fastgen": lambda: conv2d(*args, relu=True, backend="cpu"),
+        "eager": lambda: eager(*args),
+        "torch.compile": lambda: compiled(*args),
+    }
+    torch.testing.assert_close(ways["fastgen"](), ways["eager"](), atol=1e-4, rtol=1e-4)
+    if backward:
+        ways = {name: lambda way=way: torch.autograd.grad(way(), args, cotangent) for name, way in ways.items()}
+        for a, b in zip(ways["fastgen"](), ways["eager"](), strict=True):
+            torch.testing.assert_close(a, b, atol=2e-3 * float(b.abs().max()), rtol=1e-3)
+    median = contest(ways, rounds=9 if backward else 15)
+    flops = 2 * batch * side * side * outs * channels * kernel * kernel * (3 if backward else 1)
+    benchmark.extra_info.update(
+        case=f"{shape}, {'forward + backward' if backward else 'forward'}",
+        conv2d=True,
+        of_fma_peak=flops / median["fastgen"] / 1e9 / limits["gflops"],
+        limits=limits,
+        peak_extra_bytes={name: peak_extra_bytes(ways[name]) for name in ("fastgen", "eager")},
+    )
