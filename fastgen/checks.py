@@ -192,7 +192,7 @@ def differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check_writable(op: str, name: str, tensor: Tensor) -> None:
+def check_target(op: str, name: str, tensor: Tensor) -> None:
     """Of what a kernel writes into, which PyTorch does not see."""
     if torch.compiler.is_compiling():
         return

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import check_classes, check_generator, check_integer, check_tensor, is_finite
+from fastgen.checks import check_classes, check_generator, check_integer, check_tensor, is_finite, readable
 from fastgen.nn.flow import MultiScale
 
 MOST_LEVELS = 65536
@@ -209,7 +209,7 @@ class FlowModel(nn.Module):
                 raise ValueError(
                     f"{self._name}: uniforms must have shape {tuple(x.shape)}, got {tuple(uniforms.shape)}"
                 )
-            if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+            if uniforms.numel() and readable(uniforms) and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
                 low, high = float(uniforms.min()), float(uniforms.max())
                 raise ValueError(f"{self._name}: uniforms must lie in [0, 1), got {low} to {high}")
             u = uniforms.to(parameter)

@@ -21,8 +21,8 @@ from fastgen.checks import (
     check,
     check_integer,
     check_positive,
+    check_target,
     check_tensor,
-    check_writable,
     count_writes,
     is_finite,
     refused,
@@ -173,7 +173,7 @@ def update_codebook_(
     written = (cluster_size, embed_avg, embed)
     with torch.no_grad():
         for name, tensor in zip(("cluster_size", "embed_avg", "embed"), written, strict=True):
-            check_writable(op, name, tensor)
+            check_target(op, name, tensor)
         if embed is embed_avg:
             raise ValueError(f"{op}: embed and embed_avg must be two tensors, got one for both")
         if resolve(op, backend, embed.device, embed.dtype) == "reference":

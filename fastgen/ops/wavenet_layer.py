@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import autocast, check, check_writable, count_writes, differentiates, first_order, quick_apply
+from fastgen.checks import autocast, check, check_target, count_writes, differentiates, first_order, quick_apply
 from fastgen.ops.gated_causal_conv1d import check_gate, empty_cond_grad, gated_causal_conv1d_reference
 
 
@@ -189,7 +189,7 @@ def wavenet_layer(
         if not all(t.is_contiguous() for t in out):
             raise ValueError(f"{op}: out must be contiguous, got strides {tuple(t.stride() for t in out)}")
         for name, t in zip(("out[0]", "out[1]"), out, strict=True):
-            check_writable(op, name, t)
+            check_target(op, name, t)
         names = ("out[0]", "out[1]", "x", "weight", "bias", "out_weight", "out_bias", "cond")
         _check_apart(op, dict(zip(names, (*out, *tensors), strict=True)))
     if resolve(op, backend, x.device, x.dtype) == "reference":
