@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastgen.backend import TRITON_OPS
 
@@ -137,7 +138,7 @@ def quick_apply(function: type[F]) -> type[F]:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """The first `count` tensors, which depend on the rest; whoever differentiates them is told that that cannot be."""
+    """Returns the first `count` tensors, as depending on all of them; to differentiate what it returns raises."""
 
     generate_vmap_rule = True
 
@@ -152,9 +153,19 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
-            "fastgen: its kernels have gradients of first order alone, and this is a derivative of a gradient; "
+            "fastgen: the kernels have first-order gradients only, and this is a derivative of a gradient; "
             "backend='reference' has all orders"
         )
+
+
+class _Unpacked:
+    """An autograd function's context whose saved tensors have been asked for already: hooks may allow it once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,10 +176,12 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            with torch.no_grad():
+                return backward(ctx, *grads)
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return results
         of = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
         found = [t for t in results if isinstance(t, Tensor)]
         marked = iter(_FirstOrder.apply(len(found), *found, *of))  # type: ignore[no-untyped-call]
@@ -193,7 +206,7 @@ def differentiates(*tensors: Tensor | None) -> bool:
 
 
 def check_target(op: str, name: str, tensor: Tensor) -> None:
-    """Of what a kernel writes into, which PyTorch does not see."""
+    """Raise where PyTorch would not let a tensor be written into: it does not see what a kernel writes."""
     if torch.compiler.is_compiling():
         return
     if torch.is_grad_enabled() and tensor.requires_grad:
@@ -203,16 +216,16 @@ def check_target(op: str, name: str, tensor: Tensor) -> None:
 
 
 def count_writes(*tensors: Tensor) -> None:
-    """So that autograd refuses to go back through what held their former values."""
+    """Count up the versions of tensors that a kernel has written into: autograd then refuses to use former values."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def renew_weights(module: torch.nn.Module) -> None:
-    """Of `torch.nn.utils.weight_norm`, which keeps a `weight` that is current only when its module is called."""
+    """Compute the weights of `torch.nn.utils.weight_norm` anew: it does so only when a module is called."""
     for part in module.modules():
         for hook in part._forward_pre_hooks.values():
-            if hasattr(hook, "compute_weight"):
+            if isinstance(hook, WeightNorm):
                 hook(part, ())
 
 
@@ -224,7 +237,7 @@ def check_weights(name: str, module: torch.nn.Module) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether values can be asked for: not of a tensor without any, nor in traced code."""
+    """Whether values can be asked for: not on the device meta, nor in code that is being compiled."""
     return x.device.type != "meta" and not torch.compiler.is_compiling()
 
 

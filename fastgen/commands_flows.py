@@ -31,12 +31,11 @@ FLOW_SIZES = {
         "hidden": "channels of the conditioners, default: 128; points: 64",
     },
 }  # fmt: skip
-POINTS = 20000
 
 
 def train_flow_command(options: argparse.Namespace) -> None:
     """`train realnvp` and `train glow`."""
-    from fastgen.densities import draw, save_density
+    from fastgen.densities import POINTS, draw, points_of, save_density
     from fastgen.images import load_labels, pad_to_multiple
     from fastgen.training_flows import MODELS, read_flow, save_samples, train_flow
 
@@ -96,12 +95,6 @@ def train_flow_command(options: argparse.Namespace) -> None:
     of_shown = None if labels is None else labels[-GRID_IMAGES:]
     save_samples(grid, model, data[-GRID_IMAGES:], of_shown, seed=options.seed)
     print(f"{grid}: samples; images; a way from the first to the last")
-
-
-def points_of(source: str | None) -> tuple[str | None, int]:
-    """Density and seed of the points that a checkpoint's model was trained on; None where it was on images."""
-    density, _, seed = (source or "").rpartition(" ")
-    return (density, int(seed)) if density and seed.isdecimal() else (source, 0)
 
 
 def sample_flow(options: argparse.Namespace) -> None:

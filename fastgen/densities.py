@@ -45,9 +45,17 @@ def _pinwheel(n: int, u: Tensor, noise: Tensor) -> Tensor:
     )
 
 
+POINTS = 20000  # to train a flow on, and to evaluate it
+
 DENSITIES: dict[str, Callable[[int, Tensor, Tensor], Tensor]] = {
     "two_moons": _two_moons, "rings": _rings, "checkerboard": _checkerboard, "pinwheel": _pinwheel,
 }  # fmt: skip
+
+
+def points_of(source: str | None) -> tuple[str | None, int]:
+    """Density and seed of the points that a checkpoint's model was trained on; None where it was on images."""
+    density, _, seed = (source or "").rpartition(" ")
+    return (density, int(seed)) if density and seed.isdecimal() else (source, 0)
 
 
 def draw(name: str, n: int, generator: torch.Generator | None = None) -> Tensor:

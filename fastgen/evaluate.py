@@ -84,7 +84,7 @@ def evaluate(
     if include is not None:
         raise ValueError(f"evaluate: include is of audio files, {os.fspath(path)} is a {type(model).__name__}")
     if isinstance(model, FlowModel) and len(model.shape) == 1:
-        return [_density(model, content.get("source"), data)]
+        return [_density(model, content.get("source"), data is not None or size is not None, number)]
     labels = None
     if isinstance(model, PixelModel) and model.codes:
         if data is None:
@@ -177,16 +177,15 @@ def _flow(model: FlowModel, images: Tensor, labels: Tensor | None) -> Figure:
     return Figure("-log p(x)", nats / (math.log(2) * model.dims), "bits/dim", len(x))
 
 
-def _density(model: FlowModel, source: str | None, data: str | os.PathLike[str] | None) -> Figure:
+def _density(model: FlowModel, source: str | None, given: bool, number: int | None) -> Figure:
     """On points drawn anew from the density that a flow was trained on."""
-    from fastgen.commands_flows import POINTS, points_of
-    from fastgen.densities import DENSITIES, draw
+    from fastgen.densities import DENSITIES, POINTS, draw, points_of
 
     name, seed = points_of(source)
-    if name not in DENSITIES or data is not None:
-        came = "without a known density" if name not in DENSITIES else f"with data {os.fspath(data or '')}"
-        raise ValueError(f"evaluate: a flow of points is evaluated on those of the density it learned, got one {came}")
-    points = draw(name, POINTS, torch.Generator().manual_seed(seed + 1))  # other ones than in training
+    if name not in DENSITIES or given:
+        what = "leave out data and size" if name in DENSITIES else f"its checkpoint names none, but {source!r}"
+        raise ValueError(f"evaluate: a flow of points is evaluated on those of the density it learned: {what}")
+    points = draw(name, number or POINTS, torch.Generator().manual_seed(seed + 1))  # other ones than in training
     return Figure("-log p(x)", _mean(model.log_prob, points), "nats", len(points))
 
 
@@ -207,9 +206,13 @@ def _vqvae(model: VQVAE | VQVAE2, images: Tensor) -> list[Figure]:
 
 
 def _codes(
-    path: str | os.PathLike[str], model: VQVAE | VQVAE2 | SpeechVQVAE, data: Tensor, labels: Callable[[int], Tensor]
-) -> list[Figure]:
-    """What the priors beside a quantizer pay for the codes of data; labels are read where a prior has classes."""
+    path: str | os.PathLike[str],
+    model: VQVAE | VQVAE2 | SpeechVQVAE,
+    data: Tensor,
+    labels: Callable[[int], Tensor | None],
+) -> list[Figure]:  # fmt: skip
+    """What the priors beside a quantizer pay for the codes of data; one of classes needs the labels that `labels`
+    finds for so many."""
     from fastgen.training_stages import LEVELS, beside, encode, load_priors
 
     levels = LEVELS[type(model).__name__]
@@ -219,6 +222,8 @@ def _codes(
     for i, (level, prior) in enumerate(zip(levels, load_priors(path)[1], strict=True)):
         prior.eval()
         of_classes = labels(prior.config["classes"]) if prior.config["classes"] else None
+        if prior.config["classes"] and of_classes is None:
+            continue
         nats = _mean(prior.log_prob, codes[i], of_classes, codes[i - 1] if i else None)
         figures.append(Figure(f"-log2 p(codes), {level}", nats / math.log(2), "bits/example", len(data)))
     return figures
@@ -246,14 +251,9 @@ def _speech(
     bits = _mean(lambda part: model(part)[0], x) / (math.log(2) * x.shape[1])
     figures = [Figure("-log2 p(x | codes)", bits, "bits/sample", len(x))]
 
-    def labels(classes: int) -> Tensor:
-        found = labels_of(files)  # numbered as in training where the same names are there
-        if int(found.max()) + 1 != classes:
-            raise ValueError(
-                f"evaluate: the files' names must begin with the {classes} words of the prior's classes, got "
-                f"{int(found.max()) + 1}"
-            )
-        return found[: len(x)]
+    def labels(classes: int) -> Tensor | None:
+        found = labels_of(files)  # numbered as in training where the same words are there
+        return found[: len(x)] if int(found.max()) + 1 == classes else None
 
     return figures + _codes(path, model, x, labels)
 

@@ -213,6 +213,8 @@ def test_layer_is_that_of_pytorch(name, relu, ran):
     ours.float()
     with torch.autocast("cpu"):
         assert ours(x).dtype == torch.bfloat16
+    if name == "3x3":
+        torch.testing.assert_close(torch.jit.trace(ours, x)(x), ours(x))
 
 
 BAD = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastgen.__main__ import main
-from fastgen.commands_flows import points_of
-from fastgen.densities import DENSITIES, EXTENT, draw, save_density
+from fastgen.densities import DENSITIES, EXTENT, draw, points_of, save_density
+from fastgen.evaluate import evaluate
 from fastgen.images import load_images
 from fastgen.models import Glow, RealNVP
 from fastgen.training_flows import load_flow, save_samples, to_levels, train_flow, validate
@@ -240,6 +240,8 @@ def test_a_trained_flow_is_evaluated(tmp_path, capsys):
     assert main(["train", "realnvp", "--out", moons, *small_ones, "--couplings", "2", "--density", "rings"]) == 0
     assert main(["evaluate", moons]) == 0
     assert "nats" in capsys.readouterr().out
+    (figure,) = evaluate(moons, None, number=7)
+    assert figure.examples == 7
     assert main(["evaluate", moons, *data]) == 2
     assert "a flow of points is evaluated on those of the density it learned" in capsys.readouterr().err
 

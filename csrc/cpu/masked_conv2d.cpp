@@ -13,6 +13,7 @@ ConvShape shape_of(const Tensor& x, const Tensor& weight, Mask mask, int64_t col
     if (s.height % rows == 0 && rows * s.width <= kLongRow) {
       s.height /= rows;
       s.width *= rows;
+      break;
     }
   return s;
 }
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const ConvShape& s, const T
   return {grad_x, grad_weight, grad_bias, grad_cond};
 }
 
-// kept: of a gate.
+// kept: the sums before a gate, if there is one.
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(Tensor grad, std::optional<Tensor> kept, Tensor x,
                                                                   Tensor weight, std::optional<Tensor> cond,
                                                                   int64_t mask, int64_t colors, bool need_x) {
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(Tensor grad, s
                    need_x);
 }
 
-// result: of a ReLU.
+// result: the forward's, if a ReLU made it.
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad, std::optional<Tensor> result, Tensor x, Tensor weight,
                                                    bool need_x) {
   const ConvShape s = shape_of(x, weight, Mask::kNone, 1, result ? Activation::kRelu : Activation::kNone);

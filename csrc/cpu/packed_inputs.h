@@ -52,7 +52,8 @@ struct FixedBlock {
         std::memcpy(x + i * kF, &narrow, sizeof narrow);
       });
     };
-    const uint32_t guess = (std::bit_cast<uint32_t>(unit) >> 23) + (Bits - 1);  // of no unit, it is no exponent here
+    const uint32_t guess =
+        (std::bit_cast<uint32_t>(unit) >> 23) + (Bits - 1);  // of a unit of 0 it is below all exponents
     if (Guess) write(guess + VecU{});
     most = fold_lanes<uint32_t>(most, larger_of);
     VecU exponent = most >> 23;

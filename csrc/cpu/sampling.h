@@ -27,7 +27,8 @@ inline int64_t sample_categorical(const float* logits, int classes, float temper
   const float top = largest_lane<float>(tops), scale = 1.0f / temperature;
   for (int v = 0; v < vectors; ++v) {
     const VecF x = (logits_at(v) - top) * scale, zero = {};
-    store(p + v * kF, x < -87.0f ? zero : exp_bounded(x));  // zero, or a uniform of 0 would draw what cannot be
+    store(p + v * kF,
+          x < -87.0f ? zero : exp_bounded(x));  // zero, or a uniform of 0 would draw a class of probability 0
   }
   for (int first = 0; first < vectors; first += kF) {
     VecF rows[kF];

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from fastgen.ops.conv2d import conv2d
 
-SMALL = 100  # pixels of an image: up to there PyTorch's kernels are as fast or faster
+SMALL_PIXELS = 100  # pixels of an image: up to there PyTorch's kernels are as fast or faster
 
 
 class Conv2d(nn.Conv2d):
-    """torch.nn.Conv2d, and the ReLU behind it: parameters, their initialisation and the state are those of that.
+    """torch.nn.Conv2d, and the ReLU behind it: parameters, their initialisation and state are torch.nn.Conv2d's.
 
     Where the size of the image stays (stride, dilation and groups 1, odd kernels, zeros for padding) it runs
     `fastgen.ops.conv2d` on a CPU in float32 and float64, save for small images with larger kernels than 1x1; anything
-    else, bfloat16 and autocast included, is PyTorch's.
+    else, bfloat16, autocast and torch.jit.trace included, is PyTorch's.
 
     Parameters
     ----------
@@ -53,7 +53,9 @@ class Conv2d(nn.Conv2d):
 def _suits(x: Tensor, kernel_size: tuple[int, ...]) -> bool:
     if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu":
         return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
     if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return False
-    # compiled code would be compiled anew on the other side
-    return kernel_size == (1, 1) or torch.compiler.is_compiling() or x.shape[2] * x.shape[3] > SMALL
+    # in compiled code the last test would compile anew where images cross the limit
+    return kernel_size == (1, 1) or torch.compiler.is_compiling() or x.shape[2] * x.shape[3] > SMALL_PIXELS

@@ -57,7 +57,7 @@ class _Conv2d(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, relu = inputs
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, output if relu else None)  # which the next layer saves anyway
+        ctx.save_for_backward(x, weight, output if relu else None)  # the output, which the next layer saves anyway
 
     @staticmethod
     @first_order
