@@ -360,10 +360,10 @@ def test_autocast_to_what_no_kernel_takes() -> None:
         fastgen.ops.gated_causal_conv1d(torch.ones(1, 2, 6, dtype=torch.int64), w)
 
 
-def test_a_network_without_layers_is_refused() -> None:
+def test_a_network_without_taps_is_refused() -> None:
     weights = WaveNetWeights(
-        torch.zeros(4, 2), torch.zeros(2), torch.zeros(0, 4, 2, 2), torch.zeros(0, 2, 2), torch.zeros(0, 2),
-        torch.zeros(0, 3, 2), torch.zeros(3), torch.zeros(3, 3), torch.zeros(3), torch.zeros(4, 3), torch.zeros(4),
+        torch.zeros(4, 2), torch.zeros(2), torch.zeros(1, 4, 2, 0), torch.zeros(1, 2, 2), torch.zeros(1, 2),
+        torch.zeros(1, 3, 2), torch.zeros(3), torch.zeros(3, 3), torch.zeros(3), torch.zeros(4, 3), torch.zeros(4),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="weights must have layers, channels and outputs, got conv"):
-        Generator(weights, [])
+    with pytest.raises(ValueError, match="weights must have channels, taps and outputs, got conv"):
+        Generator(weights, [1])

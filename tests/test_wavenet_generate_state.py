@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from wavenet_helpers import BACKENDS, OP, Need, Ran, conditioning, default_network, draw, first, network
 
-from fastgen.ops import GenerationState, Generator, WaveNetWeights
+from fastgen.ops import GenerationState, Generator, WaveNetWeights, initial_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,3 +278,19 @@ def test_generator_refuses_what_does_not_fit() -> None:
         Generator(w, dilations, log_scale_min=math.nan)
     with pytest.raises(TypeError, match=r"weights\.conv must be a tensor, got list"):
         Generator(w._replace(conv=[]), dilations)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_without_layers(batch: int, dtype: torch.dtype, need: Need) -> None:
+    """What is drawn depends on the biases alone."""
+    need(OP, "cpu")
+    w = network(0, 20, 12, 24, 32)
+    u, gate_bias = torch.rand(batch, 30), torch.zeros(1, 0, 24)
+    drawn = [
+        Generator(w, [], dtype=dtype, backend=backend).run(
+            initial_state(w, [], torch.zeros(batch, dtype=torch.int64)), u, gate_bias
+        )[0]
+        for backend in ("cpu", "reference")
+    ]
+    assert torch.equal(*drawn)

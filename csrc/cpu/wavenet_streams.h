@@ -342,6 +342,7 @@ class Streams {
 
   // The first layer's input: the input layer's column of the last sample.
   void embed(Sample last, int i) {
+    if (job_.shape.layers == 0) return;
     float* x = x_at_[i] = input(0, i);
     const float* w = net_.input + last.c * r_;
     x_in_.fill(i, x, [&](int j) FASTGEN_INLINE {

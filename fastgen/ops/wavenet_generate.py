@@ -358,9 +358,9 @@ def _check_network(w: WaveNetWeights, dilations: list[int], distribution: str) -
         raise ValueError(f"wavenet_generate: distribution must be one of {distributions.KINDS}, got {distribution!r}")
     if w.conv.dim() != 4 or w.conv.shape[1] % 2:
         raise ValueError(f"wavenet_generate: weights.conv must be (L, 2H, R, K), got {tuple(w.conv.shape)}")
-    if not (w.conv.numel() and w.hidden.numel() and w.output.numel()):
+    if not (min(w.conv.shape[1:]) and w.hidden.numel() and w.output.numel()):
         raise ValueError(
-            "wavenet_generate: weights must have layers, channels and outputs, got "
+            "wavenet_generate: weights must have channels, taps and outputs, got "
             f"conv {tuple(w.conv.shape)}, hidden {tuple(w.hidden.shape)}, output {tuple(w.output.shape)}"
         )
     layers, gates, residual, _ = w.conv.shape
