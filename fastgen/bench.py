@@ -175,6 +175,10 @@ def _quantization(benchmarks: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.{0 if seconds >= 0.01 else 1}f}"
+
+
 def _pixels(benchmarks: list[dict[str, Any]]) -> list[str]:
     """The tables of convolutions and of sampling images."""
     lines = []
@@ -207,7 +211,7 @@ def _pixels(benchmarks: list[dict[str, Any]]) -> list[str]:
         ]
     for b in samples:
         seconds = b["seconds"]
-        ms = [f"{1e3 * seconds[k]:.0f}" for k in ("float32", "bfloat16", "forward", "cropped forward")]
+        ms = [_milliseconds(seconds[k]) for k in ("float32", "bfloat16", "forward", "cropped forward")]
         naive = b["pixels"] * seconds["forward"]
         ratio = f"{naive / seconds['float32']:.0f}x, {naive / seconds['bfloat16']:.0f}x"
         lines.append(f"| {b['case']} | {' | '.join(ms)} | {ratio} |")

@@ -388,7 +388,7 @@ def test_calls_of_a_generator_that_do_not_fit():
         (lambda: p.add(one, other), "the same channels and halves, got 8 and 1, 6 and 1"),
         (lambda: p.conv(p.input, torch.randn(8, 4, 1, 1), add=two), "the same channels and halves"),
         (lambda: p.conv(p.input, torch.randn(8, 4, 3, 3), mask="vertical_B"), "sees pixels to the right"),
-        (lambda: p.conv(p.input, torch.randn(7, 4, 1, 1), halves=2), "halves must be 1 or 2 and divide 7 outputs"),
+        (lambda: p.conv(p.input, torch.randn(7, 4, 1, 1), halves=2), "halves must be 1, 2 or 4 and divide 7 outputs"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

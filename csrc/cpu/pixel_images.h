@@ -3,8 +3,7 @@
 
 #include <optional>
 
-#include "functions.h"
-#include "pixel_program.h"
+#include "pixel_attention.h"
 
 namespace fastgen {
 namespace {
@@ -16,6 +15,8 @@ inline VecF elu(VecF x) {
 }
 // a * sigmoid(b)
 inline VecF glu(VecF a, VecF b) { return quotient(a, 1.0f + exp_bounded(-at_most(at_least(b, -60.0f), 80.0f))); }
+
+constexpr float kNormEps = 1e-5f;
 
 // The number of levels whose cumulative probability is <= u, for a mixture of logistics over [-1, 1] that is cut into
 // `levels` bins, the outermost reaching to infinity.
@@ -56,7 +57,8 @@ class Images {
       side.x.emplace(static_cast<int>(columns), static_cast<int>(most_k));
       side.init.resize(columns);
       side.out.resize(columns);
-      side.scratch.resize(sampling_scratch(static_cast<int>(std::max(job.outputs, job.height * job.width))));
+      side.scratch.resize(
+          std::max(sampling_scratch(static_cast<int>(job.outputs)), round_up(job.height * job.width, kChannelBlock)));
     }
   }
 
@@ -83,15 +85,22 @@ class Images {
     for (int64_t y = job_.first_row; y < job_.last_row; ++y) {
       if (begin == 0) copy_context(y);
       meet(begin, end);
-      for (const Instruction& i : job_.instructions)
-        if (!i.per_pixel) execute(i, begin, end, y, 0, job_.width);
+      run(Phase::kRow, begin, end, y, 0, job_.width);
+      for (int64_t x = job_.width; job_.goes_back && y > 0 && x-- > 0;) {
+        meet(begin, end);
+        run(Phase::kBack, begin, end, y, x, x + 1);
+      }
       for (int64_t x = 0; x < job_.width; ++x) {
         meet(begin, end);
-        for (const Instruction& i : job_.instructions)
-          if (i.per_pixel) execute(i, begin, end, y, x, x + 1);
+        run(Phase::kPixel, begin, end, y, x, x + 1);
       }
       meet(begin, end);
     }
+  }
+
+  void run(Phase phase, int begin, int end, int64_t y, int64_t x0, int64_t x1) {
+    for (const Instruction& i : job_.instructions)
+      if (i.phase == phase) execute(i, begin, end, y, x0, x1);
   }
 
   void meet(int begin, int end) {
@@ -128,12 +137,12 @@ class Images {
       if (begin == 0) draw_values(i, y, x0);
       return meet(begin, end);
     }
-    if (i.kind == Kind::kRemember) return remember(i, begin, end, y, x0);
+    if (i.kind == Kind::kAttention || i.kind == Kind::kRemember) return attend_or_remember(i, begin, end, y, x0);
     const Plane& dst = job_.planes[i.dst];
     for (int64_t b = 0; b < n_; ++b)
       for (int64_t x = x0; x < x1; ++x) {
         float* to = dst.at(image(b), y, x);
-        const float* from = job_.planes[i.src].at(image(b), y, x);
+        const float* from = source(i, image(b), y, x);
         const auto halves = [&](auto&& f) FASTGEN_INLINE {
           for_each_vector(dst, begin, end, [&](int64_t c) FASTGEN_INLINE {
             const float* pair = from + c / kChannelBlock * 2 * kChannelBlock + c % kChannelBlock;
@@ -156,15 +165,63 @@ class Images {
           case Kind::kElu:
             each([&](int64_t c) FASTGEN_INLINE { return elu(load(from + c)); });
             break;
+          case Kind::kGelu:
+            each([&](int64_t c) FASTGEN_INLINE { return gelu(load(from + c)); });
+            break;
+          case Kind::kPrevious:
+            each([&](int64_t c) FASTGEN_INLINE { return load(from + c); });
+            break;
+          case Kind::kNorm: {
+            const auto [mean, scale] = moments(from, i.extra);
+            const float* both = job_.biases + (job_.own_biases ? first_ + b : 0) * job_.bias_size + i.bias;
+            each([&](int64_t c) FASTGEN_INLINE {
+              const float* pair = both + 2 * (c - c % kChannelBlock) + c % kChannelBlock;
+              return (load(from + c) - mean) * scale * load(pair) + load(pair + kChannelBlock);
+            });
+            break;
+          }
+          case Kind::kLstm: {
+            const Plane& cells = job_.planes[i.other];
+            const float* before = cells.at(image(b), y + i.dy, x + i.dx);
+            float* cell = cells.at(image(b), y, x);
+            each([&](int64_t c) FASTGEN_INLINE {
+              const float* gates = from + 4 * (c - c % kChannelBlock) + c % kChannelBlock;
+              const VecF kept = glu(load(before + c), load(gates + kChannelBlock));
+              const VecF now = kept + gate(load(gates + 3 * kChannelBlock), load(gates + 2 * kChannelBlock));
+              store(cell + c, now);
+              return gate(now, load(gates));
+            });
+            break;
+          }
           case Kind::kAdd: {
             const float* other = job_.planes[i.other].at(image(b), y, x);
             each([&](int64_t c) FASTGEN_INLINE { return load(from + c) + load(other + c); });
             break;
           }
           default:
-            attend(i, begin, end, image(b), to, from, y, x);
+            break;
         }
       }
+  }
+
+  const float* source(const Instruction& i, float* image, int64_t y, int64_t x) const {
+    const Plane& src = job_.planes[i.src];
+    if (i.kind != Kind::kPrevious) return src.at(image, y, x);
+    return x > 0 ? src.at(image, y, x - 1) : src.at(image, y - 1, job_.width - 1);
+  }
+
+  // Mean and 1 / standard deviation of so many channels; those that fill up a block are zeros.
+  static std::pair<float, float> moments(const float* x, int64_t channels) {
+    VecF sums = {}, squares = {};
+    for (int64_t c = 0; c < channels; c += kF) sums += load(x + c);
+    const float mean = sum_of_lanes<float>(sums) / static_cast<float>(channels);
+    for (int64_t c = 0; c < channels; c += kF) {
+      VecF d = load(x + c) - mean;
+      for (int64_t lane = channels - c; lane < kF; ++lane) d[lane] = 0;
+      squares += d * d;
+    }
+    const float variance = sum_of_lanes<float>(squares) / static_cast<float>(channels);
+    return {mean, 1.0f / std::sqrt(variance + kNormEps)};
   }
 
   // dst = bias + other + matrix * window of src, for pixels [x0, x1) of all images.
@@ -207,61 +264,25 @@ class Images {
                           static_cast<int>(i.extra), static_cast<int>(src.channels));
   }
 
-  // Keys and values of all pixels drawn: keys [head][channel][pixel], so that scores of many pixels are computed at
-  // once, and values [head][pixel][channel]. Two threads take turns at the heads.
-  struct Cache {
-    int64_t heads, keys, values, room;
-    float *key, *value;
-    Cache(const Instruction& i, int64_t pixels, float* image)
-        : heads(i.bias),
-          keys(i.dy / heads),
-          values(i.dx / heads),
-          room(round_up(pixels, kChannelBlock)),
-          key(image + i.extra),
-          value(key + i.dy * room) {}
-  };
-
-  void remember(const Instruction& i, int begin, int end, int64_t y, int64_t x) {
-    const int64_t pixel = y * job_.width + x;
+  // f(cache, head, image) for the heads of all images, of which two threads take turns.
+  template <class F>
+  void for_each_head(const Instruction& i, int begin, int end, F&& f) {
     for (int64_t b = 0; b < n_; ++b) {
-      const Cache cache(i, job_.height * job_.width, image(b));
-      const float *key = job_.planes[i.src].at(image(b), y, x), *value = job_.planes[i.other].at(image(b), y, x);
-      for (int64_t h = begin; h < cache.heads; h += end - begin == 2 ? 1 : 2) {
-        for (int64_t k = h * cache.keys; k < (h + 1) * cache.keys; ++k) cache.key[k * cache.room + pixel] = key[k];
-        std::memcpy(cache.value + (h * cache.room + pixel) * cache.values, value + h * cache.values,
-                    cache.values * sizeof(float));
-      }
+      const AttentionCache cache(i, job_.height * job_.width, image(b));
+      for (int64_t head = begin; head < cache.heads; head += end - begin == 2 ? 1 : 2) f(cache, head, image(b));
     }
   }
 
-  // Softmax of the products with the keys of all pixels before and with a key of zeros, over their values; the value of
-  // the key of zeros is zero.
-  void attend(const Instruction& i, int begin, int end, float* image, float* to, const float* query, int64_t y,
-              int64_t x) {
-    const int64_t pixels = y * job_.width + x;
-    const Cache cache(i, job_.height * job_.width, image);
-    float* score = sides_[begin].scratch.data();
-    const float scale = 1.0f / std::sqrt(static_cast<float>(cache.keys));
-    for (int64_t h = begin; h < cache.heads; h += end - begin == 2 ? 1 : 2) {
-      float top = 0;
-      for (int64_t j = 0; j < pixels; j += kF) {
-        VecF sum = {};
-        for (int64_t k = h * cache.keys; k < (h + 1) * cache.keys; ++k)
-          sum += load(cache.key + k * cache.room + j) * (query[k] * scale);
-        store(score + j, sum);
-        for (int64_t l = j; l < std::min(pixels, j + kF); ++l) top = std::max(top, score[l]);
-      }
-      float total = exp_bounded(splat(std::max(-top, -87.0f)))[0];
-      for (int64_t j = 0; j < pixels; j += kF) store(score + j, exp_bounded(at_least(load(score + j) - top, -87.0f)));
-      for (int64_t j = 0; j < pixels; ++j) total += score[j];
-      float* result = to + h * cache.values;
-      std::fill_n(result, cache.values, 0.0f);
-      const float* value = cache.value + h * cache.room * cache.values;
-      for (int64_t j = 0; j < pixels; ++j, value += cache.values) {
-        const float weight = score[j] / total;
-        for (int64_t c = 0; c < cache.values; ++c) result[c] += weight * value[c];
-      }
-    }
+  void attend_or_remember(const Instruction& i, int begin, int end, int64_t y, int64_t x) {
+    const int64_t pixel = y * job_.width + x;
+    const bool own = i.matrix > 0;
+    for_each_head(i, begin, end, [&](const AttentionCache& cache, int64_t head, float* image) {
+      const auto at = [&](int64_t plane) { return job_.planes[plane].at(image, y, x); };
+      if (i.kind == Kind::kRemember)
+        cache.put(head, pixel, at(i.src), at(i.other));
+      else
+        attend(cache, head, pixel + own, own, at(i.src), at(i.dst), sides_[begin].scratch.data());
+    });
   }
 
   // The values of one color of one pixel, and what the network sees of them.

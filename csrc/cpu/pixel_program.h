@@ -3,7 +3,8 @@
 // A plane holds a vector of channels for each pixel, as many rows back as convolutions look. Instructions of the row
 // phase run once for a whole row, before its first pixel: what they read lies above, or was made from what lies above.
 // Those of the pixel phase run for each pixel in turn; they read the row phase's results and the pixels to the left. So
-// each multiply-add of the network is done once for each pixel, most of them in large products.
+// each multiply-add of the network is done once for each pixel, most of them in large products. Between the two a back
+// phase may go through the pixels from right to left, from the second row on.
 //
 // Images are divided over threads, which never wait for each other. Where there are too few, pairs of threads draw the
 // same: each computes half the channels of every plane, so that each core's cache holds half the weights, and the two
@@ -27,8 +28,13 @@ enum class Kind {
   kAdd = 5,
   kAttention = 6,
   kRemember = 7,
-  kSample = 8
+  kSample = 8,
+  kGelu = 9,
+  kNorm = 10,
+  kPrevious = 11,
+  kLstm = 12
 };
+enum class Phase { kRow = 0, kBack = 1, kPixel = 2 };
 
 // Where two threads that share a plane's channels divide them: the same channels of both halves go together.
 inline int64_t middle_of(int64_t channels, int64_t halves) {
@@ -36,7 +42,7 @@ inline int64_t middle_of(int64_t channels, int64_t halves) {
 }
 
 struct Plane {
-  int64_t channels, halves;  // padded channels; with a gate's two halves, blocks of them alternate
+  int64_t channels, halves;  // padded channels; of a gate's two halves, or an LSTM's four gates, blocks alternate
   int64_t rows, row_size, start, step, offset;
 
   int64_t middle() const { return middle_of(channels, halves); }
@@ -48,7 +54,7 @@ struct Plane {
 // What the fields mean depends on the kind: see fastgen/ops/pixel_program.py.
 struct Instruction {
   Kind kind;
-  bool per_pixel;
+  Phase phase;
   int64_t dst, src, other, matrix, bias, dy, dx, extra;
   bool meet;  // before it, where two threads share the channels
 };
@@ -110,6 +116,7 @@ struct PixelJob {
   std::vector<Plane> planes;
   std::vector<Instruction> instructions;
   int64_t images, colors, height, width, first_row, last_row, memory_size, bias_size;
+  bool goes_back;  // some instruction is of the back phase
   Distribution distribution;
   int64_t outputs, levels, features;
   float temperature, log_scale_min;
@@ -130,12 +137,13 @@ struct PixelJob {
 // elsewhere. They also meet before a row's first instruction, and a pixel's.
 inline void mark_meetings(std::vector<Instruction>& instructions, const std::vector<Plane>& planes) {
   const auto has = [](const std::vector<int64_t>& v, int64_t p) { return std::find(v.begin(), v.end(), p) != v.end(); };
-  for (const bool per_pixel : {false, true}) {
+  for (const Phase phase : {Phase::kRow, Phase::kBack, Phase::kPixel}) {
     std::vector<int64_t> written, across, read, used;  // across: by heads, not by channels
     for (Instruction& i : instructions) {
-      if (i.per_pixel != per_pixel) continue;
+      if (i.phase != phase) continue;
       std::vector<int64_t> whole;
-      if (i.kind == Kind::kConv || i.kind == Kind::kSample || i.kind == Kind::kAttention) whole = {i.src};
+      if (i.kind == Kind::kConv || i.kind == Kind::kSample || i.kind == Kind::kAttention || i.kind == Kind::kNorm)
+        whole = {i.src};
       if (i.kind == Kind::kRemember) whole = {i.src, i.other};
       i.meet = i.kind == Kind::kSample || has(read, i.dst) || has(across, i.src) || has(across, i.other);
       for (int64_t p : whole) i.meet = i.meet || has(written, p);

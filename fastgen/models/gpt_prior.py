@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer
-from fastgen.models.stepwise import StepwiseModel
+from fastgen.models.pixels import PixelModel
+from fastgen.ops.pixel_program import PixelProgram
 
 
 class GPTBlock(nn.Module):
@@ -26,19 +27,26 @@ class GPTBlock(nn.Module):
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         self.up, self.down = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, t: int = 0) -> Tensor:
-        """With a cache (2, B, heads, T, C / heads) of keys and values, x (B, 1, C) is at place t, which is filled."""
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
-            k, v = cache[:, :, :, : t + 1]
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         x = x + F.dropout(self.out(y.transpose(1, 2).flatten(2)), dropout)
         return x + F.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))), dropout)
 
+    def emit(self, p: PixelProgram, x: int) -> int:
+        """Append the block to a sampling program."""
+        u, channels = p.norm(x, self.norm.weight, self.norm.bias), self.out.in_features
+        query, key, value = (
+            p.linear(u, *part) for part in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        )
+        y = p.attention(query, channels, self.heads, lambda: (key, value), own=True)
+        x = p.linear(y, self.out.weight, self.out.bias, add=x)
+        u = p.gelu(p.linear(p.norm(x, self.mlp_norm.weight, self.mlp_norm.bias), self.up.weight, self.up.bias))
+        return p.linear(u, self.down.weight, self.down.bias, add=x)
 
-class GPTPrior(StepwiseModel):
+
+class GPTPrior(PixelModel):
     """A causal transformer over maps of codes, in raster order, or over sequences: maps of one row.
 
     Parameters
@@ -117,29 +125,16 @@ class GPTPrior(StepwiseModel):
         if tuple(size) != self.image_size:
             raise ValueError(f"GPTPrior: maps must be {self.image_size}, as the model's image_size, got {tuple(size)}")
 
-    def stepper(self, batch: int, size: tuple[int, int], context: Tensor | None) -> GPTSteps:
+    def plane(self, size: tuple[int, int], context: Tensor | None) -> Tensor:
+        """What is added to a place's input: what is known of it, and the bias, or the first place's start."""
         self.check_size(size)
-        return GPTSteps(self, batch, context)
+        first = torch.zeros_like(self.place)
+        first[0] = self.start - self.read.bias
+        return (self.places(context) + self.read.bias + first).mT.unflatten(2, size)  # type: ignore[no-any-return]
 
-
-class GPTSteps:
-    """A `Stepper`: the keys and values of all places before are kept."""
-
-    def __init__(self, model: GPTPrior, batch: int, context: Tensor | None) -> None:
-        places, channels = model.place.shape
-        heads = model.config["heads"]
-        self.model, self.places = model, model.places(context)
-        self.caches = [
-            model.place.new_empty(2, batch, heads, places, channels // heads) for _ in range(len(model.blocks))
-        ]
-        self.before = model.start.expand(batch, -1)
-
-    def features(self, i: int, j: int) -> Tensor:
-        t = i * self.model.image_size[1] + j
-        x = (self.before + self.places[:, t])[:, None]
-        for block, cache in zip(self.model.blocks, self.caches, strict=True):
-            x = block(x, cache, t)
-        return self.model.norm(x)[:, 0]  # type: ignore[no-any-return]
-
-    def put(self, i: int, j: int, e: Tensor) -> None:
-        self.before = self.model.read(e)
+    def emit_trunk(self, p: PixelProgram, context: Tensor | None) -> int:
+        x = p.linear(p.previous(p.input), self.read.weight, add=p.context)
+        for block in self.blocks:
+            assert isinstance(block, GPTBlock)
+            x = block.emit(p, x)
+        return p.norm(x, self.norm.weight, self.norm.bias)

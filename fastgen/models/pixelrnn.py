@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer
-from fastgen.models.stepwise import StepwiseModel
+from fastgen.models.pixels import PixelModel
 from fastgen.nn.conv2d import Conv2d
 from fastgen.nn.masked_conv2d import MaskedConv2d
-from fastgen.nn.pixel_lstm import DiagonalBiLSTM, DiagonalSteps, RowLSTM, RowSteps
-from fastgen.ops.masked_conv2d import weight_mask
+from fastgen.nn.pixel_lstm import DiagonalBiLSTM, RowLSTM
+from fastgen.ops.pixel_program import PixelProgram
 
 KINDS = ("row", "diagonal")
 
 
-class PixelRNN(StepwiseModel):
+class PixelRNN(PixelModel):
     """PixelRNN over images or maps of codes.
 
     Parameters
@@ -85,32 +84,10 @@ class PixelRNN(StepwiseModel):
             h = h + out(lstm(h, context) if isinstance(lstm, RowLSTM) else lstm(h, e, context))
         return h
 
-    def stepper(self, batch: int, size: tuple[int, int], context: Tensor | None) -> PixelRNNSteps:
-        return PixelRNNSteps(self, batch, size, context)
-
-
-class PixelRNNSteps:
-    """A `Stepper`."""
-
-    def __init__(self, model: PixelRNN, batch: int, size: tuple[int, int], context: Tensor | None) -> None:
-        weight = model.first.weight
-        self.model, kernel = model, weight.shape[2]
-        self.weight = weight.where(weight_mask(weight, "A", 1, 1), 0)[:, :, : kernel // 2 + 1].flatten(1)
-        self.kernel, reach = kernel, kernel // 2
-        self.plane = weight.new_zeros(batch, model.inputs, reach + size[0], size[1] + 2 * reach)
-        self.lstms: list[RowSteps | DiagonalSteps] = [lstm.steps(batch, size, context) for lstm in model.lstms]  # type: ignore[operator]
-
-    def features(self, i: int, j: int) -> Tensor:
-        window = self.plane[:, :, i : i + self.kernel // 2 + 1, j : j + self.kernel].flatten(1)
-        h = F.linear(window, self.weight, self.model.first.bias)
-        for lstm, out in zip(self.lstms, self.model.outs, strict=True):
+    def emit_trunk(self, p: PixelProgram, context: Tensor | None) -> int:
+        h = self.first.emit(p, p.input)
+        for lstm, out in zip(self.lstms, self.outs, strict=True):
+            assert isinstance(lstm, RowLSTM | DiagonalBiLSTM)
             assert isinstance(out, nn.Conv2d)
-            h = h + F.linear(lstm(i, j, h), out.weight[:, :, 0, 0], out.bias)
+            h = p.linear(lstm.emit(p, h, context), out.weight[:, :, 0, 0], out.bias, add=h)
         return h
-
-    def put(self, i: int, j: int, e: Tensor) -> None:
-        reach = self.kernel // 2
-        self.plane[:, :, i + reach, j + reach] = e
-        for lstm in self.lstms:
-            if isinstance(lstm, DiagonalSteps):
-                lstm.put(j, e)

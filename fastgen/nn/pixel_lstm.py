@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastgen.checks import check_integer
 from fastgen.nn.conv2d import Conv2d
 from fastgen.nn.masked_conv2d import MaskedConv2d
+from fastgen.ops.pixel_program import PixelProgram
 
 
 def _cell(gates: Tensor, c: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -26,6 +27,20 @@ def _remembering(bias: Tensor | None) -> None:
     assert bias is not None
     with torch.no_grad():
         bias.chunk(4)[1].add_(1.0)
+
+
+def _conditioned(
+    p: PixelProgram, bias: Tensor | None, layer: Conv2d | None, context: Tensor | None, *, add: int,
+    row_above: bool = False,
+) -> tuple[Tensor | None, int]:  # fmt: skip
+    """A context's part of the gates: in the bias, or in the sum `add` where it is a plane."""
+    if layer is None:
+        return bias, add
+    weight = layer.weight[:, :, 0, 0]
+    if context is None:
+        return bias, p.linear(p.context, weight, add=add, halves=4, row_above=row_above)
+    assert bias is not None
+    return bias + context[:, :, 0, 0] @ weight.T, add
 
 
 class RowLSTM(nn.Module):
@@ -68,35 +83,14 @@ class RowLSTM(nn.Module):
             rows.append(h)
         return torch.stack(rows, 2)
 
-    def steps(self, batch: int, size: tuple[int, int], context: Tensor | None) -> RowSteps:
-        """The layer pixel by pixel."""
-        return RowSteps(self, batch, size, context)
-
-
-class RowSteps:
-    """`RowLSTM` pixel by pixel: x (B, C) at (i, j) -> h (B, hidden_channels)."""
-
-    def __init__(self, layer: RowLSTM, batch: int, size: tuple[int, int], context: Tensor | None) -> None:
-        self.layer, self.context = layer, None
-        weight = layer.input.weight
-        self.live = weight[:, :, 0, : layer.reach + 1].flatten(1)
-        self.h = self.c = weight.new_zeros(batch, layer.hidden_channels, size[1])
-        self.x = weight.new_zeros(batch, weight.shape[1], layer.reach + size[1])
-        if layer.context is not None and context is not None:
-            self.context = layer.context(context).expand(-1, -1, *size)
-
-    def __call__(self, i: int, j: int, x: Tensor) -> Tensor:
-        layer = self.layer
-        if j == 0:
-            self.above, self.c_above = layer.state(self.h), self.c
-            if self.context is not None:
-                self.above = self.above + self.context[:, :, i]
-            self.h, self.c = torch.zeros_like(self.h), torch.zeros_like(self.c)
-        self.x[:, :, layer.reach + j] = x
-        window = self.x[:, :, j : j + layer.reach + 1].flatten(1)
-        gates = F.linear(window, self.live, layer.input.bias) + self.above[:, :, j]
-        self.h[:, :, j], self.c[:, :, j] = h, _ = _cell(gates, self.c_above[:, :, j])
-        return h
+    def emit(self, p: PixelProgram, x: int, context: Tensor | None = None) -> int:
+        """Append the layer to a sampling program; context: (B, context_channels, 1, 1), or None where the program has a
+        plane of it."""
+        h, c = p.state(self.hidden_channels), p.state(self.hidden_channels)
+        above = F.pad(self.state.weight[:, :, None], (0, 0, 0, 2))
+        gates = p.conv(h, above, mask="vertical", halves=4)
+        bias, gates = _conditioned(p, self.input.bias, self.context, context, add=gates)
+        return p.lstm(p.conv(x, self.input.weight, bias, add=gates, halves=4), h, c, dy=-1)
 
 
 class DiagonalLSTM(nn.Module):
@@ -134,9 +128,29 @@ class DiagonalLSTM(nn.Module):
             done.append(h)
         return unskewed(torch.stack(done, 3).transpose(1, 2), width)
 
-    def step(self, gates: Tensor, left: Tensor, above: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """One pixel: gates (B, 4 hidden), the neighbours' h, the left one's c -> h, c."""
-        return _cell(gates + self.state(torch.cat((left, above), 1)), c)
+    def emit(self, p: PixelProgram, x: int, context: Tensor | None = None) -> int:
+        """Append the layer to a sampling program; context as that of a `RowLSTM`."""
+        h, c = p.state(self.hidden_channels), p.state(self.hidden_channels)
+        left, above = self.state.weight.chunk(2, 1)
+        bias, gates = _conditioned(
+            p, self.input.bias, self.context, context, add=p.linear(h, above, halves=4, row_above=True)
+        )
+        gates = p.linear(x, self.input.weight[:, :, 0, 0], bias, add=gates, halves=4)
+        gates = p.conv(h, F.pad(left[:, :, None, None], (0, 2)), mask="A", add=gates, halves=4)
+        return p.lstm(gates, h, c, dx=-1)
+
+    def emit_mirrored(self, p: PixelProgram, inputs: list[int], context: Tensor | None = None) -> int:
+        """The layer from the right along the row above, its result one row further down; `inputs`: the planes of x."""
+        h, c = p.state(self.hidden_channels, "back"), p.state(self.hidden_channels, "back")
+        right, above = self.state.weight.chunk(2, 1)
+        bias, gates = _conditioned(
+            p, self.input.bias, self.context, context, row_above=True,
+            add=p.linear(h, above, halves=4, row_above=True),
+        )  # fmt: skip
+        weights = self.input.weight[:, :, 0, 0].split([p.planes[x].channels for x in inputs], 1)
+        for x, weight in zip(inputs, weights, strict=True):
+            gates, bias = p.linear(x, weight, bias, add=gates, halves=4, row_above=True), None
+        return p.lstm(p.right(h, right, gates), h, c, dx=1)
 
 
 class DiagonalBiLSTM(nn.Module):
@@ -164,46 +178,9 @@ class DiagonalBiLSTM(nn.Module):
         right = self.right(torch.cat((x, e), 1).flip(3), mirrored).flip(3)
         return self.left(x, context) + F.pad(right[:, :, :-1], (0, 0, 1, 0))  # type: ignore[no-any-return]
 
-    def steps(self, batch: int, size: tuple[int, int], context: Tensor | None) -> DiagonalSteps:
-        """The layer pixel by pixel."""
-        return DiagonalSteps(self, batch, size, context)
-
-
-class DiagonalSteps:
-    """`DiagonalBiLSTM` pixel by pixel: x (B, C) at (i, j) -> h (B, hidden_channels); then `put` the pixel itself."""
-
-    def __init__(self, layer: DiagonalBiLSTM, batch: int, size: tuple[int, int], context: Tensor | None) -> None:
-        self.layer, self.width = layer, size[1]
-        weight = layer.right.input.weight
-        none = weight.new_zeros(batch, layer.left.hidden_channels)
-        self.none, self.left, self.right = none, [none] * size[1], [none] * size[1]  # h of the row above, or of this
-        self.row = weight.new_zeros(batch, weight.shape[1], 1, size[1])  # of x and e
-        self.context = None if context is None else context.expand(-1, -1, *size)
-
-    def __call__(self, i: int, j: int, x: Tensor) -> Tensor:
-        left = self.layer.left
-        if j == 0:
-            if i:
-                self._right_of_row(i - 1)
-            self.h = self.c = self.none
-        self.row[:, : x.shape[1], 0, j] = x
-        of_pixel = None if self.context is None else self.context[:, :, i : i + 1, j : j + 1]
-        gates = left.gates(x[:, :, None, None], of_pixel)[:, :, 0, 0]
-        self.h, self.c = left.step(gates, self.h, self.left[j], self.c)
-        self.left[j] = self.h
-        return self.h + self.right[j]
-
-    def put(self, j: int, e: Tensor) -> None:
-        """The pixel in column j has become known."""
-        self.row[:, -e.shape[1] :, 0, j] = e
-
-    def _right_of_row(self, i: int) -> None:
-        """The second LSTM along a row that has become known."""
-        gates = self.layer.right.gates(self.row, None if self.context is None else self.context[:, :, i : i + 1])
-        h = c = self.none
-        for j in reversed(range(self.width)):
-            h, c = self.layer.right.step(gates[:, :, 0, j], h, self.right[j], c)
-            self.right[j] = h
+    def emit(self, p: PixelProgram, x: int, context: Tensor | None = None) -> int:
+        """Append the layer to a sampling program, whose input is e; context as that of a `RowLSTM`."""
+        return p.add(self.left.emit(p, x, context), self.right.emit_mirrored(p, [x, p.input], context))
 
 
 def skewed(x: Tensor) -> Tensor:

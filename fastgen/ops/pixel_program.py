@@ -6,6 +6,10 @@ convolution over a pixel-phase plane falls into two parts: the taps above, which
 product, and those of the pixel's own row, which run for each pixel. Every multiply-add of the network is done once for
 each pixel; nothing is computed again.
 
+Recurrent layers have states, planes that are read before they are written: a pixel reads them at the row above or at a
+pixel beside it. The back phase, between the other two, goes through the pixels of a row from right to left, for an LSTM
+that reads the row above, which is known, from its end. It begins with the second row.
+
     p = PixelProgram(features=1)
     v = p.conv(p.input, weight, bias, mask="vertical")        # row phase
     h = p.conv(p.input, weight_h, bias_h, mask="A")           # pixel phase
@@ -25,15 +29,19 @@ from torch import Tensor
 
 from fastgen.ops.masked_conv2d import MASKS, weight_mask
 
-KINDS = ("conv", "gate", "glu", "relu", "elu", "add", "attention", "remember", "sample")
+KINDS = (
+    "conv", "gate", "glu", "relu", "elu", "add", "attention", "remember", "sample", "gelu", "norm", "previous", "lstm",
+)  # fmt: skip
 BLOCK = 16  # channels are padded to whole blocks
-Phase = Literal["row", "pixel"]
+NORM_EPS = 1e-5  # of layer norms
+Phase = Literal["row", "back", "pixel"]
+PHASES: tuple[Phase, ...] = ("row", "back", "pixel")  # in the order in which they run
 
 
 @dataclass
 class Plane:
-    """channels: with both halves of a gate where halves is 2; rows: kept, the current one included; left, right:
-    columns of zeros; apart: used at other pixels than the current one."""
+    """channels: with both halves of a gate where halves is 2, all gates of an LSTM where it is 4; rows: kept, the
+    current one included; left, right: columns of zeros; apart: used at other pixels than the current one."""
 
     channels: int
     phase: Phase
@@ -51,9 +59,12 @@ class Plane:
 class Instruction(NamedTuple):
     """dst, src, other: planes, -1 for none.
 
-    conv: dst = bias + other + matrix * (src at row dy, `extra` columns from dx on); gate, glu, relu, elu: of src;
-    add: src + other; attention: of the queries src to what the cache `extra` holds; remember: the key src and the value
-    other, into the cache `extra`; sample: color `extra` from the parameters src, its features into dst.
+    conv: dst = bias + other + matrix * (src at row dy, `extra` columns from dx on); gate, glu, relu, elu, gelu: of src;
+    add: src + other; attention: of the queries src to what the cache `extra` holds, dx: 1 where a pixel attends to
+    itself, 0 where to zeros in its place; remember: the key src and the value other, into the cache `extra`; sample:
+    color `extra` from the parameters src, its features into dst; norm: of the `extra` channels of src, times the first
+    half of bias, plus the second; previous: src at the pixel before in raster order; lstm: h into dst, of the gates src
+    and the state c in the plane other, as it was (dy, dx) away and will be here.
     """
 
     kind: str
@@ -104,7 +115,7 @@ class PixelProgram:
     ) -> int:  # fmt: skip
         """masked_conv2d of plane x, of its channels from `offset` on, plus plane `add`. weight (O, C, KH, KW).
 
-        halves: 2 where a gate comes next.
+        halves: 2 where a gate comes next, 4 where an LSTM does.
 
         Raises
         ------
@@ -119,8 +130,10 @@ class PixelProgram:
             )
         if mask not in MASKS:
             raise ValueError(f"PixelProgram: mask must be one of {MASKS}, got {mask!r}")
-        if halves not in (1, 2) or weight.shape[0] % halves:
-            raise ValueError(f"PixelProgram: halves must be 1 or 2 and divide {weight.shape[0]} outputs, got {halves}")
+        if halves not in (1, 2, 4) or weight.shape[0] % halves:
+            raise ValueError(
+                f"PixelProgram: halves must be 1, 2 or 4 and divide {weight.shape[0]} outputs, got {halves}"
+            )
         if add >= 0:
             self._check_alike(weight.shape[0], halves, add)
         weight = F.pad(weight.detach().float(), (0, 0, 0, 0, offset, after))
@@ -132,6 +145,8 @@ class PixelProgram:
         here = int(live[:, :, above].any(0).any(0).sum())  # live taps of the pixel's own row, from the left
         if here > left + 1 and self.planes[x].phase == "pixel":
             raise ValueError(f"PixelProgram: mask {mask!r} sees pixels to the right, which plane {x} has not yet")
+        if here and left and self.planes[x].phase == "back":
+            raise ValueError(f"PixelProgram: mask {mask!r} sees pixels to the left, which plane {x} has not yet")
         phases: list[tuple[Phase, list[tuple[int, int, int]]]] = [("row", runs)]
         if here:
             phases.append((self.planes[x].phase, [(0, -left, here)]))
@@ -140,7 +155,7 @@ class PixelProgram:
             for dy, dx, count in taps:
                 init, new = result, result < 0 or self.planes[result].phase != phase
                 if new:
-                    if result < 0 and add >= 0 and (phase == "pixel" or self.planes[add].phase == "row"):
+                    if result < 0 and add >= 0 and phase == self._later(phase, add):
                         init, add = add, -1
                     if bias is None and init < 0:
                         bias = weight.new_zeros(outs)  # something to begin the sums with
@@ -154,6 +169,14 @@ class PixelProgram:
         if result < 0:
             raise ValueError(f"PixelProgram: no live tap in a kernel of {height} x {width} with mask {mask}")
         return result if add < 0 else self.add(result, add)
+
+    def linear(
+        self, x: int, weight: Tensor, bias: Tensor | None = None, *, add: int = -1, halves: int = 1,
+        row_above: bool = False,
+    ) -> int:  # fmt: skip
+        """A 1x1 convolution, weight (O, C), of x at the pixel, or at the one above; arguments as those of `conv`."""
+        kernel = F.pad(weight[:, :, None, None], (0, 0, 0, 2 * row_above))
+        return self.conv(x, kernel, bias, mask="vertical" if row_above else "B", add=add, halves=halves)
 
     def gate(self, x: int) -> int:
         """tanh of the first half times the sigmoid of the second; x was made with halves=2."""
@@ -169,24 +192,80 @@ class PixelProgram:
     def elu(self, x: int) -> int:
         return self._unary("elu", x, self.planes[x].channels)
 
+    def gelu(self, x: int) -> int:
+        return self._unary("gelu", x, self.planes[x].channels)
+
+    def norm(self, x: int, scale: Tensor, shift: Tensor) -> int:
+        """Layer norm over the channels of x, with an epsilon of NORM_EPS; scale, shift (channels,)."""
+        result = self._unary("norm", x, self.planes[x].channels)
+        self.instructions[-1] = self.instructions[-1]._replace(
+            bias=self._bias(torch.cat((scale, shift))), extra=self.planes[x].channels
+        )
+        return result
+
+    def previous(self, x: int) -> int:
+        """x at the pixel before in raster order; zeros at the first."""
+        if self.planes[x].phase != "pixel":
+            raise ValueError(f"PixelProgram: previous needs a plane of the pixel phase, plane {x} is complete by rows")
+        self._window(x, -1, 0, 1)
+        return self._unary("previous", x, self.planes[x].channels)
+
+    def state(self, channels: int, phase: Phase = "pixel") -> int:
+        """A plane that `lstm` will fill, zeros before the first pixel."""
+        plane = self._plane(channels, phase)
+        self.planes[plane].apart = True
+        return plane
+
+    def right(self, x: int, matrix: Tensor, add: int) -> int:
+        """Plane `add` plus matrix (O, C) times x at the pixel to the right, in the back phase."""
+        result = self._plane(len(matrix), "back", self.planes[add].halves)
+        self._check_alike(len(matrix), self.planes[add].halves, add)
+        self._window(x, 0, 1, 1)
+        number = self._matrix(matrix.detach().float()[:, None], self.planes[add].halves)
+        return self._emit("conv", "back", result, x, add, number, dx=1, extra=1)
+
+    def lstm(self, gates: int, h: int, c: int, *, dy: int = 0, dx: int = 0) -> int:
+        """The states h and c at a pixel, from the gates o, f, i and g (made with halves=4) and from c at the row dy and
+        the column dx beside it."""
+        if self.planes[gates].halves != 4:
+            raise ValueError(f"PixelProgram: lstm needs a plane of four gates; make plane {gates} with halves=4")
+        for state in (h, c):
+            if self.planes[state].channels * 4 != self.planes[gates].channels:
+                raise ValueError(
+                    f"PixelProgram: h and c must have a quarter of the gates' {self.planes[gates].channels} channels, "
+                    f"got {self.planes[state].channels}"
+                )
+        self._window(c, dy, dx, 1)
+        return self._emit("lstm", self.planes[h].phase, h, gates, c, dy=dy, dx=dx)
+
     def add(self, x: int, y: int) -> int:
         self._check_alike(self.planes[x].channels, self.planes[x].halves, y)
-        phase: Phase = "pixel" if "pixel" in (self.planes[x].phase, self.planes[y].phase) else "row"
+        phase = self._later(self.planes[x].phase, y)
         result = self._plane(self.planes[x].channels, phase, self.planes[x].halves)
         return self._emit("add", phase, result, x, y)
 
-    def attention(self, query: int, values: int, heads: int, remember: Callable[[], tuple[int, int]]) -> int:
+    def attention(
+        self, query: int, values: int, heads: int, remember: Callable[[], tuple[int, int]], *, own: bool = False
+    ) -> int:
         """Of each pixel to all pixels before it, and to a key and a value of zeros; `values` channels.
 
-        remember() appends what makes the key and the value of a pixel, when its own values are drawn.
+        remember() appends what makes the key and the value of a pixel, when its own values are drawn. With `own` at
+        once: a pixel attends to itself in place of the zeros.
         """
         keys = self.planes[query].channels
         if keys % heads or values % heads:
             raise ValueError(f"PixelProgram: heads must divide {keys} and {values} channels, got {heads}")
         self.caches.append(Cache(keys, values, heads))
         cache = len(self.caches) - 1
-        self.later.append(lambda: self._emit("remember", "pixel", -1, *remember(), extra=cache))
-        return self._emit("attention", "pixel", self._plane(values, "pixel"), query, extra=cache)
+
+        def append() -> int:
+            return self._emit("remember", "pixel", -1, *remember(), extra=cache)
+
+        if own:
+            append()
+        else:
+            self.later.append(append)
+        return self._emit("attention", "pixel", self._plane(values, "pixel"), query, dx=int(own), extra=cache)
 
     def sample(self, parameters: int, color: int) -> None:
         self._emit("sample", "pixel", self.input, parameters, extra=color)
@@ -207,6 +286,10 @@ class PixelProgram:
     ) -> int:  # fmt: skip
         self.instructions.append(Instruction(kind, phase, dst, src, other, matrix, bias, dy, dx, extra))
         return dst
+
+    def _later(self, phase: Phase, plane: int) -> Phase:
+        """The later one of a phase and a plane's."""
+        return max(phase, self.planes[plane].phase, key=PHASES.index)
 
     def _check_alike(self, channels: int, halves: int, plane: int) -> None:
         other = self.planes[plane]

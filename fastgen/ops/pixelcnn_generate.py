@@ -20,11 +20,13 @@ from torch import Tensor
 from fastgen.backend import NO_ROOM, instead, lib, resolve
 from fastgen.checks import check_classes, check_positive, check_tensor, refused
 from fastgen.ops import distributions
-from fastgen.ops.pixel_program import BLOCK, KINDS, Instruction, PixelProgram
+from fastgen.ops.pixel_program import BLOCK, KINDS, NORM_EPS, PHASES, Instruction, PixelProgram
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOO_LARGE = "(its weights or its context are too large)"
 DISTRIBUTIONS = ("bernoulli", "categorical", "logistic")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": F.elu, "gelu": F.gelu}
+NOT_ON_CUDA = ("gelu", "norm", "previous", "lstm")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ class PixelGenerator:
             for matrix, halves in zip(program.matrices, program.matrix_halves, strict=True)
             for n in (matrix.shape[0], halves, matrix.shape[1], matrix.shape[2])
         ]
+        if self.backend == "cuda":
+            lacking = sorted({i.kind for i in program.instructions} & set(NOT_ON_CUDA))
+            if lacking:
+                reason = f"the kernel has no instruction {', '.join(lacking)}"
+                self.backend = instead("pixelcnn_generate", backend, "cuda", table.device, reason)
         if self.backend == "cuda":
             matrices = [m.detach().cpu() for m in program.matrices]
             packed = torch.ops.fastgen.pixelcnn_pack_cuda(matrices, self._shapes, dtype == torch.bfloat16)
@@ -262,7 +269,7 @@ def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], 
     for i, instruction in enumerate(program.instructions):
         for used in (instruction.dst, instruction.src, instruction.other):
             lives.setdefault(used, []).append(i)
-            if instruction.phase == "pixel":
+            if instruction.phase != "row":
                 by_pixel.add(used)
     free: list[tuple[int, int, int]] = []  # (size, offset, last use)
     numbers, end = [], 0
@@ -285,15 +292,17 @@ def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], 
         end = max(end, offset + size)
     caches = []
     room = -(-height * width // BLOCK) * BLOCK
-    for cache in program.caches:
+    for cache in program.caches:  # each head's values are padded to whole blocks
         caches.append(end)
-        end += room * (cache.keys + cache.values)
+        end += room * (cache.keys + cache.heads * -(-cache.values // cache.heads // BLOCK) * BLOCK)
     return numbers, caches, -(-end // 32) * 32
 
 
 def _biases(program: PixelProgram, batch: int) -> tuple[list[int], Tensor]:
     """All biases, as they are stored with their planes: the offset of each, and (1 or B, floats) float32."""
-    halves = {i.bias: program.planes[i.dst].halves for i in program.instructions if i.kind == "conv" and i.bias >= 0}
+    halves = {
+        i.bias: 2 if i.kind == "norm" else program.planes[i.dst].halves for i in program.instructions if i.bias >= 0
+    }
     offsets, parts, at = [], [], 0
     streams = batch if any(bias.dim() == 2 for bias in program.biases) else 1
     for index, bias in enumerate(program.biases):
@@ -311,11 +320,14 @@ def _encoded(program: PixelProgram, offsets: list[int], caches: list[int]) -> li
     """The instructions as the kernel reads them."""
     encoded: list[int] = []
     for i in program.instructions:
-        bias, dy, dx, extra = (offsets[i.bias] if i.bias >= 0 else -1), i.dy, i.dx, i.extra
+        bias, matrix, dy, dx, extra = (offsets[i.bias] if i.bias >= 0 else -1), i.matrix, i.dy, i.dx, i.extra
         if i.kind in ("attention", "remember"):
+            matrix = i.dx
             dy, dx, bias = program.caches[i.extra]
             extra = caches[i.extra]
-        encoded += [KINDS.index(i.kind), int(i.phase == "pixel"), i.dst, i.src, i.other, i.matrix, bias, dy, dx, extra]
+        encoded += [
+            KINDS.index(i.kind), PHASES.index(i.phase), i.dst, i.src, i.other, matrix, bias, dy, dx, extra,
+        ]  # fmt: skip
     return encoded
 
 
@@ -349,6 +361,10 @@ class _Reference:
         for i in self.program.instructions:
             if i.phase == "row":
                 self._at(i.dst, y, every).copy_(self._result(i, y, every))
+        for x in reversed(range(self.width if y else 0)):
+            for i in self.program.instructions:
+                if i.phase == "back":
+                    self._at(i.dst, y, slice(x, x + 1)).copy_(self._result(i, y, slice(x, x + 1)))
         for x in range(self.width):
             for i in self.program.instructions:
                 if i.phase != "pixel":
@@ -378,7 +394,7 @@ class _Reference:
         return self.planes[plane][:, p.rows - 1 + y, p.left + columns.start : p.left + columns.stop]
 
     def _result(self, i: Instruction, y: int, columns: slice) -> Tensor:
-        x = self._at(i.src, y + i.dy, columns)
+        x = self._at(i.src, y, columns)
         if i.kind == "conv":
             windows = [
                 self._at(i.src, y + i.dy, slice(columns.start + dx, columns.stop + dx))
@@ -395,8 +411,22 @@ class _Reference:
         if i.kind == "add":
             return x + self._at(i.other, y, columns)
         if i.kind == "attention":
-            heads, pixels = self.program.caches[i.extra].heads, y * self.width + columns.start
-            key, value = (F.pad(c[:, :pixels], (0, 0, 1, 0)) for c in self.caches[i.extra])  # the first is of zeros
+            heads, pixels = self.program.caches[i.extra].heads, y * self.width + columns.start + i.dx
+            # the first is of zeros, where a pixel does not attend to itself
+            key, value = (F.pad(c[:, :pixels], (0, 0, 1 - i.dx, 0)) for c in self.caches[i.extra])
             query, key, value = (c.unflatten(2, (heads, -1)).transpose(1, 2) for c in (x, key, value))
             return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return F.relu(x) if i.kind == "relu" else F.elu(x)
+        if i.kind == "norm":
+            scale, shift = self.program.biases[i.bias].chunk(2)
+            return F.layer_norm(x, (i.extra,), scale, shift, NORM_EPS)
+        if i.kind == "previous":
+            if columns.start:
+                return self._at(i.src, y, slice(columns.start - 1, columns.start))
+            return self._at(i.src, y - 1, slice(self.width - 1, self.width))
+        if i.kind == "lstm":
+            o, f, j, g = x.chunk(4, 2)
+            before = self._at(i.other, y + i.dy, slice(columns.start + i.dx, columns.stop + i.dx))
+            c = torch.sigmoid(f) * before + torch.sigmoid(j) * torch.tanh(g)
+            self._at(i.other, y, columns).copy_(c)
+            return torch.sigmoid(o) * torch.tanh(c)
+        return ACTIVATIONS[i.kind](x)

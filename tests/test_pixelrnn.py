@@ -1,4 +1,4 @@
-"""PixelRNN and GPTPrior: what a pixel sees, the likelihood, and drawing step by step."""
+"""PixelRNN and GPTPrior: what a pixel sees, the likelihood, and drawing."""
 
 import itertools
 
@@ -6,9 +6,15 @@ import pytest
 import torch
 from pixel_helpers import conditions, images_like, loud
 
+import fastgen
+from fastgen import backend
 from fastgen.models import GPTPrior, PixelRNN, sample_naive
-from fastgen.nn import DiagonalBiLSTM, RowLSTM
+from fastgen.nn import RowLSTM
 from fastgen.nn.pixel_lstm import skewed, unskewed
+from fastgen.ops import PixelDistribution, PixelGenerator, PixelProgram
+
+OP = "pixelcnn_generate"
+BACKENDS = ("cpu", "reference")
 
 
 @pytest.fixture(autouse=True)
@@ -76,19 +82,6 @@ def test_skewing():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["row", "diagonal"])
-def test_layers_step_as_they_run(kind):
-    x, e, context = torch.randn(2, 3, 5, 6), torch.randn(2, 1, 5, 6), torch.randn(2, 2, 5, 6)
-    layer = RowLSTM(3, 4, 5, 2) if kind == "row" else DiagonalBiLSTM(3, 1, 4, 2)
-    whole = layer(x, context) if kind == "row" else layer(x, e, context)
-    steps = layer.steps(2, (5, 6), context)
-    for i, j in itertools.product(range(5), range(6)):
-        torch.testing.assert_close(steps(i, j, x[:, :, i, j]), whole[:, :, i, j])
-        if kind == "diagonal":
-            steps.put(j, e[:, :, i, j])
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -112,32 +105,109 @@ def labels_of(model, batch):
     return {"labels": torch.ones(batch, dtype=torch.int64)} if model.config["classes"] else {}
 
 
-@pytest.mark.parametrize(
+CONDITIONED = pytest.mark.parametrize(
     ("name", "options"),
     [
         ("row", {"levels": 2, "classes": 3}), ("row", {"levels": 4, "image_channels": 3, "cond_channels": 2}),
         ("diagonal", {"levels": 2}), ("diagonal", {"codes": 5, "cond_codes": 4, "classes": 2}),
+        ("diagonal", {"levels": 4, "image_channels": 2, "classes": 3}), ("row", {"levels": 3, "kernel_size": 5}),
         ("diagonal", {"levels": 4, "image_channels": 2, "cond_codes": 3}),
         ("gpt", {}), ("gpt", {"classes": 3}), ("gpt", {"cond_codes": 4}),
     ],
     ids=str,
 )  # fmt: skip
-def test_draws_what_a_pass_for_each_pixel_would(name, options):
+
+
+@CONDITIONED
+def test_draws_what_a_pass_for_each_pixel_would(name, options, need, ran):
+    need(OP, "cpu")
     size = (4, 6)
-    model = make(name, size, **options)
+    model = make(name, size, **options).double()
     kw = conditions(model, 3, size)
+    kw = {k: v.double() if v.is_floating_point() else v for k, v in kw.items()}
     shape = (3, *size) if model.codes else (3, model.image_channels, *size)
-    uniforms = torch.rand(shape)
-    drawn = model.sample(3, size, uniforms=uniforms, temperature=0.9, **kw)
-    assert torch.equal(drawn, sample_naive(model, 3, size, uniforms=uniforms, temperature=0.9, **kw))
-    known = torch.rand(size) < 0.5
-    given = torch.randint(model.levels, shape)
-    completed = model.sample(3, size, uniforms=uniforms, given=given, known=known, **kw)
-    assert torch.equal(completed, sample_naive(model, 3, size, uniforms=uniforms, given=given, known=known, **kw))
-    assert torch.equal(completed[..., known], given[..., known])
-    rows = []
+    uniforms, known, given = torch.rand(shape), torch.rand(size) < 0.5, torch.randint(model.levels, shape)
+    exact = sample_naive(model, 3, size, uniforms=uniforms, temperature=0.9, **kw)
+    completed = sample_naive(model, 3, size, uniforms=uniforms, given=given, known=known, **kw)
+    model, rows = model.float(), []
+    kw = {k: v.float() if v.is_floating_point() else v for k, v in kw.items()}
+    for which, threads in (("cpu", 1), ("cpu", 2), ("reference", 1)):
+        torch.set_num_threads(threads)
+        with ran(OP, which):
+            drawn = model.sample(3, size, uniforms=uniforms, temperature=0.9, backend=which, **kw)
+        assert torch.equal(drawn, exact)
+        got = model.sample(3, size, uniforms=uniforms, given=given, known=known, backend=which, **kw)
+        assert torch.equal(got, completed)
+        one = {k: v[:1] for k, v in kw.items()}  # which two threads share
+        assert torch.equal(model.sample(1, size, uniforms=uniforms[:1], temperature=0.9, **one), exact[:1])
     model.sample(3, size, uniforms=uniforms, progress=lambda done, total: rows.append((done, total)), **kw)
     assert rows == [(i, 4) for i in range(1, 5)]
+
+
+def parameters(model, size, which, dtype=torch.float32, **kw):
+    """Of two images, with the values drawn."""
+    with torch.no_grad():
+        context = model._context(2, size, kw.get("labels"), kw.get("cond"))
+        loop, plane = model.generator(size, context, dtype, which)
+        return loop.run(torch.rand(2, model.image_channels, *size), context=plane, parameters=True)
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@CONDITIONED
+def test_parameters_are_those_of_the_teacher_forced_forward(name, options, which, need):
+    need(OP, "cpu")
+    size = (5, 6)
+    model = make(name, size, **options)
+    kw = conditions(model, 2, (5, 6))
+    values, got = parameters(model, size, which, **kw)
+    with torch.no_grad(), fastgen.use_backend("reference"):
+        kw = {k: v.double() if v.is_floating_point() else v for k, v in kw.items()}
+        exact = model.double()(values, **kw).movedim(2, -1)
+    torch.testing.assert_close(got.double(), exact, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["row", "diagonal", "gpt"])
+def test_larger_networks(name, need):
+    """Channels of several vectors, and heads of several blocks of pixels."""
+    need(OP, "cpu")
+    torch.manual_seed(0)
+    size = (9, 11)
+    if name == "gpt":
+        model = GPTPrior(5, size, channels=144, layers=2, heads=2)
+        torch.nn.init.normal_(model.place)
+    else:
+        model = PixelRNN(channels=140, layers=2, kind=name, levels=4)
+    loud(model, 1.0).eval()
+    values, got = parameters(model, size, "cpu")
+    rounded, of_rounded = parameters(model, size, "cpu", torch.bfloat16)
+    with torch.no_grad():
+        exact = model.double()(values).movedim(2, -1)
+        close = model(rounded).movedim(2, -1)
+    torch.testing.assert_close(got.double(), exact, atol=2e-5, rtol=2e-5)
+    assert float((of_rounded - close).norm()) < 0.02 * float(close.norm())
+
+
+@pytest.mark.parametrize("isa", backend.ISAS)
+def test_every_instruction_set(isa, run_under):
+    """The same tests under each instruction set that this CPU has."""
+    run_under(isa, "would or teacher or larger", "pixelrnn")
+
+
+def test_programs_that_do_not_fit():
+    p = PixelProgram(4)
+    gates, row = (
+        p.conv(p.input, torch.randn(8, 4, 1, 1), halves=4),
+        p.conv(p.input, torch.randn(8, 4, 3, 3), mask="vertical"),
+    )
+    back = p.state(4, "back")
+    for call, message in (
+        (lambda: p.lstm(row, p.state(2), p.state(2)), "lstm needs a plane of four gates; make plane .* with halves=4"),
+        (lambda: p.lstm(gates, p.state(2), p.state(3)), "a quarter of the gates' 8 channels, got 3"),
+        (lambda: p.previous(row), "previous needs a plane of the pixel phase"),
+        (lambda: p.conv(back, torch.randn(8, 4, 1, 3)), "sees pixels to the left, which plane"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("name", ["row", "diagonal", "gpt"])
@@ -175,9 +245,6 @@ def test_sequences_and_dropout():
         (lambda: gpt((2, 3)).sample(1, (3, 2)), ValueError, r"maps must be \(2, 3\), .* got \(3, 2\)"),
         (lambda: gpt((2, 3)).log_prob(torch.zeros(1, 3, 2).long()), ValueError, r"maps must be \(2, 3\)"),
         (lambda: gpt((2, 3)).log_prob(torch.full((1, 2, 3), 5)), ValueError, r"\[0, 5\), got 5"),
-        (lambda: gpt((2, 3)).sample(1, (2, 3), dtype=torch.bfloat16), ValueError, "dtype must be torch.float32"),
-        (lambda: gpt((2, 3)).sample(1, (2, 3), backend="cpu"), ValueError, "backend must be 'auto' or 'reference'"),
-        (lambda: gpt((2, 3)).generator((2, 3)), NotImplementedError, "GPTPrior: is drawn step by step"),
     ],
 )
 def test_bad_input(make, error, text):
@@ -197,3 +264,15 @@ def test_draws_from_the_whole_distribution_after_a_cast(name):
     uniforms = ((torch.arange(codes) + 0.5) / codes)[:, None, None]
     drawn = model.bfloat16().sample(codes, (1, 1), uniforms=uniforms)
     assert torch.equal(drawn.flatten(), torch.arange(codes))
+
+
+def test_cuda_kernels_lack_some_instructions(monkeypatch):
+    """They are refused, not misread."""
+    monkeypatch.setattr("fastgen.ops.pixelcnn_generate.resolve", lambda *_: "cuda")
+    program = PixelProgram(1)
+    program.sample(program.gelu(program.linear(program.previous(program.input), torch.randn(3, 1))), 0)
+    make = (program, torch.randn(3, 1), PixelDistribution("categorical", 3, 3))
+    with pytest.raises(fastgen.BackendError, match="the kernel has no instruction gelu, previous"):
+        PixelGenerator(*make, backend="cuda")
+    with pytest.warns(RuntimeWarning, match="the kernel has no instruction gelu, previous"):
+        assert PixelGenerator(*make).backend == "reference"
