@@ -18,6 +18,7 @@ from fastgen.backend import TRITON_OPS
 F = TypeVar("F", bound=torch.autograd.Function)
 
 LISTED = 8  # names in one message
+PYTORCH_OPS = ("causal_attention",)  # that on a GPU are PyTorch's own, float16 too
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -56,8 +57,10 @@ def check_tensor(op: str, name: str, value: Any, wanted: str = "") -> None:
         raise TypeError(f"{op}: {name} must be a tensor{wanted and ' '}{wanted}, got {type(value).__name__}")
 
 
-def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> None:
-    """Rank, sizes (None: any), dtype and device of one argument, against those of x."""
+def check(
+    op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | None, ...], *, of: str = "x"
+) -> None:  # fmt: skip
+    """Rank, sizes (None: any), dtype and device of one argument, against those of x, or of the argument `of`."""
     check_tensor(op, name, tensor)
     size = tensor.shape
     fits = len(size) == len(shape)
@@ -68,12 +71,13 @@ def check(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int | N
     if not fits:
         wanted = tuple("any" if n is None else n for n in shape)
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(size)}")
-    if tensor.dtype not in DTYPES and not (tensor.dtype == torch.float16 and tensor.is_cuda and op in TRITON_OPS):
+    half = tensor.dtype == torch.float16 and tensor.is_cuda and (op in TRITON_OPS or op in PYTORCH_OPS)
+    if tensor.dtype not in DTYPES and not half:
         raise TypeError(f"{op}: {name} must be float32, bfloat16 or float64, got {tensor.dtype}")
     if tensor.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} is {tensor.dtype}, x is {like.dtype}; all tensors must share one dtype")
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, {of} is {like.dtype}; all tensors must share one dtype")
     if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {like.device}")
+        raise ValueError(f"{op}: {name} is on {tensor.device}, {of} is on {like.device}")
 
 
 def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:

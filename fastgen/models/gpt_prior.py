@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer
 from fastgen.models.pixels import PixelModel
+from fastgen.ops.causal_attention import causal_attention
 from fastgen.ops.pixel_program import PixelProgram
 
 
@@ -30,7 +31,10 @@ class GPTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        if dropout:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            y = causal_attention(q, k, v)
         x = x + F.dropout(self.out(y.transpose(1, 2).flatten(2)), dropout)
         return x + F.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))), dropout)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer
 from fastgen.nn.masked_conv2d import MaskedConv2d, check_input
+from fastgen.ops.causal_attention import causal_attention
 from fastgen.ops.pixel_program import PixelProgram
 
 
@@ -66,13 +67,9 @@ class CausalAttention2d(nn.Module):
         if position is not None and self.position is not None:
             for_query, for_key = self.position(position).chunk(2, 1)
             query, key = query + for_query, key + for_key
-        # (B, heads, pixels, channels of a head); each pixel's key and value stand at the next one
+        # (B, heads, pixels, channels of a head)
         query, key, value = (t.flatten(2).unflatten(1, (self.heads, -1)).mT for t in (query, key, value))
-        scale, width = query.shape[-1] ** -0.5, max(query.shape[-1], value.shape[-1])
-        # of one width, channels innermost: what PyTorch's fused attention takes, which never stores the scores
-        query = F.pad(query, (0, width - query.shape[-1])).contiguous()
-        key, padded = (F.pad(t[:, :, :-1], (0, width - t.shape[-1], 1, 0)).contiguous() for t in (key, value))
-        out = F.scaled_dot_product_attention(query, key, padded, is_causal=True, scale=scale)[..., : value.shape[-1]]
+        out = causal_attention(query, key, value, own=False)
         return out.mT.flatten(1, 2).unflatten(2, x.shape[2:])  # type: ignore[no-any-return]
 
     def emit(self, p: PixelProgram, x: int, position: int = -1) -> int:

@@ -3,6 +3,7 @@
 from fastgen.ops.actnorm import actnorm
 from fastgen.ops.affine_coupling import affine_coupling
 from fastgen.ops.bernoulli_perceptron import bernoulli_perceptron
+from fastgen.ops.causal_attention import causal_attention
 from fastgen.ops.code_statistics import code_statistics, update_codebook_
 from fastgen.ops.conv2d import conv2d
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
@@ -23,7 +24,7 @@ OPS = (
     "masked_conv2d", "gated_masked_conv2d", "conv2d", "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
     "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels", "nade",
-    "gaussian_rsample_kl", "bernoulli_perceptron",
+    "gaussian_rsample_kl", "bernoulli_perceptron", "causal_attention",
 )  # fmt: skip
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "actnorm",
     "affine_coupling",
     "bernoulli_perceptron",
+    "causal_attention",
     "code_statistics",
     "conv2d",
     "gated_causal_conv1d",
