@@ -18,7 +18,7 @@ from fastgen.backend import TRITON_OPS
 F = TypeVar("F", bound=torch.autograd.Function)
 
 LISTED = 8  # names in one message
-PYTORCH_OPS = ("causal_attention",)  # that on a GPU are PyTorch's own, float16 too
+PYTORCH_OPS = ("causal_attention", "linear")  # that on a GPU are PyTorch's own, float16 too
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 

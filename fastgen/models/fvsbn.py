@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.models.vectors import VectorModel
+from fastgen.nn.linear import linear_map
 from fastgen.ops import distributions
 
 
@@ -28,7 +28,7 @@ class FVSBN(VectorModel):
         self.bias = nn.Parameter(torch.zeros(inputs))
 
     def parameters_in_order(self, x: Tensor, backend: str | None) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight.tril(-1), self.bias)[..., None]
+        return linear_map(x.to(self.weight.dtype), self.weight.tril(-1), self.bias)[..., None]
 
     def sample_in_order(self, uniforms: Tensor, given: Tensor, temperature: float, backend: str | None) -> Tensor:
         columns = self.weight.tril(-1).T.float()  # (D, D): what an input of 1 adds to the logits behind it

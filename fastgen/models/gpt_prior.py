@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer
 from fastgen.models.pixels import PixelModel
+from fastgen.nn.linear import Linear
 from fastgen.ops.causal_attention import causal_attention
 from fastgen.ops.pixel_program import PixelProgram
 
@@ -25,8 +26,8 @@ class GPTBlock(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.norm, self.mlp_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        self.up, self.down = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.qkv, self.out = Linear(channels, 3 * channels), Linear(channels, channels)
+        self.up, self.down = Linear(channels, 4 * channels), Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -102,10 +103,10 @@ class GPTPrior(PixelModel):
             self.config.pop(surplus)
         self.config |= {**sizes, "image_size": tuple(image_size), "dropout": dropout}
         self.image_size = (image_size[0], image_size[1])
-        self.read = nn.Linear(self.inputs, channels)
+        self.read = Linear(self.inputs, channels)
         self.start = nn.Parameter(torch.zeros(channels))
         self.place = nn.Parameter(0.02 * torch.randn(image_size[0] * image_size[1], channels))
-        self.context = nn.Linear(self.context_channels, channels) if self.context_channels else None
+        self.context = Linear(self.context_channels, channels) if self.context_channels else None
         self.blocks = nn.ModuleList(GPTBlock(channels, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(channels)
 

@@ -30,6 +30,7 @@ from fastgen.checks import (
     readable,
 )
 from fastgen.nn.conv2d import Conv2d
+from fastgen.nn.linear import Linear
 from fastgen.ops import distributions
 from fastgen.ops.bernoulli_perceptron import bernoulli_perceptron
 from fastgen.ops.gaussian_rsample_kl import gaussian_rsample_kl
@@ -41,8 +42,8 @@ def _mlp(inputs: int, hidden: int, layers: int, outputs: int) -> nn.Sequential:
     sizes = [inputs, *[hidden] * layers]
     modules: list[nn.Module] = []
     for before, after in itertools.pairwise(sizes):
-        modules += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*modules, nn.Linear(sizes[-1], outputs))
+        modules += [Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*modules, Linear(sizes[-1], outputs))
 
 
 class _Residual(nn.Module):
@@ -61,7 +62,7 @@ def _conv_encoder(height: int, width: int, channels: int, hidden: int, outputs: 
     return nn.Sequential(
         nn.Unflatten(1, (1, height, width)), nn.Conv2d(1, channels, 4, 2, 1), _Residual(channels), nn.SiLU(),
         nn.Conv2d(channels, 2 * channels, 4, 2, 1), _Residual(2 * channels), nn.SiLU(), nn.Flatten(),
-        nn.Linear(2 * channels * (height // 4) * (width // 4), hidden), nn.SiLU(), nn.Linear(hidden, outputs),
+        Linear(2 * channels * (height // 4) * (width // 4), hidden), nn.SiLU(), Linear(hidden, outputs),
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def _conv_decoder(height: int, width: int, channels: int, hidden: int, latent: i
     """(B, latent) -> (B, H W outputs), the way back."""
     small = (2 * channels, height // 4, width // 4)
     return nn.Sequential(
-        nn.Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(small)), nn.Unflatten(1, small),
+        Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(small)), nn.Unflatten(1, small),
         _Residual(2 * channels), nn.SiLU(), nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1), _Residual(channels),
         nn.SiLU(), nn.ConvTranspose2d(channels, outputs, 4, 2, 1), nn.Flatten(2), _ToEnd(), nn.Flatten(),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from fastgen.nn.conv2d import Conv2d
 from fastgen.nn.coupling import AdditiveCoupling, AffineCoupling, checkerboard
 from fastgen.nn.flow import FlowSequence, MultiScale, Permutation, Split, Squeeze
 from fastgen.nn.invertible_conv1x1 import InvertibleConv1x1
+from fastgen.nn.linear import Linear
 from fastgen.nn.masked_conv2d import GatedMaskedConv2d, GatedPixelCNNBlock, MaskedConv2d
 from fastgen.nn.pixel_lstm import DiagonalBiLSTM, RowLSTM
 from fastgen.nn.pixelsnail import CausalAttention2d, PixelSNAILBlock, PixelSNAILResidual
@@ -29,6 +30,7 @@ __all__ = [
     "GatedPixelCNNBlock",
     "GroupedResidualVQ",
     "InvertibleConv1x1",
+    "Linear",
     "MLPConditioner",
     "MaskedConv2d",
     "MultiScale",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer
 from fastgen.nn.conv2d import Conv2d
+from fastgen.nn.linear import Linear
 
 
 def _zero(layer: nn.Conv2d | nn.Linear) -> nn.Module:
@@ -88,9 +89,9 @@ class MLPConditioner(_Conditioner):
         super().__init__(inputs, outputs, hidden, cond_channels)
         check_integer("MLPConditioner", "layers", layers, 2)
         self.activation = activation
-        self.first = nn.Linear(inputs, hidden)
-        self.middle = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 2))
-        self.last = _zero(nn.Linear(hidden, outputs))
+        self.first = Linear(inputs, hidden)
+        self.middle = nn.ModuleList(Linear(hidden, hidden) for _ in range(layers - 2))
+        self.last = _zero(Linear(hidden, outputs))
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """(B, inputs), (B, cond_channels) -> (B, outputs)."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_tensor, is_finite
 from fastgen.nn.codebook import look_up, project, world
+from fastgen.nn.linear import Linear
 from fastgen.nn.vector_quantize import VectorQuantize, refuse_unoffered
 
 UNOFFERED = {
@@ -90,8 +91,8 @@ class ResidualVQ(nn.Module):
             raise ValueError(f"{op}: quant_grad_frac must lie in [0, 1], got {quant_grad_frac!r}")
         inner = dim if codebook_dim is None else codebook_dim
         self.dim, self.num_quantizers, self.codebook_sizes = dim, number, sizes
-        self.project_in: nn.Module = nn.Linear(dim, inner) if inner != dim else nn.Identity()
-        self.project_out: nn.Module = nn.Linear(inner, dim) if inner != dim else nn.Identity()
+        self.project_in: nn.Module = Linear(dim, inner) if inner != dim else nn.Identity()
+        self.project_out: nn.Module = Linear(inner, dim) if inner != dim else nn.Identity()
         self.accept_image_fmap, self.shared_codebook = accept_image_fmap, shared_codebook
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.quantize_dropout = quantize_dropout and number > 1

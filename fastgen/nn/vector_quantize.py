@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_positive, check_tensor, is_finite
 from fastgen.nn.codebook import Codebook, look_up, project
+from fastgen.nn.linear import Linear
 from fastgen.ops.vector_quantize import Estimator
 
 # what vector-quantize-pytorch has and this layer has not, with the value that leaves each out
@@ -171,9 +172,9 @@ class VectorQuantize(nn.Module):
         self.project_in: nn.Module = nn.Identity()
         self.project_out: nn.Module = nn.Identity()
         if self.has_projections:
-            linear = nn.Linear(dim, inner)
+            linear = Linear(dim, inner)
             self.project_in = nn.Sequential(linear, nn.LayerNorm(inner)) if layernorm_after_project_in else linear
-            self.project_out = nn.Linear(inner, dim)
+            self.project_out = Linear(inner, dim)
         self._codebook = Codebook(
             heads if separate_codebook_per_head else 1, codebook_size, self.codebook_dim,
             decay=decay, eps=eps, kmeans_init=kmeans_init, kmeans_iters=kmeans_iters, cosine=use_cosine_sim,

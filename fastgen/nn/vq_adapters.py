@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer, check_positive, check_tensor, is_finite
 from fastgen.nn.codebook import Codebook, look_up, project
+from fastgen.nn.linear import Linear
 from fastgen.nn.vector_quantize import refuse_unoffered
 from fastgen.ops.vector_quantize import quantize
 
@@ -130,8 +131,8 @@ class VectorQuantization(nn.Module):
             if not is_finite(number) or not 0 <= number <= most:
                 raise ValueError(f"VectorQuantization: {name} must lie in [0, {most:g}], got {number!r}")
         self.dim, self.codebook_size, self.commitment_weight = dim, codebook_size, commitment_weight
-        self.project_in: nn.Module = nn.Linear(dim, inner) if inner != dim else nn.Identity()
-        self.project_out: nn.Module = nn.Linear(inner, dim) if inner != dim else nn.Identity()
+        self.project_in: nn.Module = Linear(dim, inner) if inner != dim else nn.Identity()
+        self.project_out: nn.Module = Linear(inner, dim) if inner != dim else nn.Identity()
         self._codebook = _EncodecCodebook(
             1, codebook_size, inner, decay=decay, eps=epsilon, kmeans_init=kmeans_init, kmeans_iters=kmeans_iters,
             cosine=False, learnable=False, ema_update=True, manual_ema_update=False,

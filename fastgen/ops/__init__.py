@@ -10,6 +10,7 @@ from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
 from fastgen.ops.gaussian_rsample_kl import gaussian_rsample_kl
 from fastgen.ops.invertible_conv1x1 import invertible_conv1x1, mix_channels
+from fastgen.ops.linear import linear
 from fastgen.ops.masked_conv2d import masked_conv2d
 from fastgen.ops.nade import nade, nade_sample
 from fastgen.ops.nearest_code import nearest_code
@@ -24,7 +25,7 @@ OPS = (
     "masked_conv2d", "gated_masked_conv2d", "conv2d", "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
     "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels", "nade",
-    "gaussian_rsample_kl", "bernoulli_perceptron", "causal_attention",
+    "gaussian_rsample_kl", "bernoulli_perceptron", "causal_attention", "linear",
 )  # fmt: skip
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "gaussian_rsample_kl",
     "initial_state",
     "invertible_conv1x1",
+    "linear",
     "masked_conv2d",
     "mix_channels",
     "nade",

@@ -60,17 +60,19 @@ class _BernoulliPerceptron(torch.autograd.Function):
         with without_autocast(z):
             inputs = [z]
             for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-                inputs.append(F.relu(F.linear(inputs[-1], weight, bias)))
+                inputs.append(F.relu(torch.ops.fastgen.linear(inputs[-1], weight, bias)))
             copies = z.shape[0] // max(1, x.shape[0])
-            logits = F.linear(inputs[-1], weights[-1], biases[-1]).view(copies, *x.shape)
+            logits = torch.ops.fastgen.linear(inputs[-1], weights[-1], biases[-1]).view(copies, *x.shape)
             by_row = grad.view(copies, x.shape[0], 1)
             d = (by_row * (x - torch.sigmoid(logits))).flatten(0, 1)
             of_weights: list[Tensor] = []
             of_biases: list[Tensor] = []
             for weight, h in zip(reversed(weights), reversed(inputs), strict=True):
-                of_weights.insert(0, d.mT @ h)
-                of_biases.insert(0, d.sum(0))
-                d = (d @ weight) * (h > 0) if h is not z else d @ weight
+                d, of_weight, of_bias = torch.ops.fastgen.linear_backward(d, h, weight, True)
+                of_weights.insert(0, of_weight)
+                of_biases.insert(0, of_bias)
+                if h is not z:
+                    d = d * (h > 0)
             return d, (by_row * logits).sum(0), *of_weights, *of_biases
 
 

@@ -1,0 +1,38 @@
+"""torch.nn.Linear with the kernel of `fastgen.ops.linear`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.ops.linear import linear
+
+SMALL_PRODUCT = 1 << 21  # multiply-adds of a call: up to there PyTorch is as fast
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear, whose parameters, their initialisation and state it has.
+
+    On a CPU it runs `fastgen.ops.linear` in float32 and float64, save for small products; anything else, bfloat16,
+    autocast and torch.jit.trace included, is PyTorch's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_map(x, self.weight, self.bias)
+
+
+def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., C), weight (O, C), bias (O,) -> (..., O), by what is faster."""
+    return linear(x, weight, bias) if _suits(x, weight) else F.linear(x, weight, bias)
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    if not isinstance(x, Tensor) or not x.dim() or x.device.type != "cpu" or weight.device != x.device:
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return False
+    # in compiled code the last test would compile anew where batches cross the limit
+    return torch.compiler.is_compiling() or x.shape[:-1].numel() * weight.numel() > SMALL_PRODUCT
