@@ -11,7 +11,7 @@ from op_helpers import DTYPES, compare, run
 
 import fastgen
 from fastgen import backend
-from fastgen.nn import Conv2d
+from fastgen.nn import Conv1d, Conv2d
 from fastgen.ops import conv2d
 from fastgen.ops.conv2d import conv2d_reference
 
@@ -237,3 +237,37 @@ def test_bad_input(case):
     change, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         conv2d(**(arguments(2, 3, 4, 4, 8) | change))
+
+
+LAYERS_1D = {
+    "1": ((6, 8, 1), {}), "1 same": ((6, 8, 1), {"padding": "same", "bias": False}), "3": ((6, 8, 3), {"padding": 1}),
+    "strided": ((6, 8, 1), {"stride": 2}), "grouped": ((6, 8, 1), {"groups": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("name", LAYERS_1D)
+def test_one_dimensional_layer_is_that_of_pytorch(name, relu, ran):
+    args, options = LAYERS_1D[name]
+    theirs = torch.nn.Conv1d(*args, **options)
+    ours = Conv1d(*args, **options, relu=relu)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()), strict=True)
+    x = torch.randn(2, 6, 301, requires_grad=True)
+    expected = F.relu(theirs(x)) if relu else theirs(x)
+    with ran("conv2d", "cpu" if name.startswith("1") else "reference"):
+        got = ours(x)
+    torch.testing.assert_close(got, expected)
+    cotangent = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, [x, *ours.parameters()], cotangent),
+        torch.autograd.grad(expected, [x, *theirs.parameters()], cotangent), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert torch.equal(ours.to(torch.bfloat16)(x.bfloat16()).isnan().any(), torch.tensor(False))
+
+
+def test_pointwise_convolutions_of_many_images_and_pixels():
+    """More pixels than are summed at once, and images that end within a vector."""
+    for shape in ((2, 70, 23, 29, 40), (9, 5, 7, 7, 130), (1, 3, 1, 1000, 1)):
+        compare(conv2d, arguments(*shape, (1, 1)), torch.float32)
+        compare(conv2d, arguments(*shape, (1, 1)), torch.float64)

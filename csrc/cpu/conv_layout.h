@@ -166,13 +166,6 @@ class RowTile {
   OwnVector<T> rows_;
 };
 
-// max(x, 0); NaN stays.
-template <class V>
-inline V positive_part(V x) {
-  const V zero = {};
-  return x < zero ? zero : x;
-}
-
 // Rows [first, last) of an image, channels last, with columns of zeros on both sides.
 template <class T>
 class Pixels {

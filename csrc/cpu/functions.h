@@ -27,6 +27,13 @@ inline VecF at_most(VecF x, float high) {
 #endif
 }
 
+// max(x, 0); NaN stays.
+template <class V>
+inline V positive_part(V x) {
+  const V zero = {};
+  return x < zero ? zero : x;
+}
+
 // e^x = 2^n (1 + q), both within 2 ulp; q is small where x is (coefficients of Cephes). n comes plus kShift, which
 // holds it in the low bits.
 constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer

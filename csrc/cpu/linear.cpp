@@ -13,6 +13,15 @@ Strided<T> columns_of(const Tensor& matrix) {
   return {data_of<T>(matrix), 1, matrix.size(1)};
 }
 
+template <class T>
+void matrix_product(const Strided<T>& a, const Strided<T>& b, int64_t depth, const Tensor& c,
+                    const Finish<T>& finish = {}) {
+  share_product<T>(c.size(0), c.size(1), [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
+    MatrixProduct<T>(depth, end - begin)
+        .run(a, b, depth, static_cast<T*>(c.data_ptr()), c.size(1), first, last, begin, end, finish);
+  });
+}
+
 template <class F>
 void dispatch_compute(const Tensor& x, F&& f) {
   x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
@@ -23,8 +32,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   Tensor out = fresh(x, {x.size(0), weight.size(0)});
   dispatch_compute(x, [&](auto zero) {
     using T = decltype(zero);
-    matrix_product<T>(rows_of<T>(x), columns_of<T>(weight), x.size(0), weight.size(0), x.size(1),
-                      static_cast<T*>(out.data_ptr()), data_of<T>(bias));
+    matrix_product<T>(rows_of<T>(x), columns_of<T>(weight), x.size(1), out, {data_of<T>(bias)});
   });
   return out;
 }
@@ -55,11 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad, Tensor x, Tensor
   Tensor of_weight = fresh(x, {outs, inputs}), of_bias = fresh(x, {outs});
   dispatch_compute(x, [&](auto zero) {
     using T = decltype(zero);
-    if (need_x)
-      matrix_product<T>(rows_of<T>(grad), rows_of<T>(weight), rows, inputs, outs, static_cast<T*>(of_x.data_ptr()),
-                        nullptr);
-    matrix_product<T>(columns_of<T>(grad), rows_of<T>(x), outs, inputs, rows, static_cast<T*>(of_weight.data_ptr()),
-                      nullptr);
+    if (need_x) matrix_product<T>(rows_of<T>(grad), rows_of<T>(weight), outs, of_x);
+    matrix_product<T>(columns_of<T>(grad), rows_of<T>(x), rows, of_weight);
     sum_rows(data_of<T>(grad), rows, outs, static_cast<T*>(of_bias.data_ptr()));
   });
   return {of_x, of_weight, of_bias};

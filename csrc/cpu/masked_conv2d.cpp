@@ -1,5 +1,5 @@
 // masked_conv2d, gated_masked_conv2d, conv2d and their gradients; arguments are checked in fastgen/ops/.
-#include "masked_conv_backward.h"
+#include "pointwise_conv.h"
 
 namespace fastgen {
 namespace {
@@ -32,8 +32,11 @@ Tensor ungated(const ConvShape& s, const Tensor& x, const Tensor& weight, const 
   if (out.numel() == 0) return out;
   dispatch_float(x.scalar_type(), "conv2d", [&](auto zero) {
     using E = decltype(zero);
-    conv_forward<ComputeType<E>, E>(s, tensors_of<E>(x, weight, bias, std::nullopt), static_cast<E*>(out.data_ptr()),
-                                    nullptr);
+    const ConvTensors<E> in = tensors_of<E>(x, weight, bias, std::nullopt);
+    auto* to = static_cast<E*>(out.data_ptr());
+    if constexpr (std::is_same_v<E, ComputeType<E>>)
+      if (is_pointwise(s)) return pointwise_forward(s, in, to);
+    conv_forward<ComputeType<E>, E>(s, in, to, nullptr);
   });
   return out;
 }
@@ -80,7 +83,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const ConvShape& s, const T
     out.bias = gb.data();
     if (cond && in.cond_constant) out.image_cond = gc.data();
     if (cond && !in.cond_constant) out.cond = static_cast<E*>(grad_cond.data_ptr());
-    conv_backward<ComputeType<E>, E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
+    const auto run = [&] {
+      if constexpr (std::is_same_v<E, ComputeType<E>>)
+        if (is_pointwise(s)) return pointwise_backward(s, in, data_of<E>(grad), data_of<E>(kept), out);
+      conv_backward<ComputeType<E>, E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
+    };
+    run();
     gw.finish();
     gb.finish();
     if (in.cond_constant) gc.finish();

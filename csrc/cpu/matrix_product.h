@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "simd.h"
+#include "functions.h"
 
 namespace fastgen {
 namespace {
@@ -20,10 +20,17 @@ struct Strided {
   int64_t down, right;
 };
 
-// The products of M rows of A with N vectors of a panel of B, added to `from`.
+// What is done to the sums beside: biases of columns and of rows, and max(., 0) at the end.
+template <class T>
+struct Finish {
+  const T *column_bias = nullptr, *row_bias = nullptr;
+  bool relu = false;
+};
+
+// The products of M rows of A with N vectors of a panel of B, and what is added: with `more` C itself.
 template <int M, int N, class T>
-void product_tile(const T* a, int64_t down, int64_t right, const T* panel, int64_t depth, const T* from, T* to,
-                  int64_t ld) {
+void product_tile(const T* a, int64_t down, int64_t right, const T* panel, int64_t depth, bool more, T* c, int64_t ld,
+                  const Finish<T>& finish) {
   constexpr int64_t kL = kLanes<T>;
   Vec<T> sums[M][N] = {};
   for (int64_t k = 0; k < depth; ++k, a += right, panel += N * kL) {
@@ -34,14 +41,18 @@ void product_tile(const T* a, int64_t down, int64_t right, const T* panel, int64
       unroll<N>([&](auto v) FASTGEN_INLINE { sums[m][v] += b[v] * x; });
     });
   }
-  unroll<M>([&](auto m) FASTGEN_INLINE {
-    unroll<N>([&](auto v) FASTGEN_INLINE {
-      store(to + m * ld + v * kL, from ? sums[m][v] + load(from + m * ld + v * kL) : sums[m][v]);
-    });
-  });
+  const auto each = [&](auto&& f) FASTGEN_INLINE {
+    unroll<M>([&](auto m) FASTGEN_INLINE { unroll<N>([&](auto v) FASTGEN_INLINE { f(sums[m][v], m, v); }); });
+  };
+  if (more) each([&](Vec<T>& sum, auto m, auto v) FASTGEN_INLINE { sum += load(c + m * ld + v * kL); });
+  if (finish.column_bias)
+    each([&](Vec<T>& sum, auto, auto v) FASTGEN_INLINE { sum += load(finish.column_bias + v * kL); });
+  if (finish.row_bias) each([&](Vec<T>& sum, auto m, auto) FASTGEN_INLINE { sum += finish.row_bias[m]; });
+  if (finish.relu) each([&](Vec<T>& sum, auto, auto) FASTGEN_INLINE { sum = positive_part(sum); });
+  each([&](Vec<T>& sum, auto m, auto v) FASTGEN_INLINE { store(c + m * ld + v * kL, sum); });
 }
 template <class T>
-using ProductTile = void (*)(const T*, int64_t, int64_t, const T*, int64_t, const T*, T*, int64_t);
+using ProductTile = void (*)(const T*, int64_t, int64_t, const T*, int64_t, bool, T*, int64_t, const Finish<T>&);
 template <class T, int N, int... M>
 constexpr std::array<ProductTile<T>, kTileRows> product_tiles(std::integer_sequence<int, M...>) {
   return {product_tile<M + 1, N, T>...};
@@ -67,72 +78,74 @@ void pack_panel(const Strided<T>& b, int64_t k, int64_t depth, int64_t first, in
     }
 }
 
-// Rows [first, last) and columns [begin, end) of C; bias is added to each row.
+// Rows [first, last) and columns [begin, end) of C, by one thread.
 template <class T>
 class MatrixProduct {
  public:
   static constexpr int64_t kL = kLanes<T>, kPanel = 2 * kL;
 
   MatrixProduct(int64_t depth, int64_t columns)
-      : panels_(round_up(std::min(depth, kDepth), kL) * round_up(columns, kPanel)), edge_(2 * kTileRows * kPanel) {}
+      : panels_(round_up(std::min(depth, kDepth), kL) * round_up(columns, kPanel)), edge_((kTileRows + 1) * kPanel) {}
 
+  // add: to what C holds.
   void run(const Strided<T>& a, const Strided<T>& b, int64_t depth, T* c, int64_t ld, int64_t first, int64_t last,
-           int64_t begin, int64_t end, const T* bias) {
+           int64_t begin, int64_t end, const Finish<T>& finish = {}, bool add = false) {
     for (int64_t k = 0; k < std::max<int64_t>(depth, 1); k += kDepth) {
       const int64_t terms = std::min(kDepth, depth - k), panel_size = round_up(terms, kL) * kPanel;
       for (int64_t column = begin; column < end; column += kPanel)
         pack_panel(b, k, terms, column, std::min(kPanel, end - column), width_of(end - column),
                    panels_.data() + (column - begin) / kPanel * panel_size);
+      const bool more = add || k > 0;
+      const Finish<T> now{more ? nullptr : finish.column_bias, more ? nullptr : finish.row_bias,
+                          finish.relu && k + kDepth >= depth};
       for (int64_t block = first; block < last; block += kBlockRows)
         for (int64_t column = begin; column < end; column += kPanel)
-          panel_of_rows(a, k, terms, panels_.data() + (column - begin) / kPanel * panel_size, c, ld, block,
-                        std::min(block + kBlockRows, last), column, std::min(kPanel, end - column),
-                        k > 0 ? nullptr : bias, k > 0);
+          rows_of_panel({a.data + k * a.right, a.down, a.right}, terms,
+                        panels_.data() + (column - begin) / kPanel * panel_size, c, ld, block,
+                        std::min(block + kBlockRows, last), column, std::min(kPanel, end - column), now, more);
     }
   }
 
  private:
   static int64_t width_of(int64_t columns) { return columns > kL ? kPanel : kL; }
 
-  void panel_of_rows(const Strided<T>& a, int64_t k, int64_t terms, const T* panel, T* c, int64_t ld, int64_t first,
-                     int64_t last, int64_t column, int64_t count, const T* bias, bool more) {
+  void rows_of_panel(const Strided<T>& a, int64_t terms, const T* panel, T* c, int64_t ld, int64_t first, int64_t last,
+                     int64_t column, int64_t count, Finish<T> finish, bool more) {
     const int64_t width = width_of(count);
     const auto& tiles = width == kPanel ? kProductTiles<T, 2> : kProductTiles<T, 1>;
-    const bool whole = count == width && !bias;
-    for (int64_t row = first; row < last;) {
-      const int64_t left = last - row, m = std::min<int64_t>(left, kTileRows);
+    T *edge = edge_.data(), *bias = edge + kTileRows * kPanel;
+    if (finish.column_bias) {
+      load_row(bias, finish.column_bias + column, count, width);
+      finish.column_bias = bias;
+    }
+    for (int64_t row = first; row < last; row += kTileRows) {
+      const int64_t rows = std::min<int64_t>(last - row, kTileRows);
+      const bool whole = count == width;
+      Finish<T> of_tile = finish;
+      if (finish.row_bias) of_tile.row_bias += row;
       T* to = c + row * ld + column;
-      const T* from = a.data + row * a.down + k * a.right;
-      if (whole) {
-        tiles[m - 1](from, a.down, a.right, panel, terms, more ? to : nullptr, to, ld);
-      } else {
-        T *before = edge_.data(), *after = before + kTileRows * kPanel;
-        for (int64_t i = 0; i < m; ++i)
-          load_row(before + i * width, more ? to + i * ld : bias + column, bias || more ? count : 0, width);
-        tiles[m - 1](from, a.down, a.right, panel, terms, before, after, width);
-        for (int64_t i = 0; i < m; ++i) store_row(to + i * ld, after + i * width, count);
-      }
-      row += m;
+      for (int64_t i = 0; !whole && more && i < rows; ++i) load_row(edge + i * width, to + i * ld, count, width);
+      tiles[rows - 1](a.data + row * a.down, a.down, a.right, panel, terms, more, whole ? to : edge, whole ? ld : width,
+                      of_tile);
+      for (int64_t i = 0; !whole && i < rows; ++i) store_row(to + i * ld, edge + i * width, count);
     }
   }
 
   OwnVector<T> panels_, edge_;
 };
 
-// The same, divided among the threads by columns, and where there are few, by rows.
-template <class T>
-void matrix_product(const Strided<T>& a, const Strided<T>& b, int64_t rows, int64_t columns, int64_t depth, T* c,
-                    const T* bias) {
+// f(first row, last row, first column, last column) for a part of the product for each thread: of its columns, and
+// where there are few, of its rows.
+template <class T, class F>
+void share_product(int64_t rows, int64_t columns, F&& f) {
   constexpr int64_t kPanel = MatrixProduct<T>::kPanel;
   const int64_t panels = (columns + kPanel - 1) / kPanel, threads = torch::stable::get_num_threads();
-  const int64_t across = std::min(threads, std::max<int64_t>(panels / 2, 1)),
-                down = std::max<int64_t>(threads / across, 1);
+  const int64_t across = std::min(threads, std::max<int64_t>(panels / 2, 1));
+  const int64_t down = std::min(std::max<int64_t>(threads / across, 1), std::max<int64_t>(rows, 1));
   for_each_worker(across * down, [&](int64_t i) {
     const int64_t x = i % across, y = i / across;
     const int64_t begin = x * panels / across * kPanel, end = std::min((x + 1) * panels / across * kPanel, columns);
-    const int64_t first = y * rows / down, last = (y + 1) * rows / down;
-    if (first == last || begin == end) return;
-    MatrixProduct<T>(depth, end - begin).run(a, b, depth, c, columns, first, last, begin, end, bias);
+    if (begin < end) f(y * rows / down, (y + 1) * rows / down, begin, end);
   });
 }
 

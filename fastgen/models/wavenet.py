@@ -17,6 +17,7 @@ from fastgen.checks import check_classes, check_integer, check_tensor, check_uni
 from fastgen.models import wavenet_sampling
 from fastgen.models.progress import Progress
 from fastgen.nn.causal_conv1d import WaveNetLayer, folded_weight
+from fastgen.nn.conv2d import Conv1d
 from fastgen.nn.upsample import StretchUpsample, TransposedUpsample
 from fastgen.ops import GenerationState, WaveNetWeights, distributions, initial_state
 
@@ -130,8 +131,8 @@ class WaveNet(nn.Module):
             )
             for dilation in self.dilations
         )
-        self.hidden = nn.Conv1d(skip_channels, skip_channels, 1)
-        self.output = nn.Conv1d(skip_channels, distributions.output_channels(distribution, classes, mixtures), 1)
+        self.hidden = Conv1d(skip_channels, skip_channels, 1, relu=True)
+        self.output = Conv1d(skip_channels, distributions.output_channels(distribution, classes, mixtures), 1)
         self.embedding = nn.Embedding(speakers, speaker_channels) if speakers else None
         self.upsample: TransposedUpsample | StretchUpsample | None = None
         if upsample_scales:
@@ -166,12 +167,12 @@ class WaveNet(nn.Module):
         h = self._embed(previous)
         local = self._upsampled(local, batch, steps)
         speaker_vector = self._speaker(speaker, batch)
-        skips: Tensor | None = None
-        for layer in self.layers:
+        skips = h  # of no layer
+        for i, layer in enumerate(self.layers):
             h, skip = layer(h, local, speaker_vector)
-            skips = skip if skips is None else skips + skip
-        assert skips is not None
-        return self.output(F.relu(self.hidden(F.relu(skips))))  # type: ignore[no-any-return]
+            # in place once the sum is a tensor of its own
+            skips = skip if i == 0 else skips + skip if i == 1 else skips.add_(skip)
+        return self.output(self.hidden(F.relu(skips)))  # type: ignore[no-any-return]
 
     def log_prob(self, x: Tensor, local: Tensor | None = None, speaker: Tensor | None = None) -> Tensor:
         """Log-probability (B,) of x (B, T) in nats (a log-density for "gaussian"), float32."""

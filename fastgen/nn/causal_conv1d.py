@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_integer
+from fastgen.nn.conv2d import Conv1d
 from fastgen.ops.wavenet_layer import wavenet_layer
 
 
@@ -79,7 +80,7 @@ class WaveNetLayer(nn.Module):
             check_integer("WaveNetLayer", name, size, least)
         self.conv = CausalConv1d(residual_channels, 2 * gate, kernel_size, dilation)
         self.out = nn.Conv1d(gate, residual_channels + skip_channels, 1)
-        self.local = nn.Conv1d(local_channels, 2 * gate, 1, bias=False) if local_channels else None
+        self.local = Conv1d(local_channels, 2 * gate, 1, bias=False) if local_channels else None
         self.speaker = nn.Linear(speaker_channels, 2 * gate, bias=False) if speaker_channels else None
 
     def forward(

@@ -1,4 +1,4 @@
-"""torch.nn.Conv2d with the kernel of `fastgen.ops.conv2d`."""
+"""torch.nn.Conv2d and Conv1d with the kernel of `fastgen.ops.conv2d`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,36 @@ class Conv2d(nn.Conv2d):
         return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
 
 
-def _suits(x: Tensor, kernel_size: tuple[int, ...]) -> bool:
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu":
+class Conv1d(nn.Conv1d):
+    """torch.nn.Conv1d, and the ReLU behind it: parameters, their initialisation and state are torch.nn.Conv1d's.
+
+    Of kernels of 1 it runs `fastgen.ops.conv2d` where `Conv2d` would; anything else is PyTorch's.
+
+    Parameters
+    ----------
+    relu
+        Whether max(., 0) follows.
+
+    The rest are those of torch.nn.Conv1d.
+    """
+
+    def __init__(self, *args: Any, relu: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = self.kernel_size == self.stride == (1,) and self.padding in ((0,), "same", "valid")
+        if plain and self.groups == 1 and _suits(x, (1, 1), 3):
+            return conv2d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, relu=self.relu).squeeze(2)
+        y = super().forward(x)
+        return F.relu(y) if self.relu else y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
+
+
+def _suits(x: Tensor, kernel_size: tuple[int, ...], dim: int = 4) -> bool:
+    if not isinstance(x, Tensor) or x.dim() != dim or x.device.type != "cpu":
         return False
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
