@@ -10,7 +10,6 @@ import fastgen
 from fastgen import backend
 from fastgen.models import GPTPrior, PixelRNN, sample_naive
 from fastgen.nn import RowLSTM
-from fastgen.nn.pixel_lstm import skewed, unskewed
 from fastgen.ops import PixelDistribution, PixelGenerator, PixelProgram
 
 OP = "pixelcnn_generate"
@@ -69,16 +68,6 @@ def test_a_row_lstm_sees_a_triangle():
     for above in (1, 2):
         assert seen[5 - above, 7 - above : 7 + above].all()
         assert not seen[5 - above, 7 + above + 2 :].any()
-
-
-def test_skewing():
-    x = torch.randn(2, 3, 4, 5)
-    y = skewed(x)
-    for i in range(4):
-        assert torch.equal(y[:, :, i, i : i + 5], x[:, :, i])
-        assert not y[:, :, i, :i].any()
-        assert not y[:, :, i, i + 5 :].any()
-    assert torch.equal(unskewed(y, 5), x)
 
 
 @torch.no_grad()

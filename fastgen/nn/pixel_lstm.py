@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from fastgen.checks import check_integer
 from fastgen.nn.conv2d import Conv2d
 from fastgen.nn.masked_conv2d import MaskedConv2d
+from fastgen.ops.image_lstm import image_lstm
 from fastgen.ops.pixel_program import PixelProgram
-
-
-def _cell(gates: Tensor, c: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """The gates o, f, i, g side by side in `dim`, and the state before -> h, c."""
-    o, f, i, g = gates.chunk(4, dim)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
 
 
 def _remembering(bias: Tensor | None) -> None:
@@ -76,12 +70,7 @@ class RowLSTM(nn.Module):
         gates = self.input(x)
         if self.context is not None and context is not None:
             gates = gates + self.context(context)
-        h = c = x.new_zeros(len(x), self.hidden_channels, x.shape[3])
-        rows = []
-        for of_row in gates.unbind(2):
-            h, c = _cell(of_row + self.state(h), c)
-            rows.append(h)
-        return torch.stack(rows, 2)
+        return image_lstm(gates, self.state.weight)
 
     def emit(self, p: PixelProgram, x: int, context: Tensor | None = None) -> int:
         """Append the layer to a sampling program; context: (B, context_channels, 1, 1), or None where the program has a
@@ -98,7 +87,7 @@ class DiagonalLSTM(nn.Module):
 
         gates of (i, j) = linear map of x(i, j)  +  of h(i, j - 1)  +  of h(i - 1, j)
 
-    Row i is skewed i places to the right, so that a diagonal stands as a column and all of its pixels are done at once.
+    All pixels of a diagonal are done at once.
     """
 
     def __init__(self, in_channels: int, hidden_channels: int, context_channels: int = 0) -> None:
@@ -110,23 +99,12 @@ class DiagonalLSTM(nn.Module):
         self.context = Conv2d(context_channels, 4 * hidden_channels, 1, bias=False) if context_channels else None
         _remembering(self.input.bias)
 
-    def gates(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """What does not depend on the state, (B, 4 hidden_channels, H, W)."""
-        gates: Tensor = self.input(x)
-        return gates if self.context is None or context is None else gates + self.context(context)
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        batch, _, height, width = x.shape
-        columns = skewed(self.gates(x, context)).permute(3, 0, 2, 1)  # (diagonals, B, H, 4 hidden)
-        inside = skewed(x.new_ones(1, 1, height, width)).permute(3, 0, 2, 1)
-        h = c = x.new_zeros(batch, height, self.hidden_channels)
-        done = []
-        for gates, image in zip(columns, inside, strict=True):
-            above = F.pad(h[:, :-1], (0, 0, 1, 0))
-            h, c = _cell(gates + self.state(torch.cat((h, above), 2)), c, 2)
-            h, c = h * image, c * image  # beside the image there is no state
-            done.append(h)
-        return unskewed(torch.stack(done, 3).transpose(1, 2), width)
+        gates: Tensor = self.input(x)
+        if self.context is not None and context is not None:
+            gates = gates + self.context(context)
+        left, above = self.state.weight.chunk(2, 1)
+        return image_lstm(gates, torch.stack((above, left), 2), diagonal=True)
 
     def emit(self, p: PixelProgram, x: int, context: Tensor | None = None) -> int:
         """Append the layer to a sampling program; context as that of a `RowLSTM`."""
@@ -181,17 +159,3 @@ class DiagonalBiLSTM(nn.Module):
     def emit(self, p: PixelProgram, x: int, context: Tensor | None = None) -> int:
         """Append the layer to a sampling program, whose input is e; context as that of a `RowLSTM`."""
         return p.add(self.left.emit(p, x, context), self.right.emit_mirrored(p, [x, p.input], context))
-
-
-def skewed(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, H, W + H - 1): row i moved i places to the right, zeros around."""
-    batch, channels, height, width = x.shape
-    flat = F.pad(x, (0, height)).flatten(2)[:, :, : height * (width + height - 1)]
-    return flat.view(batch, channels, height, width + height - 1)
-
-
-def unskewed(x: Tensor, width: int) -> Tensor:
-    """What `skewed` was given: (B, C, H, W + H - 1) -> (B, C, H, W)."""
-    batch, channels, height, _ = x.shape
-    flat = F.pad(x.flatten(2), (0, height))
-    return flat.view(batch, channels, height, width + height)[..., :width]

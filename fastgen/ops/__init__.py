@@ -9,6 +9,7 @@ from fastgen.ops.conv2d import conv2d
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d
 from fastgen.ops.gaussian_rsample_kl import gaussian_rsample_kl
+from fastgen.ops.image_lstm import image_lstm
 from fastgen.ops.invertible_conv1x1 import invertible_conv1x1, mix_channels
 from fastgen.ops.linear import linear
 from fastgen.ops.masked_conv2d import masked_conv2d
@@ -25,7 +26,7 @@ OPS = (
     "masked_conv2d", "gated_masked_conv2d", "conv2d", "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
     "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels", "nade",
-    "gaussian_rsample_kl", "bernoulli_perceptron", "causal_attention", "linear",
+    "gaussian_rsample_kl", "bernoulli_perceptron", "causal_attention", "linear", "image_lstm",
 )  # fmt: skip
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "gated_causal_conv1d",
     "gated_masked_conv2d",
     "gaussian_rsample_kl",
+    "image_lstm",
     "initial_state",
     "invertible_conv1x1",
     "linear",
