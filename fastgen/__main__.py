@@ -340,12 +340,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     drawn("flow", sample_flow, "draw images or points with a trained RealNVP or Glow", label=of_all)
     drawn("vectors", sample_vectors, "draw images with a trained FVSBN, NADE or VAE")
-    drawn("vqvae", sample_two_stage, "draw images with a trained VQ-VAE and the priors beside it", label=of_all)
+    images = "draw images with a trained VQ-VAE and the priors beside it"
+    vqvae = drawn("vqvae", sample_two_stage, images, label=of_all)
     drawn(
         "speech_vqvae", sample_speech, "generate audio, clip after clip, with a VQ-VAE of speech and its prior",
         "FILE.wav", 3, f"{of_all}; default: each in turn",
     )  # fmt: skip
-    for added in (wavenet, pixels):
+    for added in (wavenet, pixels, vqvae):
         added.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights, default: %(default)s")
         added.add_argument("--backend", choices=(*BACKENDS, "auto"), help="default: the fastest that is live")
 

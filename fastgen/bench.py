@@ -136,12 +136,31 @@ def render(results: list[dict[str, Any]]) -> str:
             lines.append(
                 f"| {b['case'].removeprefix('layer ')} | {' | '.join(cells)} | {b['of_fma_peak']:.0%} | {megabytes} |"
             )
+        lines += _training(result["benchmarks"])
         lines += _quantization(result["benchmarks"])
         lines += _pixels(result["benchmarks"])
         lines += _flows(result["benchmarks"])
         lines += _likelihoods(result["benchmarks"])
         lines.append("")
     return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def _training(benchmarks: list[dict[str, Any]]) -> list[str]:
+    """The table of whole models."""
+    steps = [b for b in benchmarks if b.get("training")]
+    lines = []
+    if steps:
+        lines += [
+            "",
+            "| gradients of a training step, ms | fastgen | PyTorch | ratio | extra memory, MB: fastgen / PyTorch |",
+            "|---|---:|---:|---:|---:|",
+        ]
+    for b in steps:
+        ours, theirs = b["seconds"]["fastgen"], b["seconds"]["eager"]
+        megabytes = _megabytes(b["peak_extra_bytes"], ("fastgen", "eager"))
+        cells = f"{_milliseconds(ours)} | {_milliseconds(theirs)} | {theirs / ours:.1f}x"
+        lines.append(f"| {b['case']} | {cells} | {megabytes} |")
+    return lines
 
 
 def _quantization(benchmarks: list[dict[str, Any]]) -> list[str]:

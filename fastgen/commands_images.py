@@ -152,7 +152,8 @@ def sample_two_stage(options: argparse.Namespace) -> None:
     labels = None if options.label is None else torch.full((options.number,), options.label)
     drawn = model.eval().sample(
         options.number, size, labels=labels, temperature=options.temperature,
-        generator=torch.Generator().manual_seed(options.seed),
+        generator=torch.Generator().manual_seed(options.seed), dtype=getattr(torch, options.dtype),
+        backend=options.backend, progress=True,
     )  # fmt: skip
     save_square(options.out, drawn)
     print(f"{options.out}: {options.number} images of {size[0]} x {size[1]} pixels")

@@ -38,6 +38,9 @@ def test_samples_are_the_priors_codes_decoded():
     drawn = model.sample(3, (8, 12), uniforms=uniforms)
     assert torch.equal(drawn, model.quantizer.decode(top, bottom))
     assert model.sample(0, (8, 12)).shape == (0, 1, 8, 12)
+    seen = []
+    model.sample(2, (8, 8), dtype=torch.bfloat16, backend="reference", progress=lambda *done: seen.append(done))
+    assert seen == [(1, 2), (2, 2), (1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_bad_input():
@@ -106,7 +109,7 @@ def test_one_command_and_its_stages(name, priors, levels, data, tmp_path, capsys
         assert all(torch.equal(a[k], b[k]) for k in a), "not as an uninterrupted run"
 
     picture = tmp_path / "drawn.png"
-    draw = ["sample", "vqvae", str(out), "--out", str(picture), "--number", "3"]
+    draw = ["sample", "vqvae", str(out), "--out", str(picture), "--number", "3", "--dtype", "bfloat16"]
     assert main([*draw, *(["--label", "3"] if "--class-labels" in priors else [])]) == 0
     assert "3 images of 8 x 8 pixels" in capsys.readouterr().out
     assert picture.exists()

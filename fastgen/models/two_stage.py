@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.checks import check_integer
 from fastgen.models.pixels import PixelModel
+from fastgen.models.progress import Progress
 from fastgen.models.vqvae import VQVAE, VQVAE2
 
 
@@ -83,6 +84,9 @@ class TwoStage(nn.Module):
         temperature: float = 1.0,
         uniforms: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+        progress: Progress = False,
     ) -> Tensor:
         """Draw codes, the top ones first, and decode them.
 
@@ -96,6 +100,8 @@ class TwoStage(nn.Module):
             Of the codes.
         uniforms
             For each map of codes (B, h, w) in [0, 1); drawn from `generator` by default.
+        dtype, backend, progress
+            Of the drawing of each map, see `PixelModel.sample`.
 
         Returns
         -------
@@ -121,6 +127,7 @@ class TwoStage(nn.Module):
                     batch_size, (image_size[0] // shrunk, image_size[1] // shrunk),
                     labels=labels if prior.config["classes"] else None, cond=drawn[-1] if drawn else None,
                     temperature=temperature, uniforms=None if uniforms is None else uniforms[i], generator=generator,
+                    dtype=dtype, backend=backend, progress=progress,
                 )
             )  # fmt: skip
         return self.quantizer.decode(*drawn)
