@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kPlaneInts = 7, kInstructionInts = 10, kMatrixInts = 4;
 constexpr int kChannelBlock = 16;  // channels are padded to whole blocks
+constexpr float kNormEps = 1e-5f;  // of layer norms
 
 // Rows of a matrix as they are stored: a gate's halves in alternating blocks. -> row of the weight, or -1.
 inline int64_t stored_row(int64_t r, int64_t rows, int64_t halves) {

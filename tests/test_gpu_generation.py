@@ -9,7 +9,7 @@ from op_helpers import DEVICE
 from wavenet_helpers import network
 
 from fastgen.backend import why_not
-from fastgen.models import GatedPixelCNN, PixelCNN, PixelSNAIL, WaveNet
+from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelSNAIL, WaveNet
 from fastgen.ops import WaveNetWeights, initial_state
 from fastgen.ops.wavenet_generate import Generator
 
@@ -130,7 +130,7 @@ def test_history_beyond_32_bits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 5, 200])
-@pytest.mark.parametrize("model", ["gated", "colors", "attention", "plain", "logistic"])
+@pytest.mark.parametrize("model", ["gated", "colors", "attention", "plain", "logistic", "transformer"])
 def test_images(model, batch, dtype):
     models = {
         "gated": lambda: GatedPixelCNN(channels=32, layers=3, levels=4),
@@ -138,6 +138,7 @@ def test_images(model, batch, dtype):
         "attention": lambda: PixelSNAIL(channels=16, levels=4),
         "plain": lambda: PixelCNN(channels=16, layers=2),
         "logistic": lambda: GatedPixelCNN(channels=16, layers=2, levels=16, distribution="logistic", mixtures=3),
+        "transformer": lambda: GPTPrior(20, (7, 9), channels=48, layers=2),
     }
     torch.manual_seed(0)
     network = models[model]()

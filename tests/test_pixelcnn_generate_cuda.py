@@ -4,7 +4,7 @@ import pytest
 import torch
 from cuda_helpers import ORDERS, built, run
 
-from fastgen.models import GatedPixelCNN, PixelCNN, PixelSNAIL
+from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelSNAIL
 
 NAMES = (
     "packed", "shapes", "planes", "instructions", "bf16", "biases", "context", "context_plane", "table", "distribution",
@@ -89,6 +89,17 @@ def gated(**options):
     return GatedPixelCNN(channels=8, layers=2, **options)
 
 
+def gpt(**options):
+    torch.manual_seed(0)
+    model = GPTPrior(5, (3, 4), channels=24, layers=2, heads=3, code_channels=10, **options)
+    with torch.no_grad():
+        model.place.normal_()
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                p.normal_(0.5, 0.3)
+    return model
+
+
 MODELS = {
     "gated": lambda: (gated(), {}),
     "gated, classes": lambda: (gated(classes=3), {"labels": torch.tensor([0, 2, 1])}),
@@ -96,6 +107,11 @@ MODELS = {
     "gated, bfloat16": lambda: (gated(levels=4), {"dtype": torch.bfloat16}),
     "plain": lambda: (PixelCNN(channels=8, layers=2), {}),
     "attention": lambda: (PixelSNAIL(channels=8, levels=4), {}),
+    "transformer": lambda: (gpt(), {}),
+    "transformer, bfloat16, classes": lambda: (
+        gpt(classes=3),
+        {"labels": torch.tensor([0, 2, 1]), "dtype": torch.bfloat16},
+    ),
     "logistic": lambda: (gated(levels=16, distribution="logistic", mixtures=3), {"temperature": 0.7}),
     "logistic, colors": lambda: (gated(image_channels=3, levels=8, distribution="logistic", mixtures=2), {}),
 }
@@ -116,10 +132,15 @@ def test_draws_what_the_cpu_draws(name, how, monkeypatch, tmp_path):
     check(tmp_path, seen, "address", **HOW[how])
 
 
-@pytest.mark.parametrize("name", ["gated, colors", "attention"])
+@pytest.mark.parametrize("name", ["gated, colors", "attention", "transformer"])
 def test_from_a_row_on(name, monkeypatch, tmp_path):
     model, options = MODELS[name]()
-    check(tmp_path, recorded(monkeypatch, model, 2, (4, 3), first_row=2, **options), "address", cluster=2)
+    check(
+        tmp_path,
+        recorded(monkeypatch, model, 2, getattr(model, "image_size", (4, 3)), first_row=2, **options),
+        "address",
+        cluster=2,
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -128,11 +149,11 @@ def test_in_any_order_of_threads(order, monkeypatch, tmp_path):
     check(tmp_path, seen, order=order, cluster=2, images_each=2, fill=0x41)
 
 
-@pytest.mark.parametrize("name", ["gated, colors", "attention", "logistic"])
+@pytest.mark.parametrize("name", ["gated, colors", "attention", "transformer", "logistic"])
 @pytest.mark.parametrize("spilled", [False, True])
 def test_no_races(name, spilled, monkeypatch, tmp_path):
     model, options = MODELS[name]()
-    seen = recorded(monkeypatch, model, 2, (2, 2), **options)
+    seen = recorded(monkeypatch, model, 2, getattr(model, "image_size", (2, 2)), **options)
     check(tmp_path, seen, "thread", cluster=2, images_each=2, row_cluster=2, spilled=spilled, order="random 1")
 
 

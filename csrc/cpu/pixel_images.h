@@ -16,8 +16,6 @@ inline VecF elu(VecF x) {
 // a * sigmoid(b)
 inline VecF glu(VecF a, VecF b) { return quotient(a, 1.0f + exp_bounded(-at_most(at_least(b, -60.0f), 80.0f))); }
 
-constexpr float kNormEps = 1e-5f;
-
 // The number of levels whose cumulative probability is <= u, for a mixture of logistics over [-1, 1] that is cut into
 // `levels` bins, the outermost reaching to infinity.
 inline int64_t sample_logistic_level(const float* parameters, int64_t mixtures, int64_t levels, float temperature,

@@ -61,6 +61,8 @@ class Images {
   }
   FASTGEN_DEVICE float* at(int64_t plane, int image, int64_t y, int x) const { return at(row(plane, y), image, x); }
 
+  FASTGEN_DEVICE static float gelu(float a) { return 0.5f * a * (1 + erff(a * 0.70710678f)); }
+
   // b: the second half of a gate.
   FASTGEN_DEVICE static float activated(Kind kind, float a, float b) {
     if (kind == Kind::kRelu) return a > 0 || a != a ? a : 0.0f;

@@ -17,12 +17,12 @@ constexpr int kShare = 4;  // images that a warp multiplies at once, for one pix
 constexpr int kMostShare = 2;
 constexpr int kTaskBytes = 128;
 
-enum class Kind { kConv, kGate, kGlu, kRelu, kElu, kAdd, kAttention, kRemember, kSample };
+enum class Kind { kConv, kGate, kGlu, kRelu, kElu, kAdd, kAttention, kRemember, kSample, kGelu, kNorm, kPrevious };
 
 struct Plane {
   int64_t channels, halves, rows, row_size, start, step, offset;
   int64_t slot;  // where the current pixel's vector lies in shared memory, or -1: in numbers of an image
-  int64_t kept;  // whether rows below read it: it lies in global memory too
+  int64_t kept;  // whether later rows read it: it lies in global memory too
 
   FASTGEN_HOST_DEVICE int64_t length() const { return round_up(channels, kTileInputs); }  // of that vector
 };
@@ -179,10 +179,8 @@ inline void place_planes(Program* program) {
   for (const Instruction& i : program->instructions) {
     for (const int64_t plane : {i.src, i.other}) {
       if (plane < 0 || program->planes[plane].slot < 0) continue;
-      if (!i.per_pixel) {
-        program->planes[plane].kept = 1;
-        continue;
-      }
+      if (!i.per_pixel || static_cast<Kind>(i.kind) == Kind::kPrevious) program->planes[plane].kept = 1;
+      if (!i.per_pixel) continue;
       Life& life = lives[plane];
       if (life.from < 0) {
         order.push_back(plane);

@@ -223,6 +223,10 @@ class Pixels : Images {
       remember(i, x);
     else if (kind == Kind::kAttention)
       attend(i, x);
+    else if (kind == Kind::kNorm)
+      normalize(i, x);
+    else if (kind == Kind::kPrevious)
+      look_back(i, x);
     else
       activate(i, x);
   }
@@ -328,9 +332,54 @@ class Pixels : Images {
         const float a = number(i.src, image, x, row);
         if (kind == Kind::kAdd)
           v.v[k] = a + number(i.other, image, x, c);
+        else if (kind == Kind::kGelu)
+          v.v[k] = gelu(a);
         else
           v.v[k] = activated(kind, a, pairs ? number(i.src, image, x, row + kChannelBlock) : 0);
       }
+      put(i.dst, image, begin, x, v);
+    }
+    sync_block();
+  }
+
+  // Layer norm of the first i.extra channels, of which the bias holds scales and shifts: every block for itself, a warp
+  // for each image.
+  FASTGEN_DEVICE void normalize(const Instruction& i, int x) {
+    const int lane = thread() % 32, live = static_cast<int>(i.extra);
+    const int groups = static_cast<int>(planes_[i.dst].channels) / kGroup;
+    for (int image = thread() / 32; image < count_; image += threads() / 32) {
+      float sum = 0, squares = 0;
+      for (int c = lane; c < live; c += 32) sum += number(i.src, image, x, c);
+      const float mean = sum_of_warp(sum) / live;
+      for (int c = lane; c < live; c += 32) {
+        const float d = number(i.src, image, x, c) - mean;
+        squares += d * d;
+      }
+      const float scale = 1 / sqrtf(sum_of_warp(squares) / live + kNormEps);
+      const float* of_image = job_.biases + (job_.own_biases ? (first_ + image) * job_.bias_size : 0) + i.bias;
+      for (int g = lane; g < groups; g += 32) {
+        Group<float> v;
+        for (int k = 0; k < kGroup; ++k) {
+          const int c = g * kGroup + k;
+          const float* pair = of_image + row_of_pair(c);
+          v.v[k] = (number(i.src, image, x, c) - mean) * scale * pair[0] + pair[kChannelBlock];
+        }
+        put(i.dst, image, g * kGroup, x, v);
+      }
+    }
+    sync_block();
+  }
+
+  // The pixel before: its vector is still here, save that of the row above.
+  FASTGEN_DEVICE void look_back(const Instruction& i, int x) {
+    const int each = static_cast<int>(planes_[i.dst].channels) / kGroup;
+    for (int e = thread(); e < count_ * each; e += threads()) {
+      const int image = e / each, begin = e % each * kGroup;
+      Group<float> v;
+      if (x == 0)
+        v = *reinterpret_cast<const Group<float>*>(at(i.src, image, job_.y - 1, width_ - 1) + begin);
+      else
+        for (int k = 0; k < kGroup; ++k) v.v[k] = number(i.src, image, x, begin + k);
       put(i.dst, image, begin, x, v);
     }
     sync_block();
@@ -343,62 +392,67 @@ class Pixels : Images {
     if (p.kept && image % ranks_ == rank_) *reinterpret_cast<Group<float>*>(at(plane, image, job_.y, x) + begin) = v;
   }
 
-  // Keys [head][channel][pixel] and values [head][pixel][channel] of all pixels drawn.
+  // Keys [head][block of pixels][channel][pixel] and values [head][pixel][channel], padded, of all pixels drawn.
   struct Cache {
-    int64_t heads, keys, values, room;
+    int keys, values, padded, room;  // keys and values of a head
     float *key, *value;
   };
   FASTGEN_DEVICE Cache cache_of(const Instruction& i, int64_t image) const {
-    const int64_t pixels = job_.height * job_.width,
-                  room = (pixels + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
+    const int heads = static_cast<int>(i.bias), keys = static_cast<int>(i.dy) / heads;
+    const int values = static_cast<int>(i.dx) / heads, room = whole_blocks(static_cast<int>(job_.height) * width_);
     float* key = job_.memory + (first_ + image) * job_.memory_size + i.extra;
-    return {i.bias, i.dy / i.bias, i.dx / i.bias, room, key, key + i.dy * room};
+    return {keys, values, whole_blocks(values), room, key, key + heads * keys * room};
   }
+  FASTGEN_DEVICE static int whole_blocks(int n) { return (n + kChannelBlock - 1) / kChannelBlock * kChannelBlock; }
 
   FASTGEN_DEVICE void remember(const Instruction& i, int x) {
-    const int64_t pixel = job_.y * job_.width + x;
+    const int pixel = static_cast<int>(job_.y) * width_ + x, lane = pixel % kChannelBlock;
     const auto channels = static_cast<unsigned>(i.dy + i.dx);
     for (unsigned e = rank_ * threads() + thread(); e < count_ * channels; e += ranks_ * threads()) {
-      const int image = e / channels, c = e % channels;
+      const int image = e / channels, c = e % channels, v = c - static_cast<int>(i.dy);
       const Cache cache = cache_of(i, image);
-      if (c < i.dy) {
-        cache.key[c * cache.room + pixel] = number(i.src, image, x, c);
+      if (v < 0) {
+        const int k = c % cache.keys;
+        cache.key[(c - k) * cache.room + (pixel - lane) * cache.keys + k * kChannelBlock + lane] =
+            number(i.src, image, x, c);
       } else {
-        const int64_t v = c - i.dy;
-        cache.value[(v / cache.values * cache.room + pixel) * cache.values + v % cache.values] =
-            number(i.other, image, x, static_cast<int>(v));
+        cache.value[(v / cache.values * cache.room + pixel) * cache.padded + v % cache.values] =
+            number(i.other, image, x, v);
       }
     }
     meet();
   }
 
-  // Softmax of the products with the keys of all pixels before and with a key of zeros, over their values; the value of
-  // the key of zeros is zero. A warp for each head of an image; the results go through global memory.
+  // Softmax of the products with the keys of all pixels before, and with the pixel's own, or a key of zeros whose value
+  // is zero, over their values: matrix is 1 or 0. A warp for each head of an image; the results go through global
+  // memory.
   FASTGEN_DEVICE void attend(const Instruction& i, int x) {
-    const int pixels = static_cast<int>(job_.y) * width_ + x, warps = threads() / 32, heads = static_cast<int>(i.bias);
+    const int pixels = static_cast<int>(job_.y) * width_ + x + static_cast<int>(i.matrix), warps = threads() / 32,
+              heads = static_cast<int>(i.bias);
     const int lane = thread() % 32;
     float* score = scores_ + thread() / 32 * job_.scores;
     for (int item = rank_ * warps + thread() / 32; item < count_ * heads; item += ranks_ * warps) {
       const int image = item / heads, h = item % heads;
       const Cache cache = cache_of(i, image);
       const float scale = 1 / sqrtf(static_cast<float>(cache.keys));
-      float top = 0;
+      float top = i.matrix * -1e30f;  // of the zeros, where they do not count
       for (int j = lane; j < pixels; j += 32) {
+        const float* key = cache.key + h * cache.keys * cache.room + (j - j % kChannelBlock) * cache.keys;
         float sum = 0;
-        for (int64_t k = h * cache.keys; k < (h + 1) * cache.keys; ++k)
-          sum += cache.key[k * cache.room + j] * (number(i.src, image, x, static_cast<int>(k)) * scale);
+        for (int k = 0; k < cache.keys; ++k)
+          sum += key[k * kChannelBlock + j % kChannelBlock] * (number(i.src, image, x, h * cache.keys + k) * scale);
         score[j] = sum;
         top = fmaxf(top, sum);
       }
       top = most_of_warp(top);
       float total = 0;
       for (int j = lane; j < pixels; j += 32) total += score[j] = expf(score[j] - top);
-      total = sum_of_warp(total) + expf(-top);
+      total = sum_of_warp(total) + expf(i.matrix * -1e30f - top);
       sync_warp();
       float* to = at(i.dst, image, job_.y, x) + h * cache.values;
-      for (int64_t c = lane; c < cache.values; c += 32) {
+      for (int c = lane; c < cache.values; c += 32) {
         float sum = 0;
-        for (int j = 0; j < pixels; ++j) sum += score[j] * cache.value[(h * cache.room + j) * cache.values + c];
+        for (int j = 0; j < pixels; ++j) sum += score[j] * cache.value[(h * cache.room + j) * cache.padded + c];
         to[c] = sum / total;
       }
       sync_warp();

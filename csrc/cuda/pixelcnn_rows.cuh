@@ -83,6 +83,7 @@ class Rows : Images {
 
   // An activation of channel c.
   FASTGEN_DEVICE static float activated_of(Kind kind, const float* from, int c) {
+    if (kind == Kind::kGelu) return gelu(from[c]);
     if (kind == Kind::kRelu || kind == Kind::kElu) return activated(kind, from[c], 0);
     return activated(kind, from[row_of_pair(c)], from[row_of_pair(c) + kChannelBlock]);
   }

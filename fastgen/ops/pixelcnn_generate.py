@@ -26,7 +26,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 TOO_LARGE = "(its weights or its context are too large)"
 DISTRIBUTIONS = ("bernoulli", "categorical", "logistic")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": F.elu, "gelu": F.gelu}
-NOT_ON_CUDA = ("gelu", "norm", "previous", "lstm")
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,9 @@ class PixelGenerator:
             for matrix, halves in zip(program.matrices, program.matrix_halves, strict=True)
             for n in (matrix.shape[0], halves, matrix.shape[1], matrix.shape[2])
         ]
-        if self.backend == "cuda":
-            lacking = sorted({i.kind for i in program.instructions} & set(NOT_ON_CUDA))
-            if lacking:
-                reason = f"the kernel has no instruction {', '.join(lacking)}"
-                self.backend = instead("pixelcnn_generate", backend, "cuda", table.device, reason)
+        if self.backend == "cuda" and not _on_cuda(program):
+            reason = "the kernel has no LSTMs, and layer norms of single pixels alone"
+            self.backend = instead("pixelcnn_generate", backend, "cuda", table.device, reason)
         if self.backend == "cuda":
             matrices = [m.detach().cpu() for m in program.matrices]
             packed = torch.ops.fastgen.pixelcnn_pack_cuda(matrices, self._shapes, dtype == torch.bfloat16)
@@ -252,6 +249,11 @@ class PixelGenerator:
         for bias in self.program.biases:
             if bias.dim() == 2 and len(bias) != batch:
                 raise ValueError(f"{op}: the program's biases are for {len(bias)} images, uniforms for {batch}")
+
+
+def _on_cuda(program: PixelProgram) -> bool:
+    """Whether the CUDA kernel has all instructions."""
+    return not any(i.kind == "lstm" or (i.kind, i.phase) == ("norm", "row") for i in program.instructions)
 
 
 def _check_finite(tensors: list[Tensor]) -> None:
