@@ -193,6 +193,16 @@ def test_programs_that_do_not_fit():
         (lambda: p.lstm(row, p.state(2), p.state(2)), "lstm needs a plane of four gates; make plane .* with halves=4"),
         (lambda: p.lstm(gates, p.state(2), p.state(3)), "a quarter of the gates' 8 channels, got 3"),
         (lambda: p.previous(row), "previous needs a plane of the pixel phase"),
+        (lambda: p.norm(p.input, torch.ones(3), torch.ones(4)), r"scale must be \(4,\), as the plane's.*got \(3,\)"),
+        (lambda: p.gelu(gates), "gelu needs a plane that is not of halves"),
+        (lambda: p.attention(gates, 8, 2, lambda: (0, 0)), "attention needs a plane that is not of halves"),
+        (
+            lambda: p.right(back, torch.ones(8, 3), p.linear(row, torch.ones(8, 8), halves=4)),
+            "the plane's 4 channels, got 3",
+        ),
+        (lambda: p.right(back, torch.ones(8, 4), gates), "right runs before the pixels of a row are drawn"),
+        (lambda: p.lstm(gates, p.state(2, "back"), p.state(2, "back")), "h and c must be states of one phase"),
+        (lambda: p.lstm(gates, p.state(2), p.state(2, "back")), "h and c must be states of one phase"),
         (lambda: p.conv(back, torch.randn(8, 4, 1, 3)), "sees pixels to the left, which plane"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -197,6 +197,12 @@ class PixelProgram:
 
     def norm(self, x: int, scale: Tensor, shift: Tensor) -> int:
         """Layer norm over the channels of x, with an epsilon of NORM_EPS; scale, shift (channels,)."""
+        for name, tensor in (("scale", scale), ("shift", shift)):
+            if tuple(tensor.shape) != (self.planes[x].channels,):
+                raise ValueError(
+                    f"PixelProgram: {name} must be ({self.planes[x].channels},), as the plane's channels, got "
+                    f"{tuple(tensor.shape)}"
+                )
         result = self._unary("norm", x, self.planes[x].channels)
         self.instructions[-1] = self.instructions[-1]._replace(
             bias=self._bias(torch.cat((scale, shift))), extra=self.planes[x].channels
@@ -218,8 +224,16 @@ class PixelProgram:
 
     def right(self, x: int, matrix: Tensor, add: int) -> int:
         """Plane `add` plus matrix (O, C) times x at the pixel to the right, in the back phase."""
-        result = self._plane(len(matrix), "back", self.planes[add].halves)
         self._check_alike(len(matrix), self.planes[add].halves, add)
+        if matrix.shape[1] != self.planes[x].channels:
+            raise ValueError(
+                f"PixelProgram: matrix must have the plane's {self.planes[x].channels} channels, got {matrix.shape[1]}"
+            )
+        if "pixel" in (self.planes[x].phase, self.planes[add].phase):
+            raise ValueError(
+                "PixelProgram: right runs before the pixels of a row are drawn; x and add must be known then"
+            )
+        result = self._plane(len(matrix), "back", self.planes[add].halves)
         self._window(x, 0, 1, 1)
         number = self._matrix(matrix.detach().float()[:, None], self.planes[add].halves)
         return self._emit("conv", "back", result, x, add, number, dx=1, extra=1)
@@ -235,6 +249,13 @@ class PixelProgram:
                     f"PixelProgram: h and c must have a quarter of the gates' {self.planes[gates].channels} channels, "
                     f"got {self.planes[state].channels}"
                 )
+        phases = [self.planes[plane].phase for plane in (h, c, gates)]
+        if phases[0] != phases[1] or phases[0] != self._later(phases[0], gates):
+            raise ValueError(
+                "PixelProgram: h and c must be states of one phase, not before the gates', got {}, {} and {}".format(
+                    *phases
+                )
+            )
         self._window(c, dy, dx, 1)
         return self._emit("lstm", self.planes[h].phase, h, gates, c, dy=dy, dx=dx)
 
@@ -255,6 +276,7 @@ class PixelProgram:
         keys = self.planes[query].channels
         if keys % heads or values % heads:
             raise ValueError(f"PixelProgram: heads must divide {keys} and {values} channels, got {heads}")
+        self._check_whole("attention", query)
         self.caches.append(Cache(keys, values, heads))
         cache = len(self.caches) - 1
 
@@ -304,7 +326,13 @@ class PixelProgram:
             raise ValueError(f"PixelProgram: {kind} needs a plane of two halves; make plane {x} with halves=2")
         return self._unary(kind, x, self.planes[x].channels // 2)
 
+    def _check_whole(self, kind: str, x: int) -> None:
+        if self.planes[x].halves != 1:
+            raise ValueError(f"PixelProgram: {kind} needs a plane that is not of halves; make plane {x} without halves")
+
     def _unary(self, kind: str, x: int, channels: int) -> int:
+        if kind not in ("gate", "glu"):
+            self._check_whole(kind, x)
         phase = self.planes[x].phase
         return self._emit(kind, phase, self._plane(channels, phase), x)
 
