@@ -17,12 +17,6 @@ constexpr int kPanel = 2 * kLanes<T>;
 constexpr int kFactors = 64;
 constexpr float kNoLogit = -1e30f;  // in place of an output that there is none of: e^-|l| = 0
 
-// NaN stays.
-template <class V>
-inline V positive_part(V x) {
-  return x < 0 ? V{} : x;
-}
-
 template <class T>
 struct Layer {
   static constexpr int kPanel = fastgen::kPanel<T>;
