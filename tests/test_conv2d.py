@@ -139,6 +139,14 @@ def test_nan_stays_and_reaches_only_what_sees_it():
     assert torch.equal(got, expected)
 
 
+def test_gradients_of_a_relu_that_holds_nan():
+    x = torch.tensor([float("nan"), 1.0, -1.0]).view(1, 1, 1, 3).requires_grad_()
+    bias = torch.zeros(1, requires_grad=True)
+    conv2d(x, torch.ones(1, 1, 1, 1), bias, relu=True, backend="cpu").sum().backward()
+    assert x.grad.flatten().tolist() == [1, 1, 0]
+    assert float(bias.grad) == 2
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_gradcheck(relu):
     args = tuple(v.requires_grad_() for v in arguments(2, 2, 4, 3, 3).values())

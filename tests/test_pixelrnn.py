@@ -176,10 +176,32 @@ def test_larger_networks(name, need):
     assert float((of_rounded - close).norm()) < 0.02 * float(close.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_network_that_reads_the_cells(dtype, need):
+    """What an LSTM writes beside h is known to be written, by the other thread too."""
+    need(OP, "cpu")
+    torch.manual_seed(0)
+    hidden, p = 96, PixelProgram(4)
+    for _ in range(2):
+        h, c = p.state(hidden), p.state(hidden)
+        gates = p.conv(p.input, torch.randn(4 * hidden, 4, 1, 3), mask="A", halves=4)
+        first = p.linear(p.lstm(gates, h, c, dx=-1), torch.randn(5, hidden), add=p.linear(c, torch.randn(5, hidden)))
+        p.lstm(p.linear(c, torch.randn(4 * hidden, hidden) / 8, halves=4), p.state(hidden), c, dx=-1)
+    p.sample(p.linear(c, torch.randn(5, hidden), add=first), 0)
+    make = p, torch.randn(5, 4), PixelDistribution("categorical", 5, 5)
+    u = torch.rand(1, 1, 5, 8)
+    exact = PixelGenerator(*make, dtype=dtype, backend="reference").run(u, parameters=True)[1]
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for _ in range(20):
+            got = PixelGenerator(*make, dtype=dtype, backend="cpu").run(u, parameters=True)[1]
+            assert float((got - exact).norm() / exact.norm()) < (1e-4 if dtype == torch.float32 else 0.02)
+
+
 @pytest.mark.parametrize("isa", backend.ISAS)
 def test_every_instruction_set(isa, run_under):
     """The same tests under each instruction set that this CPU has."""
-    run_under(isa, "would or teacher or larger", "pixelrnn")
+    run_under(isa, "would or teacher or larger or cells", "pixelrnn")
 
 
 def test_programs_that_do_not_fit():
@@ -201,8 +223,13 @@ def test_programs_that_do_not_fit():
             "the plane's 4 channels, got 3",
         ),
         (lambda: p.right(back, torch.ones(8, 4), gates), "right runs before the pixels of a row are drawn"),
-        (lambda: p.lstm(gates, p.state(2, "back"), p.state(2, "back")), "h and c must be states of one phase"),
-        (lambda: p.lstm(gates, p.state(2), p.state(2, "back")), "h and c must be states of one phase"),
+        (lambda: p.lstm(gates, p.state(2, "back"), p.state(2, "back"), dx=1), "h and c must be states of one phase"),
+        (lambda: p.lstm(gates, p.state(2), p.state(2, "back"), dx=-1), "h and c must be states of one phase"),
+        (lambda: p.lstm(gates, p.state(2), p.state(2), dx=1), r"c must come from the row above .* got dy=0, dx=1"),
+        (lambda: p.lstm(gates, p.state(2), p.state(2)), r"c must come from the row above .* got dy=0, dx=0"),
+        (lambda: p.linear(gates, torch.ones(3, 8)), "conv needs a plane that is not of halves"),
+        (lambda: p.sample(gates, 0), "sample needs a plane that is not of halves"),
+        (lambda: p.attention(p.input, 8, 2, lambda: (p.input, p.input), own=True), "4 and 8 channels, got 4 for 8"),
         (lambda: p.conv(back, torch.randn(8, 4, 1, 3)), "sees pixels to the left, which plane"),
     ):
         with pytest.raises(ValueError, match=message):

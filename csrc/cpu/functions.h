@@ -104,7 +104,7 @@ inline VecF gelu(VecF x) {
   const VecF z = at_most((VecF)((VecU)x & 0x7fffffffu), 13.0f), t = 1.0f / (1.0f + z * 0.23164189f);
   const VecF series = (((t * 1.061405429f - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
   const VecF tail = 0.5f * t * series * exp_bounded(-0.5f * z * z);
-  return x * (x < 0.0f ? tail : 1.0f - tail);
+  return x < 0.0f ? at_least(x, -13.0f) * tail : x * (1.0f - tail);
 }
 
 // a / b for b of ordinary size, within little more than an ulp, in a third of the time of a division of 512 bits.

@@ -44,14 +44,14 @@ void sum_rows(const T* grad, int64_t rows, int64_t columns, T* to) {
   share((columns + kStrip - 1) / kStrip, [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin * kStrip; strip < std::min(end * kStrip, columns); strip += kStrip) {
       const int64_t width = std::min(kStrip, columns - strip);
-      T total[kStrip] = {};
+      double total[kStrip] = {};
       for (int64_t block = 0; block < rows; block += kRows) {
         T sums[kStrip] = {};
         for (int64_t row = block; row < std::min(block + kRows, rows); ++row)
           for (int64_t c = 0; c < width; ++c) sums[c] += grad[row * columns + strip + c];
         for (int64_t c = 0; c < width; ++c) total[c] += sums[c];
       }
-      store_row(to + strip, total, width);
+      for (int64_t c = 0; c < width; ++c) to[strip + c] = static_cast<T>(total[c]);
     }
   });
 }

@@ -129,7 +129,8 @@ class Images {
 
   void execute(const Instruction& i, int begin, int end, int64_t y, int64_t x0, int64_t x1) {
     if (i.meet) meet(begin, end);
-    if (i.dst == sides_[begin].windows[0]) sides_[begin].windows = {-1};
+    const int64_t held = sides_[begin].windows[0];
+    if (i.dst == held || (i.kind == Kind::kLstm && i.other == held)) sides_[begin].windows = {-1};
     if (i.kind == Kind::kConv) return convolve(i, begin, end, y, x0, x1);
     if (i.kind == Kind::kSample) {
       if (begin == 0) draw_values(i, y, x0);

@@ -145,13 +145,15 @@ inline void mark_meetings(std::vector<Instruction>& instructions, const std::vec
       if (i.kind == Kind::kConv || i.kind == Kind::kSample || i.kind == Kind::kAttention || i.kind == Kind::kNorm)
         whole = {i.src};
       if (i.kind == Kind::kRemember) whole = {i.src, i.other};
-      i.meet = i.kind == Kind::kSample || has(read, i.dst) || has(across, i.src) || has(across, i.other);
+      i.meet = i.kind == Kind::kSample || has(read, i.dst) || (i.kind == Kind::kLstm && has(read, i.other)) ||
+               has(across, i.src) || has(across, i.other);
       for (int64_t p : whole) i.meet = i.meet || has(written, p);
       for (int64_t p : used) i.meet = i.meet || (i.dst >= 0 && p != i.dst && planes[p].offset == planes[i.dst].offset);
       if (i.meet) written.clear(), across.clear(), read.clear(), used.clear();
       for (int64_t p : {i.dst, i.src, i.other})
         if (p >= 0) used.push_back(p);
       written.push_back(i.dst);
+      if (i.kind == Kind::kLstm) written.push_back(i.other);
       if (i.kind == Kind::kAttention) across.push_back(i.dst);
       read.insert(read.end(), whole.begin(), whole.end());
     }

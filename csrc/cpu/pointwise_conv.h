@@ -59,7 +59,7 @@ void pointwise_backward(const ConvShape& s, const ConvTensors<T>& in, const T* g
           Vec<T> g = take(grad + at + i, n);
           if (kept) {
             const Vec<T> zero = {};
-            g = take(kept + at + i, n) > zero ? g : zero;
+            g = take(kept + at + i, n) <= zero ? zero : g;
             put(live.data() + o * count + i, g, n);
           }
           sum += g;

@@ -167,11 +167,11 @@ class WaveNet(nn.Module):
         h = self._embed(previous)
         local = self._upsampled(local, batch, steps)
         speaker_vector = self._speaker(speaker, batch)
-        skips = h  # of no layer
-        for i, layer in enumerate(self.layers):
+        skips: Tensor | None = None
+        for layer in self.layers:
             h, skip = layer(h, local, speaker_vector)
-            # in place once the sum is a tensor of its own
-            skips = skip if i == 0 else skips + skip if i == 1 else skips.add_(skip)
+            skips = skip if skips is None else skips + skip
+        assert skips is not None
         return self.output(self.hidden(F.relu(skips)))  # type: ignore[no-any-return]
 
     def log_prob(self, x: Tensor, local: Tensor | None = None, speaker: Tensor | None = None) -> Tensor:

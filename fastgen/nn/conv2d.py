@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgen.ops.conv2d import conv2d
 
+LANES = 16  # pixels that a vector holds, of which a 1x1 convolution should have more
 SMALL_PIXELS = 100  # pixels of an image: up to there PyTorch's kernels are as fast or faster
 
 
@@ -86,4 +87,5 @@ def _suits(x: Tensor, kernel_size: tuple[int, ...], dim: int = 4) -> bool:
     if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return False
     # in compiled code the last test would compile anew where images cross the limit
-    return kernel_size == (1, 1) or torch.compiler.is_compiling() or x.shape[2] * x.shape[3] > SMALL_PIXELS
+    least = LANES if kernel_size == (1, 1) else SMALL_PIXELS
+    return torch.compiler.is_compiling() or x.shape[2:].numel() > least

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastgen.ops.linear import linear
 
 SMALL_PRODUCT = 1 << 21  # multiply-adds of a call: up to there PyTorch is as fast
+SMALL_SIDE = 16  # rows, inputs or outputs: with fewer, vectors and tiles are not filled
 
 
 class Linear(nn.Linear):
@@ -34,5 +35,8 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return False
-    # in compiled code the last test would compile anew where batches cross the limit
-    return torch.compiler.is_compiling() or x.shape[:-1].numel() * weight.numel() > SMALL_PRODUCT
+    # in compiled code the last tests would compile anew where batches cross the limits
+    if torch.compiler.is_compiling():
+        return True
+    rows = x.shape[:-1].numel()
+    return rows * weight.numel() > SMALL_PRODUCT and min(rows, *weight.shape) >= SMALL_SIDE

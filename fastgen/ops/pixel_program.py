@@ -122,6 +122,7 @@ class PixelProgram:
         ValueError
             For a plane, weight, mask or sum that does not fit; the message says what came.
         """
+        self._check_whole("conv", x)
         after = self.planes[x].channels - offset - weight.shape[1]
         if offset < 0 or after < 0:
             raise ValueError(
@@ -249,6 +250,12 @@ class PixelProgram:
                     f"PixelProgram: h and c must have a quarter of the gates' {self.planes[gates].channels} channels, "
                     f"got {self.planes[state].channels}"
                 )
+        beside = {"pixel": -1, "back": 1}
+        if (dy, dx) != (-1, 0) and (dy, dx) != (0, beside.get(self.planes[h].phase)):
+            raise ValueError(
+                f"PixelProgram: c must come from the row above (dy=-1), or from the pixel before (dx=-1, in the back "
+                f"phase 1), got dy={dy}, dx={dx}"
+            )
         phases = [self.planes[plane].phase for plane in (h, c, gates)]
         if phases[0] != phases[1] or phases[0] != self._later(phases[0], gates):
             raise ValueError(
@@ -281,7 +288,15 @@ class PixelProgram:
         cache = len(self.caches) - 1
 
         def append() -> int:
-            return self._emit("remember", "pixel", -1, *remember(), extra=cache)
+            key, value = remember()
+            for plane, channels in ((key, keys), (value, values)):
+                self._check_whole("attention", plane)
+                if self.planes[plane].channels != channels:
+                    raise ValueError(
+                        f"PixelProgram: keys and values must have {keys} and {values} channels, got "
+                        f"{self.planes[plane].channels} for {channels}"
+                    )
+            return self._emit("remember", "pixel", -1, key, value, extra=cache)
 
         if own:
             append()
@@ -290,6 +305,7 @@ class PixelProgram:
         return self._emit("attention", "pixel", self._plane(values, "pixel"), query, dx=int(own), extra=cache)
 
     def sample(self, parameters: int, color: int) -> None:
+        self._check_whole("sample", parameters)
         self._emit("sample", "pixel", self.input, parameters, extra=color)
 
     def finish(self) -> None:
