@@ -245,6 +245,15 @@ def readable(x: Tensor) -> bool:
     return x.device.type != "meta" and not torch.compiler.is_compiling()
 
 
+def stands_in(x: Tensor) -> bool:
+    """Whether a layer that stands in for PyTorch's may run a kernel for the CPU: bfloat16, autocast and torch.jit.trace
+    are left to PyTorch."""
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return not tracing and not torch.is_autocast_enabled("cpu")
+
+
 def check_unit_range(op: str, name: str, x: Tensor) -> None:
     """Values in [-1, 1]; NaN is outside."""
     if x.numel() and readable(x) and not bool((x.detach().abs() <= 1).all()):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.checks import stands_in
 from fastgen.ops.conv2d import conv2d
 
 LANES = 16  # pixels that a vector holds, of which a 1x1 convolution should have more
@@ -80,11 +81,7 @@ class Conv1d(nn.Conv1d):
 
 
 def _suits(x: Tensor, kernel_size: tuple[int, ...], dim: int = 4) -> bool:
-    if not isinstance(x, Tensor) or x.dim() != dim or x.device.type != "cpu":
-        return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
-    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+    if not stands_in(x) or x.dim() != dim:
         return False
     # in compiled code the last test would compile anew where images cross the limit
     least = LANES if kernel_size == (1, 1) else SMALL_PIXELS

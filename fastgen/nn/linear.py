@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.checks import stands_in
 from fastgen.ops.linear import linear
 
 SMALL_PRODUCT = 1 << 21  # multiply-adds of a call: up to there PyTorch is as fast
@@ -29,11 +30,7 @@ def linear_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    if not isinstance(x, Tensor) or not x.dim() or x.device.type != "cpu" or weight.device != x.device:
-        return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
-    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+    if not stands_in(x) or not x.dim() or weight.device != x.device:
         return False
     # in compiled code the last tests would compile anew where batches cross the limits
     if torch.compiler.is_compiling():
