@@ -23,6 +23,8 @@ SHAPES = [
     (1, 17, 13, 31, 5, (5, 3)),
     (2, 4, 3, 2, 8, (7, 9)),  # a kernel larger than the image
     (1, 16, 300, 3, 16, (1, 1)),
+    (3, 4, 9, 5, 70, (3, 3)),  # an odd number of pixels each way
+    (2, 150, 8, 6, 3, (3, 3)),  # more channels than have their gradients summed at once
 ]
 
 
@@ -94,6 +96,34 @@ def test_any_number_of_threads(threads, batch):
 
 def test_an_image_larger_than_the_caches():
     compare(conv2d, arguments(1, 64, 120, 130, 64), torch.float32)
+    compare(conv2d, arguments(1, 64, 60, 70, 64, (5, 3)), torch.float32)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 3)])
+def test_errs_no_more_than_a_plain_sum(kernel):
+    """Root mean squares of the errors, beside those of PyTorch's float32."""
+    args = arguments(8, 64, 16, 16, 64, kernel)
+    exact, plain, got = (
+        run(op, args, dtype, backend) for op, dtype, backend in (
+            (conv2d, torch.float64, "reference"), (conv2d, torch.float32, "reference"), (conv2d, torch.float32, "cpu"),
+        )
+    )  # fmt: skip
+    for name, value in exact.items():
+        error, allowed = ((result[name].double() - value).square().mean().sqrt() for result in (got, plain))
+        assert error < 2 * allowed, name
+
+
+@pytest.mark.parametrize("far", [1e8, float("nan"), float("inf")])
+def test_no_output_depends_on_what_it_does_not_see(far):
+    args = floats(arguments(1, 16, 12, 12, 16))
+    before = conv2d(**args, backend="cpu")
+    for y, x in ((5, 6), (6, 5), (11, 0)):
+        changed = args["x"].clone()
+        changed[0, 3, y, x] = far
+        unseen = torch.ones(12, 12, dtype=torch.bool)
+        unseen[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] = False
+        after = conv2d(**args | {"x": changed}, backend="cpu")
+        assert torch.equal(before[..., unseen], after[..., unseen])
 
 
 def test_strided_and_expanded_inputs():

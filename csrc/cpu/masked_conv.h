@@ -24,14 +24,13 @@ struct Stretch {
 };
 
 // tile[i] += sum over all stretches of a[i * stride + k] * b[k], or, if Across, a[i + k * stride] * b[k], for i < P;
-// rows of tile and b are V vectors. Not inlined: among other variables the compiler would keep sums in memory.
+// rows of tile and b are V vectors; what a fresh tile holds does not count. Not inlined: among other variables the
+// compiler would keep sums in memory.
 template <class T, int P, int V, bool Across>
-[[gnu::noinline]] void multiply_rows(T* tile, const Stretch<T>* stretch, int64_t stretches, int64_t stride) {
+[[gnu::noinline]] void multiply_rows(T* tile, const Stretch<T>* stretch, int64_t stretches, int64_t stride,
+                                     bool fresh) {
   constexpr int kL = kLanes<T>;
-  Vec<T> sum[P][V];
-  unroll<P>([&](auto i) FASTGEN_INLINE {
-    unroll<V>([&](auto v) FASTGEN_INLINE { sum[i][v] = load(tile + (i * V + v) * kL); });
-  });
+  Vec<T> sum[P][V] = {};
   for (const Stretch<T>* end = stretch + stretches; stretch != end; ++stretch) {
     // three rows to a pointer, as far as addresses are free of arithmetic
     constexpr int kPointers = Across ? 1 : (P + 2) / 3;
@@ -48,13 +47,16 @@ template <class T, int P, int V, bool Across>
       unroll<kPointers>([&](auto j) FASTGEN_INLINE { a[j] += Across ? stride : 1; });
     }
   }
-  unroll<P>([&](auto i) FASTGEN_INLINE {
-    unroll<V>([&](auto v) FASTGEN_INLINE { store(tile + (i * V + v) * kL, sum[i][v]); });
-  });
+  const auto each = [&](auto&& f) FASTGEN_INLINE {
+    unroll<P>([&](auto i)
+                  FASTGEN_INLINE { unroll<V>([&](auto v) FASTGEN_INLINE { f(tile + (i * V + v) * kL, sum[i][v]); }); });
+  };
+  if (!fresh) each([](T* to, Vec<T>& value) FASTGEN_INLINE { value += load(to); });
+  each([](T* to, Vec<T>& value) FASTGEN_INLINE { store(to, value); });
 }
 
 template <class T>
-using MultiplyRows = void (*)(T*, const Stretch<T>*, int64_t, int64_t);
+using MultiplyRows = void (*)(T*, const Stretch<T>*, int64_t, int64_t, bool);
 template <class T, bool Across>
 MultiplyRows<T> multiply_rows_of(int64_t rows, int64_t vectors) {
   static constexpr auto table = []<int... P>(std::integer_sequence<int, P...>) {
@@ -146,7 +148,7 @@ void conv_forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept)
               w += n * width;
             }
             multiply_rows_of<T, false>(count, vectors)(tile.data() + from * width, stretches.data(),
-                                                       static_cast<int64_t>(stretches.size()), s.channels);
+                                                       static_cast<int64_t>(stretches.size()), s.channels, false);
           });
           if (s.activation == Activation::kRelu)
             for (T* at = tile.data(); at != tile.data() + s.width * width; at += kL) store(at, positive_part(load(at)));

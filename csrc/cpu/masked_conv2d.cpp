@@ -1,5 +1,6 @@
 // masked_conv2d, gated_masked_conv2d, conv2d and their gradients; arguments are checked in fastgen/ops/.
 #include "pointwise_conv.h"
+#include "winograd_conv.h"
 
 namespace fastgen {
 namespace {
@@ -36,6 +37,7 @@ Tensor ungated(const ConvShape& s, const Tensor& x, const Tensor& weight, const 
     auto* to = static_cast<E*>(out.data_ptr());
     if constexpr (std::is_same_v<E, ComputeType<E>>)
       if (is_pointwise(s)) return pointwise_forward(s, in, to);
+    if (suits_winograd(s)) return winograd_forward<ComputeType<E>, E>(s, in, to);
     conv_forward<ComputeType<E>, E>(s, in, to, nullptr);
   });
   return out;
@@ -86,6 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const ConvShape& s, const T
     const auto run = [&] {
       if constexpr (std::is_same_v<E, ComputeType<E>>)
         if (is_pointwise(s)) return pointwise_backward(s, in, data_of<E>(grad), data_of<E>(kept), out);
+      if (suits_winograd(s))
+        return winograd_backward<ComputeType<E>, E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
       conv_backward<ComputeType<E>, E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
     };
     run();

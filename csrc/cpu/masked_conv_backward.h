@@ -54,7 +54,7 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
     RowTile<T> first_rows(s.width), second_rows(s.width);
     Pixels<T> x(s.width, s.left(), s.right(), s.channels, most);
     SumGradients<T> da(s, panels, most);
-    OwnVector<T> tile(first_rows.padded() * 2 * kL), product(kPixels * 2 * kL);
+    OwnVector<T> tile(first_rows.padded() * 2 * kL);
     std::vector<Stretch<T>> stretches;
     T* weight_sum = weight_sums.data() + worker * weight_size;
     for (int64_t item = worker * items / workers; item < (worker + 1) * items / workers; ++item) {
@@ -125,11 +125,8 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
               stretches.clear();
               for (int64_t y = std::max(first, -run.dy); y < std::min(last, s.height - run.dy); ++y)
                 stretches.push_back({x.at(y + run.dy, run.dx) + from, da.panels[q].at(y, 0), s.width});
-              std::fill_n(product.data(), count * width, T(0));
-              multiply_rows_of<T, true>(count, width / kL)(product.data(), stretches.data(),
-                                                           static_cast<int64_t>(stretches.size()), s.channels);
-              T* to = w + from * width;
-              for (int64_t i = 0; i < count * width; i += kL) store(to + i, load(to + i) + load(product.data() + i));
+              multiply_rows_of<T, true>(count, width / kL)(w + from * width, stretches.data(),
+                                                           static_cast<int64_t>(stretches.size()), s.channels, false);
             });
             w += n * width;
           }
@@ -157,7 +154,7 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
                   w += n * width;
                 }
               multiply_rows_of<T, false>(count, vectors)(tile.data() + from * width, stretches.data(),
-                                                         static_cast<int64_t>(stretches.size()), step);
+                                                         static_cast<int64_t>(stretches.size()), step, false);
             }
           });
           for (int64_t v = 0; v < vectors; ++v) {

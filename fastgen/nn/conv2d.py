@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from fastgen.checks import stands_in
 from fastgen.ops.conv2d import conv2d
 
-LANES = 16  # pixels that a vector holds, of which a 1x1 convolution should have more
-SMALL_PIXELS = 100  # pixels of an image: up to there PyTorch's kernels are as fast or faster
+# pixels of an image: up to there PyTorch's kernels are as fast or faster, by the size of the kernel
+SMALL_PIXELS = {(1, 1): 16, (3, 3): 16}
+SMALL_PIXELS_ELSE = 100
 
 
 class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d, and the ReLU behind it: parameters, their initialisation and state are torch.nn.Conv2d's.
 
     Where the size of the image stays (stride, dilation and groups 1, odd kernels, zeros for padding) it runs
-    `fastgen.ops.conv2d` on a CPU in float32 and float64, save for small images with larger kernels than 1x1; anything
+    `fastgen.ops.conv2d` on a CPU in float32 and float64, save for small images; anything
     else, bfloat16, autocast and torch.jit.trace included, is PyTorch's.
 
     Parameters
@@ -84,5 +85,5 @@ def _suits(x: Tensor, kernel_size: tuple[int, ...], dim: int = 4) -> bool:
     if not stands_in(x) or x.dim() != dim:
         return False
     # in compiled code the last test would compile anew where images cross the limit
-    least = LANES if kernel_size == (1, 1) else SMALL_PIXELS
+    least = SMALL_PIXELS.get(kernel_size, SMALL_PIXELS_ELSE)
     return torch.compiler.is_compiling() or x.shape[2:].numel() > least
