@@ -68,6 +68,21 @@ struct OwnLines {
 template <class T>
 using OwnVector = std::vector<T, OwnLines<T>>;
 
+// The same, for what is written before it is read: elements begin as whatever lies there.
+template <class T>
+struct RawLines : OwnLines<T> {
+  template <class U>
+  struct rebind {
+    using other = RawLines<U>;
+  };
+  template <class U>
+  void construct(U* p) {
+    ::new (static_cast<void*>(p)) U;
+  }
+};
+template <class T>
+using RawVector = std::vector<T, RawLines<T>>;
+
 // f(i) for i in [0, n), each on a thread of PyTorch's pool.
 template <class F>
 void for_each_worker(int64_t n, F&& f) {

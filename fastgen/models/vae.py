@@ -29,7 +29,7 @@ from fastgen.checks import (
     is_finite,
     readable,
 )
-from fastgen.nn.conv2d import Conv2d
+from fastgen.nn.conv2d import Conv2d, ConvTranspose2d
 from fastgen.nn.linear import Linear
 from fastgen.ops import distributions
 from fastgen.ops.bernoulli_perceptron import bernoulli_perceptron
@@ -60,8 +60,8 @@ class _Residual(nn.Module):
 def _conv_encoder(height: int, width: int, channels: int, hidden: int, outputs: int) -> nn.Sequential:
     """(B, H W) -> (B, outputs): the sides are halved twice, then a hidden layer."""
     return nn.Sequential(
-        nn.Unflatten(1, (1, height, width)), nn.Conv2d(1, channels, 4, 2, 1), _Residual(channels), nn.SiLU(),
-        nn.Conv2d(channels, 2 * channels, 4, 2, 1), _Residual(2 * channels), nn.SiLU(), nn.Flatten(),
+        nn.Unflatten(1, (1, height, width)), Conv2d(1, channels, 4, 2, 1), _Residual(channels), nn.SiLU(),
+        Conv2d(channels, 2 * channels, 4, 2, 1), _Residual(2 * channels), nn.SiLU(), nn.Flatten(),
         Linear(2 * channels * (height // 4) * (width // 4), hidden), nn.SiLU(), Linear(hidden, outputs),
     )  # fmt: skip
 
@@ -71,8 +71,8 @@ def _conv_decoder(height: int, width: int, channels: int, hidden: int, latent: i
     small = (2 * channels, height // 4, width // 4)
     return nn.Sequential(
         Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(small)), nn.Unflatten(1, small),
-        _Residual(2 * channels), nn.SiLU(), nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1), _Residual(channels),
-        nn.SiLU(), nn.ConvTranspose2d(channels, outputs, 4, 2, 1), nn.Flatten(2), _ToEnd(), nn.Flatten(),
+        _Residual(2 * channels), nn.SiLU(), ConvTranspose2d(2 * channels, channels, 4, 2, 1), _Residual(channels),
+        nn.SiLU(), ConvTranspose2d(channels, outputs, 4, 2, 1), nn.Flatten(2), _ToEnd(), nn.Flatten(),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_classes, check_integer, check_positive, check_tensor
-from fastgen.nn import Conv2d, VectorQuantize
+from fastgen.nn import Conv2d, ConvTranspose2d, VectorQuantize
 
 
 class Reconstruction(NamedTuple):
@@ -60,7 +60,7 @@ def _encoder(channels: int, hidden: int, inner: int, layers: int, halvings: int)
     parts: list[nn.Module] = []
     for i in range(halvings):
         last = i + 1 == halvings
-        parts += [nn.Conv2d(channels, hidden if last else hidden // 2, 4, 2, 1), nn.ReLU()]
+        parts.append(Conv2d(channels, hidden if last else hidden // 2, 4, 2, 1, relu=True))
         channels = hidden if last else hidden // 2
     return nn.Sequential(*parts, Conv2d(channels, hidden, 3, padding=1), *_residuals(hidden, inner, layers))
 
@@ -70,8 +70,7 @@ def _decoder(channels: int, out: int, hidden: int, inner: int, layers: int, halv
     for i in range(halvings):
         last = i + 1 == halvings
         width = hidden if i == 0 else hidden // 2
-        parts.append(nn.ConvTranspose2d(width, out if last else hidden // 2, 4, 2, 1))
-        parts += [] if last else [nn.ReLU()]
+        parts.append(ConvTranspose2d(width, out if last else hidden // 2, 4, 2, 1, relu=not last))
     return nn.Sequential(*parts)
 
 
@@ -232,7 +231,7 @@ class VQVAE2(CodedImages):
         self.top_decoder = _decoder(code_dim, code_dim, *shape, 1)
         self.to_bottom = Conv2d(code_dim + hidden, code_dim, 1)
         self.bottom_quantizer = quantizer()
-        self.upsample_top = nn.ConvTranspose2d(code_dim, code_dim, 4, 2, 1)
+        self.upsample_top = ConvTranspose2d(code_dim, code_dim, 4, 2, 1)
         self.decoder = _decoder(2 * code_dim, self.image_channels, *shape, halvings)
 
     def _code(self, x: Tensor, frozen: bool | None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:

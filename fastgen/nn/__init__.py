@@ -3,7 +3,7 @@
 from fastgen.nn.actnorm import ActNorm
 from fastgen.nn.causal_conv1d import CausalConv1d, WaveNetLayer
 from fastgen.nn.conditioners import ConvConditioner, MLPConditioner, ResidualConditioner
-from fastgen.nn.conv2d import Conv1d, Conv2d
+from fastgen.nn.conv2d import Conv1d, Conv2d, ConvTranspose2d
 from fastgen.nn.coupling import AdditiveCoupling, AffineCoupling, checkerboard
 from fastgen.nn.flow import FlowSequence, MultiScale, Permutation, Split, Squeeze
 from fastgen.nn.invertible_conv1x1 import InvertibleConv1x1
@@ -25,6 +25,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "ConvConditioner",
+    "ConvTranspose2d",
     "DiagonalBiLSTM",
     "FlowSequence",
     "GatedMaskedConv2d",

@@ -1,4 +1,4 @@
-"""torch.nn.Conv2d and Conv1d with the kernel of `fastgen.ops.conv2d`."""
+"""torch.nn.Conv2d, ConvTranspose2d and Conv1d with the kernels of `fastgen.ops`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from fastgen.checks import stands_in
 from fastgen.ops.conv2d import conv2d
+from fastgen.ops.resampling_conv2d import KERNEL, downsample_conv2d, upsample_conv2d
 
 # pixels of an image: up to there PyTorch's kernels are as fast or faster, by the size of the kernel
-SMALL_PIXELS = {(1, 1): 16, (3, 3): 16}
+SMALL_PIXELS: dict[tuple[int, ...], int] = {(1, 1): 16, (3, 3): 16}
 SMALL_PIXELS_ELSE = 100
 
 
 class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d, and the ReLU behind it: parameters, their initialisation and state are torch.nn.Conv2d's.
 
-    Where the size of the image stays (stride, dilation and groups 1, odd kernels, zeros for padding) it runs
-    `fastgen.ops.conv2d` on a CPU in float32 and float64, save for small images; anything
-    else, bfloat16, autocast and torch.jit.trace included, is PyTorch's.
+    On a CPU, in float32 and float64, it runs `fastgen.ops.conv2d` where the size of the image stays (stride 1, odd
+    kernels), save for small images, and `fastgen.ops.downsample_conv2d` where a kernel of 4x4 with stride 2 and padding
+    1 halves even sides; all with dilation and groups 1 and zeros for padding. Anything else, bfloat16, autocast and
+    torch.jit.trace included, is PyTorch's.
 
     Parameters
     ----------
@@ -38,16 +40,43 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self._keeps_size() and _suits(x, self.kernel_size):
             return conv2d(x, self.weight, self.bias, relu=self.relu)
+        if _resamples(self) and _has_planes(x) and not any(size % 2 for size in x.shape[2:]):
+            return downsample_conv2d(x, self.weight, self.bias, relu=self.relu)
         y = super().forward(x)
         return F.relu(y) if self.relu else y
 
     def _keeps_size(self) -> bool:
         odd = all(size % 2 for size in self.kernel_size)
         half = tuple(size // 2 for size in self.kernel_size)
-        return (
-            odd and self.padding in (half, "same") and self.padding_mode == "zeros" and self.groups == 1
-            and self.stride == self.dilation == (1, 1)
-        )  # fmt: skip
+        return odd and self.padding in (half, "same") and self.stride == (1, 1) and _plain(self)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d, and the ReLU behind it: parameters, initialisation and state are those of PyTorch's.
+
+    With a kernel of 4x4, stride 2 and padding 1, which doubles an image's sides, it runs `fastgen.ops.upsample_conv2d`
+    where `Conv2d` would its kernels; anything else is PyTorch's.
+
+    Parameters
+    ----------
+    relu
+        Whether max(., 0) follows.
+
+    The rest are those of torch.nn.ConvTranspose2d.
+    """
+
+    def __init__(self, *args: Any, relu: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.relu = relu
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if output_size is None and self.output_padding == (0, 0) and _resamples(self) and _has_planes(x):
+            return upsample_conv2d(x, self.weight, self.bias, relu=self.relu)
+        y = super().forward(x, output_size)
+        return F.relu(y) if self.relu else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
@@ -81,8 +110,21 @@ class Conv1d(nn.Conv1d):
         return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
 
 
+def _plain(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    return layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation == (1, 1)
+
+
+def _resamples(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    sizes = layer.kernel_size == (KERNEL, KERNEL) and layer.stride == (2, 2) and layer.padding == (1, 1)
+    return sizes and _plain(layer)
+
+
+def _has_planes(x: Tensor, dim: int = 4) -> bool:
+    return stands_in(x) and x.dim() == dim
+
+
 def _suits(x: Tensor, kernel_size: tuple[int, ...], dim: int = 4) -> bool:
-    if not stands_in(x) or x.dim() != dim:
+    if not _has_planes(x, dim):
         return False
     # in compiled code the last test would compile anew where images cross the limit
     least = SMALL_PIXELS.get(kernel_size, SMALL_PIXELS_ELSE)

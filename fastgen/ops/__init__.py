@@ -17,13 +17,15 @@ from fastgen.ops.nade import nade, nade_sample
 from fastgen.ops.nearest_code import nearest_code
 from fastgen.ops.pixel_program import PixelProgram
 from fastgen.ops.pixelcnn_generate import PixelDistribution, PixelGenerator
+from fastgen.ops.resampling_conv2d import downsample_conv2d, upsample_conv2d
 from fastgen.ops.vector_quantize import vector_quantize
 from fastgen.ops.wavenet_generate import GenerationState, Generator, WaveNetWeights, initial_state
 from fastgen.ops.wavenet_layer import wavenet_layer
 
 OPS = (
     "gated_causal_conv1d", "wavenet_layer", "wavenet_generate",
-    "masked_conv2d", "gated_masked_conv2d", "conv2d", "pixelcnn_generate",
+    "masked_conv2d", "gated_masked_conv2d", "conv2d", "downsample_conv2d", "upsample_conv2d",
+    "pixelcnn_generate",
     "nearest_code", "vector_quantize", "code_statistics", "update_codebook",
     "affine_coupling", "actnorm", "invertible_conv1x1", "mix_channels", "nade",
     "gaussian_rsample_kl", "bernoulli_perceptron", "causal_attention", "linear", "image_lstm",
@@ -43,6 +45,7 @@ __all__ = [
     "causal_attention",
     "code_statistics",
     "conv2d",
+    "downsample_conv2d",
     "gated_causal_conv1d",
     "gated_masked_conv2d",
     "gaussian_rsample_kl",
@@ -56,6 +59,7 @@ __all__ = [
     "nade_sample",
     "nearest_code",
     "update_codebook_",
+    "upsample_conv2d",
     "vector_quantize",
     "wavenet_layer",
 ]
