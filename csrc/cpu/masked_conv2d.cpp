@@ -28,17 +28,32 @@ ConvTensors<E> tensors_of(const Tensor& x, const Tensor& weight, const std::opti
 
 Tensor image_like(const Tensor& x, int64_t channels) { return fresh(x, {x.size(0), channels, x.size(2), x.size(3)}); }
 
+// The results; and the sums before a gate, if `kept` is not null.
+template <class E>
+void forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept) {
+  using T = ComputeType<E>;
+  if constexpr (std::is_same_v<E, T>)
+    if (is_pointwise(s)) return pointwise_forward(s, in, out);
+  if (suits_winograd<T>(s)) return winograd_forward<T>(s, in, out, kept);
+  conv_forward<T>(s, in, out, kept);
+}
+
+template <class E>
+void backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, const E* kept,
+              const ConvGradients<ComputeType<E>, E>& out) {
+  using T = ComputeType<E>;
+  if constexpr (std::is_same_v<E, T>)
+    if (is_pointwise(s)) return pointwise_backward(s, in, grad, kept, out);
+  if (suits_winograd<T>(s)) return winograd_backward<T>(s, in, grad, kept, out);
+  conv_backward<T>(s, in, grad, kept, out);
+}
+
 Tensor ungated(const ConvShape& s, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   Tensor out = image_like(x, s.outs);
   if (out.numel() == 0) return out;
   dispatch_float(x.scalar_type(), "conv2d", [&](auto zero) {
     using E = decltype(zero);
-    const ConvTensors<E> in = tensors_of<E>(x, weight, bias, std::nullopt);
-    auto* to = static_cast<E*>(out.data_ptr());
-    if constexpr (std::is_same_v<E, ComputeType<E>>)
-      if (is_pointwise(s)) return pointwise_forward(s, in, to);
-    if (suits_winograd(s)) return winograd_forward<ComputeType<E>, E>(s, in, to);
-    conv_forward<ComputeType<E>, E>(s, in, to, nullptr);
+    forward<E>(s, tensors_of<E>(x, weight, bias, std::nullopt), static_cast<E*>(out.data_ptr()), nullptr);
   });
   return out;
 }
@@ -60,8 +75,8 @@ std::tuple<Tensor, Tensor> gated_masked_conv2d(Tensor x, Tensor weight, std::opt
   if (out.numel() == 0) return {out, kept};
   dispatch_float(x.scalar_type(), "gated_masked_conv2d", [&](auto zero) {
     using E = decltype(zero);
-    conv_forward<ComputeType<E>, E>(s, tensors_of<E>(x, weight, bias, cond), static_cast<E*>(out.data_ptr()),
-                                    keep ? static_cast<E*>(kept.data_ptr()) : nullptr);
+    forward<E>(s, tensors_of<E>(x, weight, bias, cond), static_cast<E*>(out.data_ptr()),
+               keep ? static_cast<E*>(kept.data_ptr()) : nullptr);
   });
   return {out, kept};
 }
@@ -85,14 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const ConvShape& s, const T
     out.bias = gb.data();
     if (cond && in.cond_constant) out.image_cond = gc.data();
     if (cond && !in.cond_constant) out.cond = static_cast<E*>(grad_cond.data_ptr());
-    const auto run = [&] {
-      if constexpr (std::is_same_v<E, ComputeType<E>>)
-        if (is_pointwise(s)) return pointwise_backward(s, in, data_of<E>(grad), data_of<E>(kept), out);
-      if (suits_winograd(s))
-        return winograd_backward<ComputeType<E>, E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
-      conv_backward<ComputeType<E>, E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
-    };
-    run();
+    backward<E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
     gw.finish();
     gb.finish();
     if (in.cond_constant) gc.finish();

@@ -6,31 +6,34 @@ namespace {
 
 template <class E>
 Planes<E> planes_of(const Tensor& images, const std::optional<Tensor>& relu = std::nullopt) {
-  return {data_of<E>(images), data_of<E>(relu), images.size(0), images.size(1), images.size(2), images.size(3)};
+  return {data_of<E>(images), data_of<E>(relu), nullptr,       images.size(0),
+          images.size(1),     images.size(2),   images.size(3)};
 }
 
 // `weight` (first, second, 4, 4) makes `first` channels of `second` ones where it halves, and back where it doubles.
-template <Resize R>
+template <Kind K>
 void resample(const Tensor& from, const Tensor& weight, const std::optional<Tensor>& bias, bool relu, const Tensor& to,
               const std::optional<Tensor>& kept = std::nullopt) {
   if (to.numel() == 0) return;
   dispatch_float(from.scalar_type(), "resampling_conv2d", [&](auto zero) {
     using E = decltype(zero);
-    const Weights<R, ComputeType<E>> weights{weight.size(0), weight.size(1), R == Resize::kDouble};
-    winograd_product(planes_of<E>(from, kept), weights, data_of<E>(weight), data_of<E>(bias), relu,
-                     static_cast<E*>(to.data_ptr()), to.size(2), to.size(3));
+    const Weights<K, ComputeType<E>> weights{weight.size(0), weight.size(1), K == Kind::kDouble};
+    const Activation activation = relu ? Activation::kRelu : Activation::kNone;
+    winograd_product(
+        planes_of<E>(from, kept), weights, data_of<E>(weight),
+        Results<E>{static_cast<E*>(to.data_ptr()), nullptr, to.size(2), to.size(3), data_of<E>(bias), activation});
   });
 }
 
 Tensor downsample_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu) {
   Tensor out = fresh(x, {x.size(0), weight.size(0), x.size(2) / 2, x.size(3) / 2});
-  resample<Resize::kHalve>(x, weight, bias, relu, out);
+  resample<Kind::kHalve>(x, weight, bias, relu, out);
   return out;
 }
 
 Tensor upsample_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu) {
   Tensor out = fresh(x, {x.size(0), weight.size(1), x.size(2) * 2, x.size(3) * 2});
-  resample<Resize::kDouble>(x, weight, bias, relu, out);
+  resample<Kind::kDouble>(x, weight, bias, relu, out);
   return out;
 }
 
@@ -39,11 +42,12 @@ std::tuple<Tensor, Tensor, Tensor> downsample_conv2d_backward(Tensor grad, std::
                                                               Tensor weight, bool need_x) {
   Tensor of_x = need_x ? fresh_like(x) : fresh(x, {0});
   Tensor of_weight = fresh_like(weight), of_bias = fresh(x, {weight.size(0)});
-  if (need_x) resample<Resize::kDouble>(grad, weight, std::nullopt, false, of_x, result);
+  if (need_x) resample<Kind::kDouble>(grad, weight, std::nullopt, false, of_x, result);
   dispatch_float(x.scalar_type(), "resampling_conv2d", [&](auto zero) {
     using E = decltype(zero);
     Result<E> gw(of_weight), gb(of_bias);
-    winograd_gradient<Resize::kHalve>(planes_of<E>(x), planes_of<E>(grad, result), gw.data(), gb.data());
+    winograd_gradient<Kind::kHalve>(planes_of<E>(x), planes_of<E>(grad, result),
+                                    ConvGradients<ComputeType<E>, E>{nullptr, nullptr, gw.data(), gb.data(), nullptr});
     gw.finish();
     gb.finish();
   });
@@ -74,12 +78,13 @@ std::tuple<Tensor, Tensor, Tensor> upsample_conv2d_backward(Tensor grad, std::op
                                                             Tensor weight, bool need_x) {
   Tensor of_x = need_x ? fresh_like(x) : fresh(x, {0});
   Tensor of_weight = fresh_like(weight), of_bias = fresh(x, {weight.size(1)});
-  if (need_x) resample<Resize::kHalve>(grad, weight, std::nullopt, false, of_x, result);
+  if (need_x) resample<Kind::kHalve>(grad, weight, std::nullopt, false, of_x, result);
   dispatch_float(x.scalar_type(), "resampling_conv2d", [&](auto zero) {
     using E = decltype(zero);
     const Planes<E> gradients = planes_of<E>(grad, result);
     Result<E> gw(of_weight), gb(of_bias);
-    winograd_gradient<Resize::kHalve>(gradients, planes_of<E>(x), gw.data(), static_cast<ComputeType<E>*>(nullptr));
+    winograd_gradient<Kind::kHalve>(gradients, planes_of<E>(x),
+                                    ConvGradients<ComputeType<E>, E>{nullptr, nullptr, gw.data(), nullptr, nullptr});
     sum_channels(gradients, gb.data());
     gw.finish();
     gb.finish();

@@ -3,152 +3,230 @@
 // cache.
 #pragma once
 
-#include "winograd.h"
+#include "winograd_tiles.h"
 
 namespace fastgen {
 namespace {
 
-// Of fewer channels the transforms take longer than what they save.
-inline bool suits_winograd(const ConvShape& s) {
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.mask == Mask::kNone && s.channels >= 4;
-}
+// What becomes of the sums of a convolution.
+template <class E>
+struct Results {
+  E *values, *sums;  // sums: those before a gate, unless null
+  int64_t height, width;
+  const E* bias = nullptr;
+  Activation activation = Activation::kNone;
+  const E* cond = nullptr;
+  bool cond_constant = false;
+};
 
-// to (B, channels, H, W) = from convolved with a weight.
-template <Resize R, class T, class E>
-void winograd_product(const Planes<E>& from, const Weights<R, T>& weights, const E* weight, const E* bias, bool relu,
-                      E* to, int64_t height, int64_t width) {
-  using Of = Form<R>;
-  constexpr int64_t kL = kLanes<T>, kBefore = Of::kOut - 1;  // pixels of a tile's lines before the image
-  const TileRows<R> rows{from.batch, height, width};
+// A row of tiles of one panel of results, from the products at the points.
+template <Kind K, class T>
+class ResultTiles {
+ public:
+  using Of = Form<K>;
+  using X = typename Of::X;
+  using Y = typename Of::Y;
+  static constexpr int64_t kL = kLanes<T>, kBefore = Of::kOut - 1;  // pixels of a tile's lines before the image
+
+  ResultTiles(const TileRows<K>& rows, int64_t at_once)
+      : rows_(rows),
+        line_(rows.width),
+        line_size_(std::max(line_.padded() + kBefore, rows.across() * X::kOutputs * Of::kOut) * kL),
+        point_size_(apart<T>(at_once * rows.across() * 2 * kL)),
+        pixels_(2 * kLinesOf * line_size_),
+        products_(Of::kOutPhases * Of::kPoints * point_size_) {}
+
+  // Products of a phase and point, of all tiles.
+  T* at(int64_t point) { return products_.data() + point * point_size_; }
+
+  // `tile`: the first of the row, in the products.
+  template <class E>
+  void write(const Results<E>& to, const Panels<T>& panels, int64_t panel, int64_t row, int64_t tile) {
+    const int64_t vectors = panels.vectors(panel), plane = to.height * to.width, image = rows_.image(row);
+    const bool gated = to.activation == Activation::kGate;
+    for (int64_t v = 0; v < vectors; ++v) {
+      Vec<T> added = {};
+      for (int64_t i = 0; i < panels.live(panel, v); ++i) {
+        const int64_t channel = panels.first(panel, v) + i;
+        if (to.bias) added[i] = static_cast<T>(to.bias[channel]);
+        if (to.cond && to.cond_constant) added[i] += static_cast<T>(to.cond[image * panels.rows + channel]);
+      }
+      for (int64_t phase = 0; phase < Of::kOutPhases; ++phase)
+        transform(products_.data() + phase * Of::kPoints * point_size_ + tile * vectors * kL + v * kL, vectors * kL,
+                  phase, v, added, to.activation == Activation::kRelu);
+    }
+    const int64_t top = rows_.top(row) * Of::kOut - kBefore;
+    for (int64_t y = std::max<int64_t>(top, 0); y < std::min<int64_t>(top + kLinesOf, to.height); ++y) {
+      const auto put = [&](E* images, int64_t channels, int64_t channel, const T* pixels, int64_t live) {
+        line_.from_tile(pixels, kL);
+        line_.write(images + (image * channels + channel) * plane + y * to.width, plane, live);
+      };
+      E* const raw = gated ? to.sums : to.values;  // the sums, where they are wanted
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t channel = panels.first(panel, v), live = panels.live(panel, v);
+        if (to.cond && !to.cond_constant) {
+          line_.read(to.cond + (image * panels.rows + channel) * plane + y * to.width, plane, live);
+          line_.add_to_tile(pixels(v, y - top), kL);
+        }
+        if (raw) put(raw, panels.rows, channel, pixels(v, y - top), live);
+      }
+      if (!gated) continue;
+      T *const tanh_half = pixels(0, y - top), *const sigmoid_half = pixels(1, y - top);
+      for (int64_t i = 0; i < to.width * kL; i += kL)
+        store(tanh_half + i, gate(load(tanh_half + i), load(sigmoid_half + i)));
+      put(to.values, panels.rows / 2, panel * kL, tanh_half, panels.live(panel, 0));
+    }
+  }
+
+ private:
+  static constexpr int64_t kLinesOf = Y::kOutputs * Of::kOut;  // a row of tiles
+  T* pixels(int64_t v, int64_t line) { return pixels_.data() + (v * kLinesOf + line) * line_size_ + kBefore * kL; }
+
+  void transform(const T* from, int64_t lanes, int64_t phase, int64_t v, Vec<T> added, bool relu) {
+    T* to = pixels(v, phase / Of::kOut) + (phase % Of::kOut - kBefore) * kL;
+    for (int64_t i = 0; i < rows_.across(); ++i, from += lanes, to += X::kOutputs * Of::kOut * kL) {
+      Vec<T> m[Y::kPoints][X::kPoints], y[Y::kOutputs][X::kOutputs];
+      unroll<Of::kPoints>([&](auto p)
+                              FASTGEN_INLINE { m[p / X::kPoints][p % X::kPoints] = load(from + p * point_size_); });
+      both_sides(m, y, [](const auto& points, auto& out) FASTGEN_INLINE { outputs_from_points(points, out); });
+      unroll<Y::kOutputs>([&](auto r) FASTGEN_INLINE {
+        unroll<X::kOutputs>([&](auto c) FASTGEN_INLINE {
+          const Vec<T> sum = y[r][c] + added;
+          store(to + r * Of::kOut * line_size_ + c * Of::kOut * kL, relu ? positive_part(sum) : sum);
+        });
+      });
+    }
+  }
+
+  TileRows<K> rows_;
+  RowTile<T> line_;
+  int64_t line_size_, point_size_;
+  OwnVector<T> pixels_;
+  RawVector<T> products_;
+};
+
+// to = from convolved with a weight.
+template <Kind K, class T, class E>
+void winograd_product(const Planes<E>& from, const Weights<K, T>& weights, const E* weight, const Results<E>& to) {
+  using Of = Form<K>;
+  const TileRows<K> rows{from.batch, to.height, to.width};
   const RawVector<T> packed = weights.at_points(weight);
   const Panels<T> panels = weights.panels();
-  const int64_t at_once = rows.template at_once<T>(from.count), plane = height * width;
+  const int64_t at_once = rows.template at_once<T>(from.count);
   share(rows.count(), [&](int64_t begin, int64_t end) {
-    Patches<R, T> patches(rows, from.width, from.count, at_once);
-    const int64_t point_size = apart<T>(at_once * rows.across() * 2 * kL);
-    RawVector<T> products(Of::kOutPhases * kPoints * point_size);
-    RowTile<T> line(width);
-    const int64_t line_size = std::max(line.padded() + kBefore, rows.across() * Of::kOutputs * Of::kOut) * kL;
-    OwnVector<T> results(Of::kOutputs * Of::kOut * line_size);
-
-    // A vector of results of a row of tiles, from the products.
-    const auto write_row = [&](int64_t row, const T* at, int64_t lanes, Vec<T> added, int64_t channel, int64_t live) {
-      for (int64_t phase = 0; phase < Of::kOutPhases; ++phase)
-        for (int64_t i = 0; i < rows.across(); ++i) {
-          Vec<T> m[kSide][kSide], y[Of::kOutputs][Of::kOutputs];
-          const T* tile = at + phase * kPoints * point_size + i * lanes;
-          unroll<kPoints>([&](auto p) FASTGEN_INLINE { m[p / kSide][p % kSide] = load(tile + p * point_size); });
-          both_sides(m, y, [](const auto& points, auto& out) FASTGEN_INLINE { outputs_from_points(points, out); });
-          T* const first =
-              results.data() + phase / Of::kOut * line_size + (i * Of::kOutputs * Of::kOut + phase % Of::kOut) * kL;
-          unroll<Of::kOutputs * Of::kOutputs>([&](auto o) FASTGEN_INLINE {
-            constexpr int kRow = o / Of::kOutputs, kColumn = o % Of::kOutputs;
-            const Vec<T> sum = y[kRow][kColumn] + added;
-            store(first + kRow * Of::kOut * line_size + kColumn * Of::kOut * kL, relu ? positive_part(sum) : sum);
-          });
-        }
-      const int64_t top = rows.top(row) * Of::kOut - kBefore;
-      for (int64_t y = std::max<int64_t>(top, 0); y < std::min<int64_t>(top + Of::kOutputs * Of::kOut, height); ++y) {
-        line.from_tile(results.data() + (y - top) * line_size + kBefore * kL, kL);
-        line.write(to + (rows.image(row) * panels.rows + channel) * plane + y * width, plane, live);
-      }
-    };
-
+    Patches<K, T> patches(rows, from.width, from.count, at_once);
+    ResultTiles<K, T> results(rows, at_once);
     for (int64_t first = begin; first < end; first += at_once) {
       const int64_t last = std::min(first + at_once, end);
       patches.fill(from, first, last);
       for (int64_t panel = 0; panel < panels.count(); ++panel) {
-        const int64_t vectors = panels.vectors(panel), lanes = vectors * kL, matrix = weights.matrix(panel);
+        const int64_t vectors = panels.vectors(panel), lanes = panels.width(panel), matrix = weights.matrix(panel);
         const T* w = packed.data() + weights.panel(panel);
-        for (int64_t i = 0; i < Of::kOutPhases * kPoints; ++i)
+        for (int64_t i = 0; i < Of::kOutPhases * Of::kPoints; ++i)
           for_each_group((last - first) * rows.across(), [&](int64_t tile, int64_t count) {
             Stretch<T> stretches[Of::kInPhases];
             for (int64_t phase = 0; phase < Of::kInPhases; ++phase)
-              stretches[phase] = {patches.at(phase, i % kPoints, tile), w + (phase * kPoints + i) * matrix, from.count};
-            multiply_rows_of<T, false>(count, vectors)(products.data() + i * point_size + tile * lanes, stretches,
-                                                       Of::kInPhases, patches.stride(), true);
+              stretches[phase] = {patches.at(phase, i % Of::kPoints, tile), w + (phase * Of::kPoints + i) * matrix,
+                                  from.count};
+            multiply_rows_of<T, false>(count, vectors)(results.at(i) + tile * lanes, stretches, Of::kInPhases,
+                                                       patches.stride(), true);
           });
-        for (int64_t v = 0; v < vectors; ++v) {
-          const int64_t channel = panels.first(panel, v), live = panels.live(panel, v);
-          Vec<T> added = {};
-          for (int64_t i = 0; bias && i < live; ++i) added[i] = static_cast<T>(bias[channel + i]);
-          for (int64_t row = first; row < last; ++row)
-            write_row(row, products.data() + (row - first) * rows.across() * lanes + v * kL, lanes, added, channel,
-                      live);
-        }
+        for (int64_t row = first; row < last; ++row)
+          results.write(to, panels, panel, row, (row - first) * rows.across());
       }
     }
   });
 }
 
-// The gradient of a weight (results, images, kernel, kernel), and of a bias unless that is null.
-template <Resize R, class T, class E>
-void winograd_gradient(const Planes<E>& images, const Planes<E>& gradients, T* weight, T* bias) {
-  using Of = Form<R>;
+// The gradients of a weight (sums, images, width, width) and of what is added to the sums; not those of x.
+template <Kind K, class T, class E>
+void winograd_gradient(const Planes<E>& images, const Planes<E>& sums, const ConvGradients<T, E>& out) {
+  using Of = Form<K>;
   // Some channels at a time, so that their sums and patches of many tiles stay in a cache.
   constexpr int64_t kL = kLanes<T>, kMost = 128 / Of::kInPhases;
-  const TileRows<R> rows{gradients.batch, gradients.height, gradients.width};
-  const Weights<R, T> weights{gradients.channels, images.channels};
+  const TileRows<K> rows{sums.batch, sums.height, sums.width};
+  const Weights<K, T> weights{sums.channels, images.channels};
   const Panels<T> panels = weights.panels();
   const int64_t blocks = (images.channels + kMost - 1) / kMost, most = (images.channels + blocks - 1) / blocks;
   const int64_t at_once = rows.template at_once<T>(most);
   const int64_t workers = std::min<int64_t>(rows.count(), torch::stable::get_num_threads());
   std::vector<RawVector<T>> weight_sums(workers);
-  std::vector<OwnVector<T>> bias_sums(workers);
+  RawVector<T> row_sums(rows.count() * panels.lanes());
   for_each_worker(workers, [&](int64_t worker) {
-    Patches<R, T> patches(rows, images.width, most, at_once);
-    ResultGradients<R, T> results(rows, at_once);
+    Patches<K, T> patches(rows, images.width, most, at_once);
+    SumGradientTiles<K, T> gradients(rows, at_once);
     weight_sums[worker].resize(weights.size());
-    OwnVector<T>& totals = bias_sums[worker];
     const int64_t begin = worker * rows.count() / workers, end = (worker + 1) * rows.count() / workers;
     for (int64_t block = 0; block < blocks; ++block) {
       Planes<E> some = images;
       some.first = block * images.channels / blocks;
       some.count = (block + 1) * images.channels / blocks - some.first;
-      totals.assign(panels.lanes(), T(0));
       for (int64_t first = begin; first < end; first += at_once) {
         const int64_t last = std::min(first + at_once, end), tiles = (last - first) * rows.across();
         patches.fill(some, first, last);
         for (int64_t panel = 0; panel < panels.count(); ++panel) {
           const int64_t vectors = panels.vectors(panel), lanes = vectors * kL;
-          for (int64_t v = 0; v < vectors; ++v) {
-            T* total = totals.data() + panels.begin(panel) + v * kL;
-            store(total, load(total) + results.fill(gradients, panels.first(panel, v), v * kL, lanes, first, last));
-          }
+          for (int64_t v = 0; v < vectors; ++v)
+            for (int64_t row = first; row < last; ++row)
+              store(row_sums.data() + row * panels.lanes() + panels.begin(panel) + v * kL,
+                    gradients.fill(sums, row, panels.first(panel, v), (row - first) * rows.across(), v * kL, lanes,
+                                   block == 0 ? out.cond : nullptr));
           T* sum = weight_sums[worker].data() + weights.panel(panel) + some.first * lanes;
-          for (int64_t i = 0; i < Of::kInPhases * kPoints; ++i, sum += weights.matrix(panel))
+          for (int64_t i = 0; i < Of::kInPhases * Of::kPoints; ++i, sum += weights.matrix(panel))
             for_each_group(some.count, [&](int64_t c, int64_t count) {
-              const Stretch<T> stretch{patches.at(i / kPoints, i % kPoints, 0) + c, results.at(i % kPoints), tiles};
+              const Stretch<T> stretch{patches.at(i / Of::kPoints, i % Of::kPoints, 0) + c,
+                                       gradients.at(i % Of::kPoints), tiles};
               multiply_rows_of<T, true>(count, vectors)(sum + c * lanes, &stretch, 1, patches.stride(), first == begin);
             });
         }
       }
     }
   });
-  weights.from_points(weight_sums, weight);
-  if (!bias) return;
-  std::fill_n(bias, gradients.channels, T(0));
-  for (const OwnVector<T>& totals : bias_sums)
-    for (int64_t o = 0; o < gradients.channels; ++o) bias[o] += totals[o];
+  weights.from_points(weight_sums, out.weight);
+  if (out.bias) std::fill_n(out.bias, sums.channels, T(0));
+  for (int64_t b = 0; b < sums.batch; ++b)
+    for (int64_t o = 0; o < sums.channels; ++o) {
+      T sum = 0;
+      for (int64_t row = b * rows.down(); row < (b + 1) * rows.down(); ++row) sum += row_sums[row * panels.lanes() + o];
+      if (out.bias) out.bias[o] += sum;
+      if (out.image_cond) out.image_cond[b * sums.channels + o] = sum;
+    }
+}
+
+// Of fewer channels the transforms take longer than what they save.
+template <class T>
+bool suits_winograd(const ConvShape& s) {
+  const bool rows = s.mask == Mask::kVerticalB && (!s.gated() || s.outs / 2 % kLanes<T> == 0);
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.channels >= 4 && (s.mask == Mask::kNone || rows);
 }
 
 template <class T, class E>
-void winograd_forward(const ConvShape& s, const ConvTensors<E>& in, E* out) {
-  const Planes<E> from{in.x, nullptr, s.batch, s.channels, s.height, s.width};
-  winograd_product(from, Weights<Resize::kSame, T>{s.outs, s.channels}, in.weight, in.bias,
-                   s.activation == Activation::kRelu, out, s.height, s.width);
+void winograd_forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept) {
+  const Planes<E> from{in.x, nullptr, nullptr, s.batch, s.channels, s.height, s.width};
+  const Results<E> to{out, kept, s.height, s.width, in.bias, s.activation, in.cond, in.cond_constant};
+  if (s.mask == Mask::kNone)
+    winograd_product(from, Weights<Kind::kSame, T>{s.outs, s.channels, false, s.gated()}, in.weight, to);
+  else
+    winograd_product(from, Weights<Kind::kAbove, T>{s.outs, s.channels, false, s.gated()}, in.weight, to);
 }
 
-// kept: the results of a ReLU.
+// kept: the sums before a gate, or the results of a ReLU.
 template <class T, class E>
 void winograd_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, const E* kept,
                        const ConvGradients<T, E>& out) {
-  const Planes<E> gradients{grad, kept, s.batch, s.outs, s.height, s.width};
-  const Planes<E> images{in.x, nullptr, s.batch, s.channels, s.height, s.width};
-  if (out.x)
-    winograd_product(gradients, Weights<Resize::kSame, T>{s.outs, s.channels, true}, in.weight,
-                     static_cast<const E*>(nullptr), false, out.x, s.height, s.width);
-  winograd_gradient<Resize::kSame>(images, gradients, out.weight, out.bias);
+  const Planes<E> images{in.x, nullptr, nullptr, s.batch, s.channels, s.height, s.width};
+  const Planes<E> sums{grad,   s.gated() ? nullptr : kept, s.gated() ? kept : nullptr, s.batch, s.outs, s.height,
+                       s.width};
+  const auto run = [&]<Kind K, Kind Back>() {
+    if (out.x)
+      winograd_product(sums, Weights<Back, T>{s.outs, s.channels, true}, in.weight,
+                       Results<E>{out.x, nullptr, s.height, s.width});
+    winograd_gradient<K>(images, sums, out);
+  };
+  if (s.mask == Mask::kNone)
+    run.template operator()<Kind::kSame, Kind::kSame>();
+  else
+    run.template operator()<Kind::kAbove, Kind::kBelow>();
 }
 
 }  // namespace
