@@ -38,7 +38,7 @@ def _live(weight: Tensor, mask: str, colors: int, gated: bool) -> Tensor:
     return torch.where(weight_mask(weight, mask, colors, 1 + gated), weight, 0)
 
 
-def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, colors: int) -> Tensor:
+def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, colors: int, relu: bool) -> Tensor:
     """Contiguous x (B, C, H, W), weight (O, C, KH, KW), bias (O,) -> (B, O, H, W)."""
     out = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
     if out.numel():
@@ -47,7 +47,7 @@ def masked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, col
             conv(
                 arranged(x, shape), by_tap(_live(weight, MASKS[mask], colors, False), shape.taps), out, shape, bias=bias
             )
-    return out
+    return out.relu_() if relu else out
 
 
 def gated_masked_conv2d(
@@ -67,9 +67,11 @@ def gated_masked_conv2d(
 
 def masked_conv2d_backward(
     grad: Tensor, kept: Tensor | None, x: Tensor, weight: Tensor, cond: Tensor | None, mask: int, colors: int,
-    need_x: bool,
+    relu: bool, need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> gradients of x (nothing unless needed), weight, bias, and cond (nothing without); `kept` of a gate."""
+    """-> gradients of x (nothing unless needed), weight, bias, cond (nothing without); kept: a gate's, or a ReLU's."""
+    if kept is not None and relu:
+        grad, kept = torch.where(kept <= 0, 0, grad), None
     rows = weight.shape[0]
     gated, name = kept is not None, MASKS[mask]
     of_x, of_cond = x.new_empty(x.shape if need_x else 0), x.new_empty(0)

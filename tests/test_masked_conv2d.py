@@ -55,6 +55,7 @@ SHAPES = [
     (2, 33, 9, 16, 34, (4, 1), 1),
     (5, 17, 31, 3, 66, (5, 3), 1),
     (2, 4, 3, 2, 8, (7, 9), 2),  # a kernel larger than the image
+    (2, 150, 7, 4, 64, (3, 3), 1),  # more channels than have their gradients summed at once
 ]
 
 
@@ -84,10 +85,50 @@ def test_matches_reference_anywhere(
     compare(masked_conv2d, args, dtype, mask=mask, colors=colors)
 
 
+@pytest.mark.parametrize("cond", ["none", "position", "image"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vertical_stacks_with_conditioning(dtype, cond):
+    compare(gated_masked_conv2d, arguments(3, 20, 7, 9, 64, (3, 3), cond), dtype, mask="vertical_B")
+
+
+@pytest.mark.parametrize("far", [1e8, float("nan"), float("inf")])
+@pytest.mark.parametrize("mask", MASKS)
+def test_no_pixel_depends_on_what_it_does_not_see(mask, far):
+    args = floats(arguments(1, 16, 9, 10, 64))
+    seen = mask_2d(mask, (3, 3)).flip(0, 1)  # of the outputs around an input, those that see it
+    before = gated_masked_conv2d(**args, mask=mask, backend=KERNELS)
+    for y, x in ((4, 5), (5, 4), (7, 8)):
+        changed = args["x"].clone()
+        changed[0, 3, y, x] = far
+        unseen = torch.ones(11, 12, dtype=torch.bool)  # with a margin
+        unseen[y : y + 3, x : x + 3] = ~seen
+        unseen = unseen[1:-1, 1:-1].to(DEVICE)
+        after = gated_masked_conv2d(**args | {"x": changed}, mask=mask, backend=KERNELS)
+        assert torch.equal(before[..., unseen], after[..., unseen])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_relu_is_that_of_the_sums(mask, dtype):
+    """To the bit; and its gradient is that of the convolution where a result is not zero."""
+    for kernel in ((3, 3), (1, 1)):
+        args = {k: v.to(DEVICE, dtype) for k, v in arguments(2, 6, 7, 9, 12, kernel).items()}
+        leaves = [v.requires_grad_() for v in args.values()]
+        sums = masked_conv2d(**args, mask=mask, colors=3, backend=KERNELS)
+        result = masked_conv2d(**args, mask=mask, colors=3, relu=True, backend=KERNELS)
+        assert torch.equal(result, F.relu(sums))
+        assert torch.equal(result, masked_conv2d(**args, mask=mask, colors=3, relu=True, backend=KERNELS).detach())
+        cotangent = torch.randn_like(result)
+        grads = torch.autograd.grad(result, leaves, cotangent)
+        masked = torch.autograd.grad(sums, leaves, torch.where(result > 0, cotangent, 0))
+        for got, expected in zip(grads, masked, strict=True):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("isa", backend.ISAS)
 def test_every_instruction_set(isa, run_under):
     """The same tests under each instruction set that this CPU has."""
-    run_under(isa, "matches_reference or behind or bits", "masked_conv2d")
+    run_under(isa, "matches_reference or behind or bits or vertical or relu", "masked_conv2d")
 
 
 @cpu_only("threads")
@@ -281,13 +322,16 @@ def test_opcheck():
     args = floats(arguments(2, 3, 5, 6, 4, (3, 3), "position"))
     x, weight, bias, cond = args.values()
     ops = torch.ops.fastgen
-    torch.library.opcheck(ops.masked_conv2d.default, (x, weight, bias, 1, 1))
+    for relu in (False, True):
+        torch.library.opcheck(ops.masked_conv2d.default, (x, weight, bias, 1, 1, relu))
     torch.library.opcheck(ops.gated_masked_conv2d.default, (x, weight, bias, cond, 0, 1, True))
     torch.library.opcheck(ops.gated_masked_conv2d.default, (x, weight, None, None, 3, 1, False))
     z, kept = ops.gated_masked_conv2d(x, weight, bias, cond, 1, 1, True)
     for need_x in (True, False):
-        torch.library.opcheck(ops.masked_conv2d_backward.default, (z, kept, x, weight, cond, 1, 1, need_x))
-        torch.library.opcheck(ops.masked_conv2d_backward.default, (cond, None, x, weight, None, 1, 1, need_x))
+        torch.library.opcheck(ops.masked_conv2d_backward.default, (z, kept, x, weight, cond, 1, 1, False, need_x))
+        for relu in (False, True):
+            given = (cond, cond.clone() if relu else None, x, weight, None, 1, 1, relu, need_x)
+            torch.library.opcheck(ops.masked_conv2d_backward.default, given)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -134,10 +134,10 @@ def masked_conv2d(dtype, gated=False, channels=0) -> list[Launch]:
     with recorded(*of_convolutions()) as launches:
         if gated:
             out, kept = module.gated_masked_conv2d(x, weight, bias, cond, 1, 1, True)
-            module.masked_conv2d_backward(out, kept, x, weight, cond, 1, 1, True)
+            module.masked_conv2d_backward(out, kept, x, weight, cond, 1, 1, False, True)
         else:
-            out = module.masked_conv2d(x, weight, bias, 1, 1)
-            module.masked_conv2d_backward(out, None, x, weight, None, 1, 1, True)
+            out = module.masked_conv2d(x, weight, bias, 1, 1, False)
+            module.masked_conv2d_backward(out, None, x, weight, None, 1, 1, False, True)
     return launches
 
 

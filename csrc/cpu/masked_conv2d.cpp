@@ -58,8 +58,9 @@ Tensor ungated(const ConvShape& s, const Tensor& x, const Tensor& weight, const 
   return out;
 }
 
-Tensor masked_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t mask, int64_t colors) {
-  return ungated(shape_of(x, weight, static_cast<Mask>(mask), colors, Activation::kNone), x, weight, bias);
+Tensor masked_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t mask, int64_t colors, bool relu) {
+  const Activation activation = relu ? Activation::kRelu : Activation::kNone;
+  return ungated(shape_of(x, weight, static_cast<Mask>(mask), colors, activation), x, weight, bias);
 }
 
 Tensor conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, bool relu) {
@@ -108,11 +109,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const ConvShape& s, const T
   return {grad_x, grad_weight, grad_bias, grad_cond};
 }
 
-// kept: the sums before a gate, if there is one.
+// kept: the results, if a ReLU made them, or the sums before a gate, if there is one.
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(Tensor grad, std::optional<Tensor> kept, Tensor x,
                                                                   Tensor weight, std::optional<Tensor> cond,
-                                                                  int64_t mask, int64_t colors, bool need_x) {
-  const Activation activation = kept ? Activation::kGate : Activation::kNone;
+                                                                  int64_t mask, int64_t colors, bool relu,
+                                                                  bool need_x) {
+  const Activation activation = relu ? Activation::kRelu : kept ? Activation::kGate : Activation::kNone;
   return gradients(shape_of(x, weight, static_cast<Mask>(mask), colors, activation), grad, kept, x, weight, cond,
                    need_x);
 }

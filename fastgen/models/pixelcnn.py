@@ -26,16 +26,16 @@ class PixelCNNBlock(nn.Module):
     def __init__(self, channels: int, kernel_size: int, context_channels: int = 0) -> None:
         super().__init__()
         half = channels // 2
-        self.reduce = MaskedConv2d(channels, half, 1)
-        self.conv = MaskedConv2d(half, half, kernel_size)
+        self.reduce = MaskedConv2d(channels, half, 1, relu=True)
+        self.conv = MaskedConv2d(half, half, kernel_size, relu=not context_channels)
         self.expand = MaskedConv2d(half, channels, 1)
         self.context = MaskedConv2d(context_channels, half, 1, bias=False) if context_channels else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        u = self.conv(F.relu(self.reduce(F.relu(x))))
+        u = self.conv(self.reduce(F.relu(x)))
         if context is not None and self.context is not None:
-            u = u + self.context(context)
-        return x + self.expand(F.relu(u))  # type: ignore[no-any-return]
+            u = F.relu(u + self.context(context))
+        return x + self.expand(u)  # type: ignore[no-any-return]
 
     def emit(self, p: PixelProgram, x: int, context: Tensor | None) -> int:
         """Append the block to a sampling program; context as in `PixelModel.emit_trunk`."""
@@ -46,7 +46,7 @@ class PixelCNNBlock(nn.Module):
                 add = self.context.emit(p, p.context)
             else:
                 bias = bias + context[:, :, 0, 0] @ self.context.weight[:, :, 0, 0].T
-        u = p.relu(self.reduce.emit(p, p.relu(x)))
+        u = self.reduce.emit(p, p.relu(x))
         u = p.relu(p.conv(u, self.conv.weight, bias, mask="B", add=add))
         return self.expand.emit(p, u, add=x)
 

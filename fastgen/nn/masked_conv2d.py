@@ -75,23 +75,30 @@ class MaskedConv2d(_Masked):
         Groups of channels that are ordered within a pixel.
     bias
         Whether there is one.
+    relu
+        Whether max(., 0) follows.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: KernelSize = 3, mask: str = "B", *, colors: int = 1,
-        bias: bool = True,
+        bias: bool = True, relu: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, mask, colors, bias, 1)
+        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        return masked_conv2d(x, self.weight, self.bias, mask=self.mask, colors=self.colors)
+        return masked_conv2d(x, self.weight, self.bias, mask=self.mask, colors=self.colors, relu=self.relu)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
 
     def emit(self, p: PixelProgram, x: int, *, add: int = -1, halves: int = 1) -> int:
-        """Append the layer to a sampling program: plane of x -> plane of the result, plus plane `add`.
+        """Append the layer to a sampling program: plane of x -> plane of the result, plane `add` among the sums.
 
         halves: 2 where a gate follows.
         """
-        return p.conv(x, self.weight, self.bias, mask=self.mask, colors=self.colors, add=add, halves=halves)
+        y = p.conv(x, self.weight, self.bias, mask=self.mask, colors=self.colors, add=add, halves=halves)
+        return p.relu(y) if self.relu else y
 
 
 class GatedMaskedConv2d(_Masked):

@@ -32,15 +32,15 @@ class PixelHead(nn.Module):
         super().__init__()
         hidden = -(-hidden // colors) * colors
         self.colors = colors
-        self.hidden = MaskedConv2d(channels, hidden, 1)
+        self.hidden = MaskedConv2d(channels, hidden, 1, relu=colors == 1)
         self.color = MaskedConv2d(inputs, hidden, 1, "A", colors=colors, bias=False) if colors > 1 else None
         self.out = MaskedConv2d(hidden, colors * outputs, 1, "B", colors=colors)
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         u = self.hidden(F.relu(h))
         if self.color is not None:
-            u = u + self.color(x)
-        return self.out(F.relu(u)).unflatten(1, (self.colors, -1))  # type: ignore[no-any-return]
+            u = F.relu(u + self.color(x))
+        return self.out(u).unflatten(1, (self.colors, -1))  # type: ignore[no-any-return]
 
     def emit(self, p: PixelProgram, h: int) -> None:
         """Append the head to a sampling program, and the drawing of each color."""
@@ -50,9 +50,9 @@ class PixelHead(nn.Module):
             zip(self.out.weight.chunk(self.colors), self.out.bias.chunk(self.colors), strict=True)
         ):
             u = hidden
-            if self.color is not None and color > 0:
-                u = self.color.emit(p, p.input, add=hidden)
+            if self.color is not None:
+                u = p.relu(self.color.emit(p, p.input, add=hidden) if color > 0 else hidden)
             group = weight.shape[1] // self.colors
             seen = weight.detach().clone()
             seen[:, (color + 1) * group :] = 0
-            p.sample(p.conv(p.relu(u), seen, bias), color)
+            p.sample(p.conv(u, seen, bias), color)

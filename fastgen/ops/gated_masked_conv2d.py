@@ -75,7 +75,7 @@ class _GatedMaskedConv2d(torch.autograd.Function):
         x, weight, cond, kept = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0]
         grads = torch.ops.fastgen.masked_conv2d_backward(
-            grad.contiguous(), kept, x, weight, cond, ctx.mask, ctx.colors, need_x
+            grad.contiguous(), kept, x, weight, cond, ctx.mask, ctx.colors, False, need_x
         )
         return (
             grads[0] if need_x else None, grads[1], grads[2] if ctx.has_bias else None,

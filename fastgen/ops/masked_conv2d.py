@@ -64,7 +64,14 @@ def weight_mask(weight: Tensor, mask: str, colors: int = 1, halves: int = 1) -> 
 
 
 def masked_conv2d_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask: str, colors: int = 1, halves: int = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: str,
+    colors: int = 1,
+    halves: int = 1,
+    relu: bool = False,
 ) -> Tensor:
     """The specification, in plain PyTorch: any device and dtype, differentiable."""
     if x.numel() == 0:
@@ -73,25 +80,26 @@ def masked_conv2d_reference(
     # chosen, not multiplied: whatever the dead weights hold, NaN included, stays out
     live = torch.where(weight_mask(weight, mask, colors, halves), weight, 0)
     above, left = height // 2, width // 2
-    return F.conv2d(F.pad(x, (left, width - 1 - left, above, height - 1 - above)), live, bias)
+    y = F.conv2d(F.pad(x, (left, width - 1 - left, above, height - 1 - above)), live, bias)
+    return F.relu(y) if relu else y
 
 
-lib.define("masked_conv2d(Tensor x, Tensor weight, Tensor? bias, int mask, int colors) -> Tensor")
+lib.define("masked_conv2d(Tensor x, Tensor weight, Tensor? bias, int mask, int colors, bool relu) -> Tensor")
 lib.define(
     "masked_conv2d_backward(Tensor grad, Tensor? kept, Tensor x, Tensor weight, Tensor? cond, int mask, int colors, "
-    "bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool relu, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.register_fake("fastgen::masked_conv2d", lib=lib)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, colors: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, colors: int, relu: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
 
 
 @torch.library.register_fake("fastgen::masked_conv2d_backward", lib=lib)
 def _(
     grad: Tensor, kept: Tensor | None, x: Tensor, weight: Tensor, cond: Tensor | None, mask: int, colors: int,
-    need_x: bool,
+    relu: bool, need_x: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         x.new_empty(x.shape if need_x else 0), x.new_empty(weight.shape), x.new_empty(weight.shape[0]),
@@ -107,23 +115,23 @@ class _MaskedConv2d(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, colors: int) -> Tensor:
-        return torch.ops.fastgen.masked_conv2d(x, weight, bias, mask, colors)  # type: ignore[no-any-return]
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: int, colors: int, relu: bool) -> Tensor:
+        return torch.ops.fastgen.masked_conv2d(x, weight, bias, mask, colors, relu)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.mask, ctx.colors = inputs
+        x, weight, bias, ctx.mask, ctx.colors, ctx.relu = inputs
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, output if ctx.relu else None)  # which the next layer saves anyway
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_x = ctx.needs_input_grad[0]
-        x, weight, bias, _ = torch.ops.fastgen.masked_conv2d_backward(
-            grad.contiguous(), None, *ctx.saved_tensors, None, ctx.mask, ctx.colors, need_x
+        need_x, (x, weight, result) = ctx.needs_input_grad[0], ctx.saved_tensors
+        grads = torch.ops.fastgen.masked_conv2d_backward(
+            grad.contiguous(), result, x, weight, None, ctx.mask, ctx.colors, ctx.relu, need_x
         )
-        return x if need_x else None, weight, bias if ctx.has_bias else None, None, None
+        return grads[0] if need_x else None, grads[1], grads[2] if ctx.has_bias else None, None, None, None
 
 
 def check_masked(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, mask: str, colors: int, halves: int) -> None:
@@ -155,6 +163,7 @@ def masked_conv2d(
     *,
     mask: str,
     colors: int = 1,
+    relu: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Convolution of an image whose pixels see only pixels before them in raster order; only live taps are computed.
@@ -172,6 +181,8 @@ def masked_conv2d(
         "A", "B", "vertical" or "vertical_B": see the head of this module.
     colors
         Groups of channels that are ordered within a pixel (3 for R, G, B); divides C and O.
+    relu
+        Whether max(., 0) follows.
     backend
         See `fastgen.backend`.
 
@@ -193,9 +204,11 @@ def masked_conv2d(
     op = "masked_conv2d"
     x, weight, bias = autocast(op, x, weight, bias)  # type: ignore[assignment]
     check_masked(op, x, weight, bias, mask, colors, 1)
+    if not isinstance(relu, bool):
+        raise TypeError(f"{op}: relu must be True or False, got {relu!r}")
     if resolve(op, backend, x.device, x.dtype) == "reference":
-        return masked_conv2d_reference(x, weight, bias, mask=mask, colors=colors)
+        return masked_conv2d_reference(x, weight, bias, mask=mask, colors=colors, relu=relu)
     args = (x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
     if differentiates(*args):
-        return _MaskedConv2d.apply(*args, MASKS.index(mask), colors)  # type: ignore[no-any-return,no-untyped-call]
-    return torch.ops.fastgen.masked_conv2d(*args, MASKS.index(mask), colors)  # type: ignore[no-any-return]
+        return _MaskedConv2d.apply(*args, MASKS.index(mask), colors, relu)  # type: ignore[no-any-return,no-untyped-call]
+    return torch.ops.fastgen.masked_conv2d(*args, MASKS.index(mask), colors, relu)  # type: ignore[no-any-return]
