@@ -138,15 +138,6 @@ class RowTile {
       store(rows_.data() + i, y <= zero ? zero : load(rows_.data() + i));
     }
   }
-  // The gradient of the sums before a gate, of the tanh half or the other, where this holds that of its results.
-  void gate_gradient(const RowTile& tanh_sums, const RowTile& sigmoid_sums, bool of_tanh) {
-    for (size_t i = 0; i < rows_.size(); i += kL) {
-      Vec<T> t, g;
-      gate_parts(load(tanh_sums.rows_.data() + i), load(sigmoid_sums.rows_.data() + i), t, g);
-      const Vec<T> left = load(rows_.data() + i) * g;
-      store(rows_.data() + i, of_tanh ? left * (T(1) - t * t) : left * t * (T(1) - g));
-    }
-  }
   // tile[x * ld + lane]; the tile has room for `padded` pixels.
   void to_tile(T* tile, int64_t ld) const {
     for (int64_t x = 0; x < padded_; x += kL) transpose_square(rows_.data() + x, padded_, tile + x * ld, ld);

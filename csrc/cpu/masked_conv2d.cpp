@@ -34,18 +34,17 @@ void forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept) {
   using T = ComputeType<E>;
   if constexpr (std::is_same_v<E, T>)
     if (is_pointwise(s)) return pointwise_forward(s, in, out);
-  if (suits_winograd<T>(s)) return winograd_forward<T>(s, in, out, kept);
-  conv_forward<T>(s, in, out, kept);
+  if (!winograd_forward<T>(s, in, out, kept)) conv_forward<T>(s, in, out, kept);
 }
 
 template <class E>
 void backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, const E* kept,
-              const ConvGradients<ComputeType<E>, E>& out) {
-  using T = ComputeType<E>;
-  if constexpr (std::is_same_v<E, T>)
+              const ConvGradients<ComputeType<E>, E>& out, const Tensor& like) {
+  if constexpr (std::is_same_v<E, ComputeType<E>>) {
     if (is_pointwise(s)) return pointwise_backward(s, in, grad, kept, out);
-  if (suits_winograd<T>(s)) return winograd_backward<T>(s, in, grad, kept, out);
-  conv_backward<T>(s, in, grad, kept, out);
+    if (winograd_backward(s, in, grad, kept, out, like)) return;
+  }
+  conv_backward<ComputeType<E>>(s, in, grad, kept, out);
 }
 
 Tensor ungated(const ConvShape& s, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -101,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const ConvShape& s, const T
     out.bias = gb.data();
     if (cond && in.cond_constant) out.image_cond = gc.data();
     if (cond && !in.cond_constant) out.cond = static_cast<E*>(grad_cond.data_ptr());
-    backward<E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
+    backward<E>(s, in, data_of<E>(grad), data_of<E>(kept), out, x);
     gw.finish();
     gb.finish();
     if (in.cond_constant) gc.finish();

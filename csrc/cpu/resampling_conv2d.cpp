@@ -6,8 +6,7 @@ namespace {
 
 template <class E>
 Planes<E> planes_of(const Tensor& images, const std::optional<Tensor>& relu = std::nullopt) {
-  return {data_of<E>(images), data_of<E>(relu), nullptr,       images.size(0),
-          images.size(1),     images.size(2),   images.size(3)};
+  return {data_of<E>(images), data_of<E>(relu), images.size(0), images.size(1), images.size(2), images.size(3)};
 }
 
 // `weight` (first, second, 4, 4) makes `first` channels of `second` ones where it halves, and back where it doubles.

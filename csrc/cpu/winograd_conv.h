@@ -24,14 +24,12 @@ template <Kind K, class T>
 class ResultTiles {
  public:
   using Of = Form<K>;
-  using X = typename Of::X;
-  using Y = typename Of::Y;
   static constexpr int64_t kL = kLanes<T>, kBefore = Of::kOut - 1;  // pixels of a tile's lines before the image
 
   ResultTiles(const TileRows<K>& rows, int64_t at_once)
       : rows_(rows),
         line_(rows.width),
-        line_size_(std::max(line_.padded() + kBefore, rows.across() * X::kOutputs * Of::kOut) * kL),
+        line_size_(std::max(line_.padded() + kBefore, rows.across() * Of::kResultsX * Of::kOut) * kL),
         point_size_(apart<T>(at_once * rows.across() * 2 * kL)),
         pixels_(2 * kLinesOf * line_size_),
         products_(Of::kOutPhases * Of::kPoints * point_size_) {}
@@ -79,21 +77,19 @@ class ResultTiles {
   }
 
  private:
-  static constexpr int64_t kLinesOf = Y::kOutputs * Of::kOut;  // a row of tiles
+  static constexpr int64_t kLinesOf = Of::kResultsY * Of::kOut;  // a row of tiles
   T* pixels(int64_t v, int64_t line) { return pixels_.data() + (v * kLinesOf + line) * line_size_ + kBefore * kL; }
 
   void transform(const T* from, int64_t lanes, int64_t phase, int64_t v, Vec<T> added, bool relu) {
     T* to = pixels(v, phase / Of::kOut) + (phase % Of::kOut - kBefore) * kL;
-    for (int64_t i = 0; i < rows_.across(); ++i, from += lanes, to += X::kOutputs * Of::kOut * kL) {
-      Vec<T> m[Y::kPoints][X::kPoints], y[Y::kOutputs][X::kOutputs];
-      unroll<Of::kPoints>([&](auto p)
-                              FASTGEN_INLINE { m[p / X::kPoints][p % X::kPoints] = load(from + p * point_size_); });
-      both_sides(m, y, [](const auto& points, auto& out) FASTGEN_INLINE { outputs_from_points(points, out); });
-      unroll<Y::kOutputs>([&](auto r) FASTGEN_INLINE {
-        unroll<X::kOutputs>([&](auto c) FASTGEN_INLINE {
-          const Vec<T> sum = y[r][c] + added;
-          store(to + r * Of::kOut * line_size_ + c * Of::kOut * kL, relu ? positive_part(sum) : sum);
-        });
+    for (int64_t i = 0; i < rows_.across(); ++i, from += lanes, to += Of::kResultsX * Of::kOut * kL) {
+      Vec<T> m[Of::kPoints], y[Of::kResultsY * Of::kResultsX];
+      unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE { m[p] = load(from + p * point_size_); });
+      Of::results_from(m, y);
+      unroll<Of::kResultsY * Of::kResultsX>([&](auto r) FASTGEN_INLINE {
+        const Vec<T> sum = y[r] + added;
+        T* pixel = to + r / Of::kResultsX * Of::kOut * line_size_ + r % Of::kResultsX * Of::kOut * kL;
+        store(pixel, relu ? positive_part(sum) : sum);
       });
     }
   }
@@ -169,8 +165,7 @@ void winograd_gradient(const Planes<E>& images, const Planes<E>& sums, const Con
           for (int64_t v = 0; v < vectors; ++v)
             for (int64_t row = first; row < last; ++row)
               store(row_sums.data() + row * panels.lanes() + panels.begin(panel) + v * kL,
-                    gradients.fill(sums, row, panels.first(panel, v), (row - first) * rows.across(), v * kL, lanes,
-                                   block == 0 ? out.cond : nullptr));
+                    gradients.fill(sums, row, panels.first(panel, v), (row - first) * rows.across(), v * kL, lanes));
           T* sum = weight_sums[worker].data() + weights.panel(panel) + some.first * lanes;
           for (int64_t i = 0; i < Of::kInPhases * Of::kPoints; ++i, sum += weights.matrix(panel))
             for_each_group(some.count, [&](int64_t c, int64_t count) {
@@ -193,40 +188,72 @@ void winograd_gradient(const Planes<E>& images, const Planes<E>& sums, const Con
     }
 }
 
-// Of fewer channels the transforms take longer than what they save.
-template <class T>
-bool suits_winograd(const ConvShape& s) {
-  const bool rows = s.mask == Mask::kVerticalB && (!s.gated() || s.outs / 2 % kLanes<T> == 0);
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.channels >= 4 && (s.mask == Mask::kNone || rows);
+// f.operator()<Kind, Kind of the gradient of x>() for a convolution that has one, and suits: of fewer channels the
+// transforms take longer than what they save. Returns whether it did.
+template <class T, class F>
+bool with_winograd(const ConvShape& s, F&& f) {
+  const bool halves = !s.gated() || s.outs / 2 % kLanes<T> == 0;
+  if (s.channels < 4 || s.kernel_h != 3 || s.kernel_w != 3 || !halves) return false;
+  if (s.mask == Mask::kNone) {
+    f.template operator()<Kind::kSame, Kind::kSame>();
+  } else if (s.mask == Mask::kVerticalB) {
+    f.template operator()<Kind::kAbove, Kind::kBelow>();
+  } else if (s.mask == Mask::kB && s.colors == 1) {
+    f.template operator()<Kind::kRaster, Kind::kRasterBack>();
+  } else {
+    return false;
+  }
+  return true;
 }
 
 template <class T, class E>
-void winograd_forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept) {
-  const Planes<E> from{in.x, nullptr, nullptr, s.batch, s.channels, s.height, s.width};
+bool winograd_forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept) {
+  const Planes<E> from{in.x, nullptr, s.batch, s.channels, s.height, s.width};
   const Results<E> to{out, kept, s.height, s.width, in.bias, s.activation, in.cond, in.cond_constant};
-  if (s.mask == Mask::kNone)
-    winograd_product(from, Weights<Kind::kSame, T>{s.outs, s.channels, false, s.gated()}, in.weight, to);
-  else
-    winograd_product(from, Weights<Kind::kAbove, T>{s.outs, s.channels, false, s.gated()}, in.weight, to);
+  return with_winograd<T>(s, [&]<Kind K, Kind Back>() {
+    winograd_product(from, Weights<K, T>{s.outs, s.channels, false, s.gated()}, in.weight, to);
+  });
 }
 
-// kept: the sums before a gate, or the results of a ReLU.
-template <class T, class E>
-void winograd_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, const E* kept,
-                       const ConvGradients<T, E>& out) {
-  const Planes<E> images{in.x, nullptr, nullptr, s.batch, s.channels, s.height, s.width};
-  const Planes<E> sums{grad,   s.gated() ? nullptr : kept, s.gated() ? kept : nullptr, s.batch, s.outs, s.height,
-                       s.width};
-  const auto run = [&]<Kind K, Kind Back>() {
+// The gradients of the sums before a gate, from those of its results.
+template <class T>
+void gate_gradients(const ConvShape& s, const T* grad, const T* sums, T* to) {
+  const int64_t half = s.results(), plane = s.height * s.width;
+  share(s.batch * half, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tanh_half = (i / half * s.outs + i % half) * plane, sigmoid_half = tanh_half + half * plane;
+      by_vectors<T>(plane, [&](int64_t x, auto n) {
+        Vec<T> t, g;
+        gate_parts(take(sums + tanh_half + x, n), take(sums + sigmoid_half + x, n), t, g);
+        const Vec<T> left = take(grad + i * plane + x, n) * g;
+        put(to + tanh_half + x, left * (T(1) - t * t), n);
+        put(to + sigmoid_half + x, left * t * (T(1) - g), n);
+      });
+    }
+  });
+}
+
+// kept: the results of a ReLU, or the sums before a gate, whose gradients need room where those of conditioning are not
+// wanted: of the dtype of `like`.
+template <class T>
+bool winograd_backward(const ConvShape& s, const ConvTensors<T>& in, const T* grad, const T* kept,
+                       const ConvGradients<T, T>& out, const Tensor& like) {
+  return with_winograd<T>(s, [&]<Kind K, Kind Back>() {
+    const Planes<T> images{in.x, nullptr, s.batch, s.channels, s.height, s.width};
+    Planes<T> sums{grad, kept, s.batch, s.outs, s.height, s.width};
+    std::optional<Tensor> room;
+    if (s.gated()) {
+      T* to = out.cond;
+      if (!to) to = static_cast<T*>(room.emplace(fresh(like, {s.batch * s.outs * sums.size()})).data_ptr());
+      gate_gradients(s, grad, kept, to);
+      sums.values = to;
+      sums.relu = nullptr;
+    }
     if (out.x)
       winograd_product(sums, Weights<Back, T>{s.outs, s.channels, true}, in.weight,
-                       Results<E>{out.x, nullptr, s.height, s.width});
+                       Results<T>{out.x, nullptr, s.height, s.width});
     winograd_gradient<K>(images, sums, out);
-  };
-  if (s.mask == Mask::kNone)
-    run.template operator()<Kind::kSame, Kind::kSame>();
-  else
-    run.template operator()<Kind::kAbove, Kind::kBelow>();
+  });
 }
 
 }  // namespace

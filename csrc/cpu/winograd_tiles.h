@@ -7,39 +7,23 @@
 namespace fastgen {
 namespace {
 
-// Room for lines of an image.
-template <class T>
-struct Lines {
-  explicit Lines(int64_t width) : line(width), second(width), third(width) {}
-  RowTile<T> line, second, third;
-};
-
-// Some channels of a batch of images. Where the results of a ReLU are given, only what it let through counts; where the
-// sums before a gate are, the values are gradients of its results, and what is read is those of the sums.
+// Some channels of a batch of images; where the results of a ReLU are given, only what it let through counts.
 template <class E>
 struct Planes {
-  const E *values, *relu, *sums;
-  int64_t batch, channels, height, width;  // channels: both halves of a gate
+  const E *values, *relu;
+  int64_t batch, channels, height, width;
   int64_t first = 0, count = channels;
 
   int64_t size() const { return height * width; }
-  // A line of up to a vector of them; both halves of a gate are whole vectors.
+  // A line of up to a vector of them.
   template <class T>
-  void read(int64_t image, int64_t channel, int64_t y, Lines<T>& to) const {
-    const int64_t live = std::min<int64_t>(kLanes<T>, count - channel), c = first + channel;
-    const auto at = [&](int64_t row) { return row * size() + y * width; };
-    if (sums) {
-      const int64_t half = channels / 2, h = c % half;
-      to.line.read(values + at(image * half + h), size(), live);
-      to.second.read(sums + at(image * channels + h), size(), live);
-      to.third.read(sums + at(image * channels + half + h), size(), live);
-      to.line.gate_gradient(to.second, to.third, c < half);
-      return;
-    }
-    to.line.read(values + at(image * channels + c), size(), live);
+  void read(int64_t image, int64_t channel, int64_t y, RowTile<T>& line, RowTile<T>& kept) const {
+    const int64_t live = std::min<int64_t>(kLanes<T>, count - channel);
+    const int64_t at = (image * channels + first + channel) * size() + y * width;
+    line.read(values + at, size(), live);
     if (!relu) return;
-    to.second.read(relu + at(image * channels + c), size(), live);
-    to.line.clear_where_zero(to.second);
+    kept.read(relu + at, size(), live);
+    line.clear_where_zero(kept);
   }
 };
 
@@ -49,11 +33,11 @@ struct TileRows {
   using Of = Form<K>;
   int64_t batch, height, width;  // of the results
 
-  int64_t down() const { return tiles(height, Of::Y::kOutputs); }
-  int64_t across() const { return tiles(width, Of::X::kOutputs); }
+  int64_t down() const { return tiles(height, Of::kResultsY); }
+  int64_t across() const { return tiles(width, Of::kResultsX); }
   int64_t count() const { return batch * down(); }
   int64_t image(int64_t row) const { return row / down(); }
-  int64_t top(int64_t row) const { return row % down() * Of::Y::kOutputs; }  // the first line, of each phase
+  int64_t top(int64_t row) const { return row % down() * Of::kResultsY; }  // the first line, of each phase
 
   // How many to work on at once: their patches, and the products for a panel, leave room in the second-level cache.
   template <class T>
@@ -65,8 +49,8 @@ struct TileRows {
 
  private:
   // The transpose's first phase begins a pixel before the image.
-  static int64_t tiles(int64_t pixels, int64_t outputs) {
-    return (pixels / Of::kOut + Of::kOut - 1 + outputs - 1) / outputs;
+  static int64_t tiles(int64_t pixels, int64_t results) {
+    return (pixels / Of::kOut + Of::kOut - 1 + results - 1) / results;
   }
 };
 
@@ -81,17 +65,17 @@ template <Kind K, class T>
 class Patches {
  public:
   using Of = Form<K>;
-  using X = typename Of::X;
-  using Y = typename Of::Y;
-  static constexpr int64_t kL = kLanes<T>, kLines = Y::kPoints * Of::kIn, kStep = Y::kOutputs * Of::kIn;
+  static constexpr int64_t kL = kLanes<T>, kLines = Of::kPatchY * Of::kIn, kStep = Of::kResultsY * Of::kIn;
 
   Patches(const TileRows<K>& rows, int64_t width, int64_t channels, int64_t at_once)
       : rows_(rows),
         channels_(round_up(channels, kL)),
-        line_size_(std::max(round_up(width, kL) + 1, (rows.across() * X::kOutputs + X::kTaps - 1) * Of::kIn) *
-                   channels_),
+        line_size_(
+            std::max(round_up(width, kL) + 1, ((rows.across() - 1) * Of::kResultsX + Of::kPatchX) * Of::kIn + 1) *
+            channels_),
         point_size_(apart<T>(at_once * rows.across() * channels_)),
-        lines_(width),
+        line_(width),
+        kept_(width),
         pixels_(kLines * line_size_),
         points_(Of::kInPhases * Of::kPoints * point_size_) {}
 
@@ -125,41 +109,33 @@ class Patches {
       return;
     }
     for (int64_t c = 0; c < planes.count; c += kL) {
-      planes.read(image, c, y, lines_);
-      lines_.line.to_tile(pixel(y, 0) + c, channels_);
+      planes.read(image, c, y, line_, kept_);
+      line_.to_tile(pixel(y, 0) + c, channels_);
     }
     std::fill(pixel(y, planes.width), line + line_size_, T(0));
   }
 
-  // One vector of channels of a row of tiles; the first columns of a patch are the last ones of that before.
+  // One vector of channels of a row of tiles.
   void transform(int64_t top, int64_t phase, int64_t channel, int64_t tile) {
-    constexpr int kShared = X::kTaps - 1;
-    const T* lines[Y::kPoints];
-    unroll<Y::kPoints>([&](auto i) FASTGEN_INLINE {
+    const T* lines[Of::kPatchY];
+    unroll<Of::kPatchY>([&](auto i) FASTGEN_INLINE {
       lines[i] = pixel(top + phase / Of::kIn + Of::kIn * i, phase % Of::kIn - 1) + channel;
     });
-    Vec<T> columns[X::kPoints][Y::kPoints];  // [column][point of the lines]
-    const auto column = [&](int64_t x, Vec<T>(&to)[Y::kPoints]) FASTGEN_INLINE {
-      unroll<Y::kPoints>([&](auto i) FASTGEN_INLINE { to[i] = load(lines[i] + x * Of::kIn * channels_); });
-      at_points(to);
-    };
-    unroll<kShared>([&](auto c) FASTGEN_INLINE { column(c, columns[c]); });
     T* to = points_.data() + phase * Of::kPoints * point_size_ + tile * channels_ + channel;
     for (int64_t i = 0; i < rows_.across(); ++i, to += channels_) {
-      unroll<X::kOutputs>([&](auto c) FASTGEN_INLINE { column(i * X::kOutputs + kShared + c, columns[kShared + c]); });
-      unroll<Y::kPoints>([&](auto r) FASTGEN_INLINE {
-        Vec<T> d[X::kPoints];
-        unroll<X::kPoints>([&](auto c) FASTGEN_INLINE { d[c] = columns[c][r]; });
-        at_points(d);
-        unroll<X::kPoints>([&](auto c) FASTGEN_INLINE { store(to + (r * X::kPoints + c) * point_size_, d[c]); });
-        unroll<kShared>([&](auto c) FASTGEN_INLINE { columns[c][r] = columns[X::kOutputs + c][r]; });
+      Vec<T> patch[Of::kPatchY * Of::kPatchX], at[Of::kPoints];
+      const int64_t x = i * Of::kResultsX * Of::kIn * channels_;
+      unroll<Of::kPatchY * Of::kPatchX>([&](auto d) FASTGEN_INLINE {
+        patch[d] = load(lines[d / Of::kPatchX] + x + d % Of::kPatchX * Of::kIn * channels_);
       });
+      Of::patch_at(patch, at);
+      unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE { store(to + p * point_size_, at[p]); });
     }
   }
 
   TileRows<K> rows_;
   int64_t channels_, line_size_, point_size_;
-  Lines<T> lines_;
+  RowTile<T> line_, kept_;
   OwnVector<T> pixels_;
   RawVector<T> points_;
 };
@@ -169,57 +145,51 @@ template <Kind K, class T>
 class SumGradientTiles {
  public:
   using Of = Form<K>;
-  using X = typename Of::X;
-  using Y = typename Of::Y;
   static constexpr int64_t kL = kLanes<T>;
 
   SumGradientTiles(const TileRows<K>& rows, int64_t at_once)
       : rows_(rows),
-        lines_(rows.width),
-        line_size_(std::max(lines_.line.padded(), rows.across() * X::kOutputs) * kL),
+        line_(rows.width),
+        kept_(rows.width),
+        line_size_(std::max(line_.padded(), rows.across() * Of::kResultsX) * kL),
         point_size_(apart<T>(at_once * rows.across() * 2 * kL)),
-        pixels_(Y::kOutputs * line_size_),
+        pixels_(Of::kResultsY * line_size_),
         points_(Of::kPoints * point_size_) {}
 
   const T* at(int64_t point) const { return points_.data() + point * point_size_; }
 
   // Of a row of tiles and the channels from `channel` on, as tiles from `tile` on, into lanes [lane, lane + kL) of
-  // `width`; and as they are, unless `copy` is null. Returns their sums.
+  // `width`. Returns their sums.
   template <class E>
-  Vec<T> fill(const Planes<E>& planes, int64_t row, int64_t channel, int64_t tile, int64_t lane, int64_t width,
-              E* copy) {
-    for (int64_t r = 0; r < Y::kOutputs; ++r) {
+  Vec<T> fill(const Planes<E>& planes, int64_t row, int64_t channel, int64_t tile, int64_t lane, int64_t width) {
+    for (int64_t r = 0; r < Of::kResultsY; ++r) {
       T* const line = pixels_.data() + r * line_size_;
       const int64_t y = rows_.top(row) + r;
-      if (y >= rows_.height) {
+      if (y < rows_.height) {
+        planes.read(rows_.image(row), channel, y, line_, kept_);
+        line_.to_tile(line, kL);
+      } else {
         std::fill_n(line, line_size_, T(0));
-        continue;
       }
-      planes.read(rows_.image(row), channel, y, lines_);
-      lines_.line.to_tile(line, kL);
-      if (copy)
-        lines_.line.write(copy + (rows_.image(row) * planes.channels + channel) * planes.size() + y * planes.width,
-                          planes.size(), std::min(kL, planes.channels - channel));
     }
     Vec<T> sum = {};
     T* to = points_.data() + tile * width + lane;
     const T* from = pixels_.data();
-    for (int64_t i = 0; i < rows_.across(); ++i, to += width, from += X::kOutputs * kL) {
-      Vec<T> y[Y::kOutputs][X::kOutputs], at[Y::kPoints][X::kPoints];
-      unroll<Y::kOutputs>([&](auto r) FASTGEN_INLINE {
-        unroll<X::kOutputs>([&](auto c) FASTGEN_INLINE { y[r][c] = load(from + r * line_size_ + c * kL); });
+    for (int64_t i = 0; i < rows_.across(); ++i, to += width, from += Of::kResultsX * kL) {
+      Vec<T> y[Of::kResultsY * Of::kResultsX], at[Of::kPoints];
+      unroll<Of::kResultsY * Of::kResultsX>([&](auto r) FASTGEN_INLINE {
+        y[r] = load(from + r / Of::kResultsX * line_size_ + r % Of::kResultsX * kL);
+        sum += y[r];
       });
-      both_sides(y, at, [](const auto& line, auto& points) FASTGEN_INLINE { outputs_at_points(line, points); });
-      unroll<Of::kPoints>([&](auto p)
-                              FASTGEN_INLINE { store(to + p * point_size_, at[p / X::kPoints][p % X::kPoints]); });
-      sum += at[1][1];
+      Of::results_at(y, at);
+      unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE { store(to + p * point_size_, at[p]); });
     }
     return sum;
   }
 
  private:
   TileRows<K> rows_;
-  Lines<T> lines_;
+  RowTile<T> line_, kept_;
   int64_t line_size_, point_size_;
   OwnVector<T> pixels_;
   RawVector<T> points_;
@@ -230,8 +200,6 @@ class SumGradientTiles {
 template <Kind K, class T>
 struct Weights {
   using Of = Form<K>;
-  using X = typename Of::X;
-  using Y = typename Of::Y;
   static constexpr int64_t kL = kLanes<T>, kArea = Of::kArea;
   int64_t first, second;
   bool back = false, gated = false;
@@ -251,15 +219,12 @@ struct Weights {
       rows.read(weight + at, lane_stride, live);
       rows.to_tile(turned, kL);
       for (int64_t phase = 0; phase < Of::kPhases; ++phase, to += Of::kPoints * point_size) {
-        Vec<T> w[Y::kTaps][X::kTaps], values[Y::kPoints][X::kPoints];
+        Vec<T> w[Of::kTaps], values[Of::kPoints];
         unroll<Of::kTaps>([&](auto i) FASTGEN_INLINE {
-          const int tap = back ? Of::kTaps - 1 - i : int{i};
-          w[i / X::kTaps][i % X::kTaps] = load(turned + kernel_index(phase, tap) * kL);
+          w[i] = load(turned + Of::place(phase, back ? Of::kTaps - 1 - i : int{i}) * kL);
         });
-        both_sides(w, values, [](const auto& line, auto& points) FASTGEN_INLINE { weights_at_points(line, points); });
-        unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE {
-          store(packed.data() + to + p * point_size, values[p / X::kPoints][p % X::kPoints]);
-        });
+        Of::weights_at(w, values);
+        unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE { store(packed.data() + to + p * point_size, values[p]); });
       }
     });
     return packed;
@@ -270,14 +235,11 @@ struct Weights {
     each([&](int64_t to, int64_t lane_stride, int64_t live, int64_t at, int64_t point_size, RowTile<T>& rows,
              T* turned) {
       for (int64_t phase = 0; phase < Of::kPhases; ++phase, at += Of::kPoints * point_size) {
-        Vec<T> values[Y::kPoints][X::kPoints] = {}, w[Y::kTaps][X::kTaps];
+        Vec<T> values[Of::kPoints] = {}, w[Of::kTaps];
         for (const RawVector<T>& sum : sums)
-          unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE {
-            values[p / X::kPoints][p % X::kPoints] += load(sum.data() + at + p * point_size);
-          });
-        both_sides(values, w, [](const auto& points, auto& line) FASTGEN_INLINE { weights_from_points(points, line); });
-        unroll<Of::kTaps>(
-            [&](auto i) FASTGEN_INLINE { store(turned + kernel_index(phase, i) * kL, w[i / X::kTaps][i % X::kTaps]); });
+          unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE { values[p] += load(sum.data() + at + p * point_size); });
+        Of::weights_from(values, w);
+        unroll<Of::kTaps>([&](auto i) FASTGEN_INLINE { store(turned + Of::place(phase, i) * kL, w[i]); });
       }
       rows.from_tile(turned, kL);
       rows.write(weight + to, lane_stride, live);
@@ -285,11 +247,6 @@ struct Weights {
   }
 
  private:
-  static int64_t kernel_index(int64_t phase, int64_t tap) {
-    constexpr int64_t kAside = Of::kIn * Of::kOut;
-    const int64_t y = phase / kAside + kAside * (tap / X::kTaps), x = phase % kAside + kAside * (tap % X::kTaps);
-    return y * Of::kWidth + x;
-  }
   // f(index in the tensor, lanes' distance there, live lanes, index at the points, distance of those, room for
   // kernels).
   template <class F>
