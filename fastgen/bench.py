@@ -207,6 +207,10 @@ def _pixels(benchmarks: list[dict[str, Any]]) -> list[str]:
             {"fastgen": "", "eager": "", "cropped": " to live rows", "torch.compile": ""},
         ),
         ("conv2d", "convolution with ReLU", {"fastgen": "", "eager": "", "torch.compile": ""}),
+        (
+            "resampling", "4x4 convolution with stride 2, or its transpose, and ReLU",
+            {"fastgen": "", "eager": "", "torch.compile": ""},
+        ),
         ("lstm", "LSTM over an image", {"fastgen": "", "eager": ""}),
         ("linear", "linear layer", {"fastgen": "", "eager": "", "torch.compile": ""}),
         ("attention", "causal attention", {"fastgen": "", "eager": " (fused)", "torch.compile": ""}),

@@ -39,10 +39,10 @@ void forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept) {
 
 template <class E>
 void backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, const E* kept,
-              const ConvGradients<ComputeType<E>, E>& out, const Tensor& like) {
+              const ConvGradients<ComputeType<E>, E>& out) {
   if constexpr (std::is_same_v<E, ComputeType<E>>) {
     if (is_pointwise(s)) return pointwise_backward(s, in, grad, kept, out);
-    if (winograd_backward(s, in, grad, kept, out, like)) return;
+    if (winograd_backward(s, in, grad, kept, out)) return;
   }
   conv_backward<ComputeType<E>>(s, in, grad, kept, out);
 }
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const ConvShape& s, const T
     out.bias = gb.data();
     if (cond && in.cond_constant) out.image_cond = gc.data();
     if (cond && !in.cond_constant) out.cond = static_cast<E*>(grad_cond.data_ptr());
-    backward<E>(s, in, data_of<E>(grad), data_of<E>(kept), out, x);
+    backward<E>(s, in, data_of<E>(grad), data_of<E>(kept), out);
     gw.finish();
     gb.finish();
     if (in.cond_constant) gc.finish();

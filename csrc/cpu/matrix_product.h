@@ -131,7 +131,7 @@ class MatrixProduct {
     }
   }
 
-  OwnVector<T> panels_, edge_;
+  RawVector<T> panels_, edge_;
 };
 
 // f(first row, last row, first column, last column) for a part of the product for each thread: of its columns, and

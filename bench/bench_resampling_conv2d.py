@@ -1,0 +1,63 @@
+"""Convolutions of 4x4 that halve images, their transposes and the ReLU, beside eager PyTorch and torch.compile."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import peak_extra_bytes
+
+from fastgen.ops import downsample_conv2d, upsample_conv2d
+
+SHAPES = {
+    # batch, channels, outs, side of the smaller image
+    "64 to 128, B32 16x16 to 8x8": (downsample_conv2d, 32, 64, 128, 8),
+    "128 to 128, B8 64x64 to 32x32": (downsample_conv2d, 8, 128, 128, 32),
+    "3 to 64, B32 32x32 to 16x16": (downsample_conv2d, 32, 3, 64, 16),
+    "128 to 64, B32 8x8 to 16x16": (upsample_conv2d, 32, 128, 64, 8),
+    "128 to 128, B8 32x32 to 64x64": (upsample_conv2d, 8, 128, 128, 32),
+    "64 to 3, B32 16x16 to 32x32": (upsample_conv2d, 32, 64, 3, 16),
+}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_resampling_conv2d(shape, backward, contest, limits, benchmark):
+    op, batch, channels, outs, side = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size, scale=1.0):
+        return (torch.randn(*size, generator=generator) * scale).requires_grad_(backward)
+
+    down = op is downsample_conv2d
+    before, after = (2 * side, side) if down else (side, 2 * side)
+    args = (
+        normal(batch, channels, before, before),
+        normal(*((outs, channels) if down else (channels, outs)), 4, 4, scale=(8 * channels) ** -0.5),
+        normal(outs),
+    )
+    plain = F.conv2d if down else F.conv_transpose2d
+
+    def eager(x, weight, bias):
+        """What a user writes."""
+        return F.relu(plain(x, weight, bias, stride=2, padding=1))
+
+    cotangent = torch.randn(batch, outs, after, after)
+    compiled = torch.compile(eager)
+    ways = {
+        "fastgen": lambda: op(*args, relu=True, backend="cpu"),
+        "eager": lambda: eager(*args),
+        "torch.compile": lambda: compiled(*args),
+    }
+    torch.testing.assert_close(ways["fastgen"](), ways["eager"](), atol=1e-4, rtol=1e-4)
+    if backward:
+        ways = {name: lambda way=way: torch.autograd.grad(way(), args, cotangent) for name, way in ways.items()}
+        for a, b in zip(ways["fastgen"](), ways["eager"](), strict=True):
+            torch.testing.assert_close(a, b, atol=2e-3 * float(b.abs().max()), rtol=1e-3)
+    median = contest(ways, rounds=9 if backward else 15)
+    flops = 2 * batch * side * side * outs * channels * 16 * (3 if backward else 1)
+    benchmark.extra_info.update(
+        case=f"{shape}, {'forward + backward' if backward else 'forward'}",
+        resampling=True,
+        of_fma_peak=flops / median["fastgen"] / 1e9 / limits["gflops"],
+        limits=limits,
+        peak_extra_bytes={name: peak_extra_bytes(ways[name]) for name in ("fastgen", "eager")},
+    )
