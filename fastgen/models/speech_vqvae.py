@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastgen.audio import mu_law_decode
 from fastgen.checks import check_classes, check_integer, check_tensor
 from fastgen.models.wavenet import WaveNet
-from fastgen.nn import VectorQuantize
+from fastgen.nn import Conv1d, VectorQuantize
 
 
 class SpeechVQVAE(nn.Module):
@@ -79,7 +79,7 @@ class SpeechVQVAE(nn.Module):
         for i in range(halvings):
             parts += [nn.Conv1d(hidden_channels if i else 1, hidden_channels, 4, 2, 1), nn.ReLU()]
         self.encoder = nn.Sequential(*parts, _Residual(hidden_channels), _Residual(hidden_channels))
-        self.to_codes = nn.Conv1d(hidden_channels, code_dim, 1)
+        self.to_codes = Conv1d(hidden_channels, code_dim, 1)
         self.quantizer = VectorQuantize(code_dim, codebook_size, rotation_trick=False, **quantizer)
         scales = (4,) * (halvings // 2) + (2,) * (halvings % 2)
         self.decoder = WaveNet(**decoder, local_channels=code_dim, upsample_scales=scales)
@@ -140,7 +140,7 @@ class _Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv, self.out = nn.Conv1d(channels, channels, 3, padding=1), nn.Conv1d(channels, channels, 1)
+        self.conv, self.out = nn.Conv1d(channels, channels, 3, padding=1), Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(F.relu(self.conv(F.relu(x))))  # type: ignore[no-any-return]

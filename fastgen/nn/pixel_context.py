@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.checks import check_classes, check_tensor
+from fastgen.nn.conv2d import Conv2d
 
 RESIDUAL_LAYERS = 2
 
@@ -33,12 +34,10 @@ class PixelContext(nn.Module):
         self.classes, self.cond_codes, self.cond_channels = classes, cond_codes, cond_channels
         self.label = nn.Embedding(classes, channels) if classes else None
         self.code = nn.Embedding(cond_codes, channels) if cond_codes else None
-        self.feature = nn.Conv2d(cond_channels, channels, 1) if cond_channels else None
+        self.feature = Conv2d(cond_channels, channels, 1) if cond_channels else None
         self.spatial = bool(cond_codes or cond_channels)
         self.residual = nn.ModuleList(
-            nn.Sequential(
-                nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 1)
-            )
+            nn.Sequential(nn.ReLU(), Conv2d(channels, channels, 3, padding=1, relu=True), Conv2d(channels, channels, 1))
             for _ in range(RESIDUAL_LAYERS if self.spatial else 0)
         )
 

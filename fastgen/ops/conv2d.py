@@ -2,9 +2,10 @@
 
     y[o, i, j] = act(sum over c, di, dj of W[o, c, KH//2 + di, KW//2 + dj] x[c, i + di, j + dj] + b[o])
 
-act is max(., 0) or nothing; x is zero outside the image. What flows' conditioners, encoders and decoders are made of:
-few channels on large images, and 1x1 convolutions, where PyTorch's convolutions for the CPU are slow. The kernel is
-that of `masked_conv2d` (csrc/cpu/masked_conv2d.cpp), with every tap live.
+act is max(., 0) or nothing; x is zero outside the image. What flows' conditioners, encoders and decoders are made of.
+The kernel is that of `masked_conv2d` (csrc/cpu/masked_conv2d.cpp), with every tap live: 3x3 takes 16 products in place
+of 36 (Winograd's F(2x2, 3x3); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016), and 1x1 is a
+product of matrices.
 """
 
 from __future__ import annotations
