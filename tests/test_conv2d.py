@@ -259,7 +259,7 @@ BAD = {
     "x list": ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
     "x rank": ({"x": torch.zeros(3, 4, 4).double()}, ValueError, r"x must have shape .*any.*, got \(3, 4, 4\)"),
     "weight channels": ({"weight": torch.zeros(4, 2, 3, 3).double()}, ValueError, r"weight must have shape .*3.*, got"),
-    "even kernel": ({"weight": torch.zeros(4, 3, 2, 3).double()}, ValueError, r"odd kernel sizes, got \(2, 3\)"),
+    "even kernel": ({"weight": torch.zeros(8, 3, 2, 3).double()}, ValueError, r"odd kernel sizes, got \(2, 3\)"),
     "no outputs": ({"weight": torch.zeros(0, 3, 3, 3).double()}, ValueError, "at least one channel"),
     "bias": ({"bias": torch.zeros(3).double()}, ValueError, r"bias must have shape \(8,\), got \(3,\)"),
     "dtype": ({"bias": torch.zeros(8)}, TypeError, "bias is torch.float32, x is torch.float64"),

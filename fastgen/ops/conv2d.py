@@ -10,6 +10,7 @@ product of matrices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,33 +31,28 @@ def conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, r
     return F.relu(y) if relu else y
 
 
-lib.define("conv2d(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor")
-lib.define(
-    "conv2d_backward(Tensor grad, Tensor? result, Tensor x, Tensor weight, bool need_x) -> (Tensor, Tensor, Tensor)"
-)
+def define_convolution(name: str) -> None:
+    """Schemas of a convolution with a ReLU and of its gradients, and the shapes of these."""
+    inputs = "Tensor x, Tensor weight"
+    lib.define(f"{name}({inputs}, Tensor? bias, bool relu) -> Tensor")
+    lib.define(f"{name}_backward(Tensor grad, Tensor? result, {inputs}, bool need_x) -> (Tensor, Tensor, Tensor)")
 
-
-@torch.library.register_fake("fastgen::conv2d", lib=lib)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
-
-
-@torch.library.register_fake("fastgen::conv2d_backward", lib=lib)
-def _(grad: Tensor, result: Tensor | None, x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape if need_x else 0), x.new_empty(weight.shape), x.new_empty(weight.shape[0])
+    @torch.library.register_fake(f"fastgen::{name}_backward", lib=lib)
+    def _(grad: Tensor, result: Tensor | None, x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, ...]:
+        return x.new_empty(x.shape if need_x else 0), x.new_empty(weight.shape), x.new_empty(grad.shape[1])
 
 
 @quick_apply
-class _Conv2d(torch.autograd.Function):
+class _Convolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        return torch.ops.fastgen.conv2d(x, weight, bias, relu)  # type: ignore[no-any-return]
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, op: str) -> Tensor:
+        return getattr(torch.ops.fastgen, op)(x, weight, bias, relu)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, relu = inputs
+        x, weight, bias, relu, ctx.op = inputs
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight, output if relu else None)  # the output, which the next layer saves anyway
 
@@ -64,8 +60,51 @@ class _Conv2d(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, (x, weight, result) = ctx.needs_input_grad[0], ctx.saved_tensors
-        grads = torch.ops.fastgen.conv2d_backward(grad.contiguous(), result, x, weight, need_x)
-        return grads[0] if need_x else None, grads[1], grads[2] if ctx.has_bias else None, None
+        backward = getattr(torch.ops.fastgen, f"{ctx.op}_backward")
+        grads = backward(grad.contiguous(), result, x, weight, need_x)
+        return grads[0] if need_x else None, grads[1], grads[2] if ctx.has_bias else None, None, None
+
+
+def check_convolution(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, size: int | None = None, inputs: int = 1
+) -> None:
+    """Raise on arguments that do not fit; size: of kernels, None for any; inputs: the weight's dimension of them."""
+    check(op, "x", x, x, (None, None, None, None))
+    channels: list[int | None] = [None, None]
+    channels[inputs] = x.shape[1]
+    check(op, "weight", weight, x, (*channels, size, size))
+    if min(weight.shape[:2]) < 1:
+        raise ValueError(f"{op}: weight needs at least one channel each way, got {tuple(weight.shape)}")
+    if bias is not None:
+        check(op, "bias", bias, x, (weight.shape[1 - inputs],))
+    if not isinstance(relu, bool):
+        raise TypeError(f"{op}: relu must be True or False, got {relu!r}")
+
+
+def convolve(
+    op: str,
+    reference: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    backend: str | None,
+) -> Tensor:
+    """What was checked, on the backend that runs it."""
+    if resolve(op, backend, x.device, x.dtype) == "reference":
+        return reference(x, weight, bias, relu=relu)
+    args = (x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
+    if differentiates(*args):
+        return _Convolution.apply(*args, relu, op)  # type: ignore[no-any-return,no-untyped-call]
+    return getattr(torch.ops.fastgen, op)(*args, relu)  # type: ignore[no-any-return]
+
+
+define_convolution("conv2d")
+
+
+@torch.library.register_fake("fastgen::conv2d", lib=lib)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
 
 
 def conv2d(
@@ -104,20 +143,7 @@ def conv2d(
     """
     op = "conv2d"
     x, weight, bias = autocast(op, x, weight, bias)  # type: ignore[assignment]
-    check(op, "x", x, x, (None, None, None, None))
-    check(op, "weight", weight, x, (None, x.shape[1], None, None))
-    outs, channels, *kernel = weight.shape
-    if not all(size % 2 for size in kernel):
-        raise ValueError(f"{op}: weight needs odd kernel sizes, got {tuple(kernel)}")
-    if channels < 1 or outs < 1:
-        raise ValueError(f"{op}: weight needs at least one channel each way, got {tuple(weight.shape)}")
-    if bias is not None:
-        check(op, "bias", bias, x, (outs,))
-    if not isinstance(relu, bool):
-        raise TypeError(f"{op}: relu must be True or False, got {relu!r}")
-    if resolve(op, backend, x.device, x.dtype) == "reference":
-        return conv2d_reference(x, weight, bias, relu=relu)
-    args = (x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
-    if differentiates(*args):
-        return _Conv2d.apply(*args, relu)  # type: ignore[no-any-return,no-untyped-call]
-    return torch.ops.fastgen.conv2d(*args, relu)  # type: ignore[no-any-return]
+    check_convolution(op, x, weight, bias, relu)
+    if not all(size % 2 for size in weight.shape[2:]):
+        raise ValueError(f"{op}: weight needs odd kernel sizes, got {tuple(weight.shape[2:])}")
+    return convolve(op, conv2d_reference, x, weight, bias, relu, backend)

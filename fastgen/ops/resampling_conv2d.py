@@ -10,14 +10,13 @@ seen by 2x2 weights (Winograd's F(3x3, 2x2)).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, differentiates, first_order, quick_apply
+from fastgen.backend import lib
+from fastgen.checks import autocast
+from fastgen.ops.conv2d import check_convolution, convolve, define_convolution
 
 KERNEL = 4
 
@@ -43,10 +42,8 @@ def _nothing(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, .
     return x.new_zeros(x.shape[0], *shape) + 0 * parts
 
 
-ARGUMENTS = "Tensor x, Tensor weight"
-for name in ("downsample_conv2d", "upsample_conv2d"):
-    lib.define(f"{name}({ARGUMENTS}, Tensor? bias, bool relu) -> Tensor")
-    lib.define(f"{name}_backward(Tensor grad, Tensor? result, {ARGUMENTS}, bool need_x) -> (Tensor, Tensor, Tensor)")
+define_convolution("downsample_conv2d")
+define_convolution("upsample_conv2d")
 
 
 @torch.library.register_fake("fastgen::downsample_conv2d", lib=lib)
@@ -57,35 +54,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
 @torch.library.register_fake("fastgen::upsample_conv2d", lib=lib)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1], x.shape[2] * 2, x.shape[3] * 2)
-
-
-@torch.library.register_fake("fastgen::downsample_conv2d_backward", lib=lib)
-@torch.library.register_fake("fastgen::upsample_conv2d_backward", lib=lib)
-def _(grad: Tensor, result: Tensor | None, x: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape if need_x else 0), x.new_empty(weight.shape), x.new_empty(grad.shape[1])
-
-
-@quick_apply
-class _Resampling(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, op: str) -> Tensor:
-        return getattr(torch.ops.fastgen, op)(x, weight, bias, relu)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, relu, ctx.op = inputs
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, output if relu else None)  # the output, which the next layer saves anyway
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, (x, weight, result) = ctx.needs_input_grad[0], ctx.saved_tensors
-        backward = getattr(torch.ops.fastgen, f"{ctx.op}_backward")
-        grads = backward(grad.contiguous(), result, x, weight, need_x)
-        return grads[0] if need_x else None, grads[1], grads[2] if ctx.has_bias else None, None, None
 
 
 def downsample_conv2d(
@@ -123,10 +91,11 @@ def downsample_conv2d(
         An explicit backend that cannot run here.
     """
     op = "downsample_conv2d"
-    x, weight, bias = _checked(op, x, weight, bias, relu, 1)
+    x, weight, bias = autocast(op, x, weight, bias)  # type: ignore[assignment]
+    check_convolution(op, x, weight, bias, relu, KERNEL)
     if any(size % 2 for size in x.shape[2:]):
         raise ValueError(f"{op}: x needs even height and width, got {tuple(x.shape[2:])}")
-    return _resample(op, downsample_conv2d_reference, x, weight, bias, relu, backend)
+    return convolve(op, downsample_conv2d_reference, x, weight, bias, relu, backend)
 
 
 def upsample_conv2d(
@@ -164,34 +133,6 @@ def upsample_conv2d(
         An explicit backend that cannot run here.
     """
     op = "upsample_conv2d"
-    x, weight, bias = _checked(op, x, weight, bias, relu, 0)
-    return _resample(op, upsample_conv2d_reference, x, weight, bias, relu, backend)
-
-
-def _checked(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, inputs: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`inputs`: the dimension of the weight that x has channels for."""
     x, weight, bias = autocast(op, x, weight, bias)  # type: ignore[assignment]
-    check(op, "x", x, x, (None, None, None, None))
-    channels: list[int | None] = [None, None]
-    channels[inputs] = x.shape[1]
-    check(op, "weight", weight, x, (*channels, KERNEL, KERNEL))
-    if min(weight.shape[:2]) < 1:
-        raise ValueError(f"{op}: weight needs at least one channel each way, got {tuple(weight.shape)}")
-    if bias is not None:
-        check(op, "bias", bias, x, (weight.shape[1 - inputs],))
-    if not isinstance(relu, bool):
-        raise TypeError(f"{op}: relu must be True or False, got {relu!r}")
-    return x, weight, bias
-
-
-def _resample(
-    op: str, reference: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, backend: str | None
-) -> Tensor:
-    if resolve(op, backend, x.device, x.dtype) == "reference":
-        return reference(x, weight, bias, relu=relu)  # type: ignore[no-any-return]
-    args = (x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
-    if differentiates(*args):
-        return _Resampling.apply(*args, relu, op)  # type: ignore[no-any-return,no-untyped-call]
-    return getattr(torch.ops.fastgen, op)(*args, relu)  # type: ignore[no-any-return]
+    check_convolution(op, x, weight, bias, relu, KERNEL, inputs=0)
+    return convolve(op, upsample_conv2d_reference, x, weight, bias, relu, backend)
