@@ -107,6 +107,12 @@ def test_no_pixel_depends_on_what_it_does_not_see(mask, far):
         assert torch.equal(before[..., unseen], after[..., unseen])
 
 
+@cpu_only("rows of tiles that leave the caches are left to the other kernel")
+def test_an_image_of_long_rows():
+    compare(gated_masked_conv2d, arguments(2, 20, 2, 3000, 32), torch.float32, mask="vertical_B")
+    compare(masked_conv2d, arguments(2, 20, 2, 3000, 32), torch.float32, mask="B")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 def test_relu_is_that_of_the_sums(mask, dtype):
@@ -235,17 +241,17 @@ def test_strided_and_expanded_inputs():
 
 
 @pytest.mark.parametrize("which", [KERNELS, "reference"])
-@pytest.mark.parametrize("sizes", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)])
+@pytest.mark.parametrize("sizes", [(0, 5, 4, 4), (2, 5, 0, 4), (2, 5, 4, 0)])
 def test_empty(sizes, which):
     for op in OPS.values():
-        args = floats(arguments(*sizes, 6))
-        args["x"].requires_grad_()
-        args["weight"].requires_grad_()
-        y = op(**args, mask="A", backend=which)
-        assert y.shape == (sizes[0], 6 if op is masked_conv2d else 3, *sizes[2:])
-        y.sum().backward()
-        assert args["x"].grad.shape == sizes
-        assert torch.equal(args["weight"].grad, torch.zeros_like(args["weight"]))
+        for mask, outs in (("A", 6), ("B", 64), ("vertical_B", 64)):
+            args = {k: v.requires_grad_() for k, v in floats(arguments(*sizes, outs)).items()}
+            y = op(**args, mask=mask, backend=which)
+            assert y.shape == (sizes[0], outs if op is masked_conv2d else outs // 2, *sizes[2:])
+            y.sum().backward()
+            assert args["x"].grad.shape == sizes
+            for name in ("weight", "bias"):
+                assert torch.equal(args[name].grad, torch.zeros_like(args[name]))
 
 
 def test_no_live_tap_leaves_the_bias():

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgen
 from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelRNN, PixelSNAIL
+from fastgen.models.pixelcnn import PixelCNNBlock
 from fastgen.nn import CausalAttention2d, GatedPixelCNNBlock, MaskedConv2d
 
 
@@ -30,6 +31,12 @@ def influence(model, size, at, color=0, **kw):
             changed[0, c, i, j] = (x[0, c, i, j] + value) % model.levels
             seen[c, i, j] |= bool((model(changed, **kw)[0, color, :, at[0], at[1]] != before).any())
     return seen
+
+
+def test_a_block_that_could_be_conditioned_and_is_not():
+    block, x = PixelCNNBlock(16, 3, context_channels=4), torch.randn(1, 16, 8, 8)
+    plain = x + block.expand(F.relu(block.conv(block.reduce(F.relu(x)))))
+    torch.testing.assert_close(block(x), plain)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -334,3 +334,8 @@ def test_decodes_in_the_dtype_it_was_cast_to(kind):
     got = model.decode(*codes) if isinstance(codes, tuple) else model.decode(codes)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, model(x).reconstruction, atol=0.05, rtol=0.05)
+
+
+def test_parameters_keep_the_names_that_checkpoints_hold():
+    names = {name.rsplit(".", 1)[0] for name, _ in VQVAE(1).named_parameters()}
+    assert {"encoder.0", "encoder.2", "encoder.4", "encoder.5.conv", "decoder.0", "decoder.4", "decoder.6"} <= names

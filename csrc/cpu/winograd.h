@@ -3,9 +3,9 @@
 // In one dimension a patch of the inputs and the weights are polynomials; their values at some points are multiplied,
 // and the results are read off the products. With values at 0, 1, -1 and infinity two results of three weights each, or
 // three of two, cost four products: F(2, 3) and F(3, 2); with those at 0, 1 and infinity two results of two weights
-// three: F(2, 2). Along both sides numbers of products are multiplied: 16 stand for 36, 12 for 24, 9 for 16. float32
-// loses no more than in a plain sum: all factors are 1 or 1/2. A result depends on no input that it does not see, save
-// with F(3, 2): in the last bits, or if that is not finite.
+// three: F(2, 2). Along both sides numbers of products are multiplied: 16 stand for 36, 12 for 24, 9 for 16. All
+// factors are 1 or 1/2: float32 loses about what it does in a plain sum, measured by the largest inputs and weights
+// that a result sees. It depends on no others, save with F(3, 2): there its error is that of the largest of its patch.
 #pragma once
 
 #include "simd.h"

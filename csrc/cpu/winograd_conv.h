@@ -292,7 +292,8 @@ void winograd_gate_backward(const ConvShape& s, const ConvTensors<T>& in, const 
     const TileRows<Back> some_back{group, s.height, s.width};
     RawVector<T> room(out.cond ? 0 : group * s.outs * plane);
     WeightGradient<K, T> of_weight(some, s.width, weights, totals[worker]);
-    Product<Back, T> of_x(some_back, s.width, back, packed.data());
+    std::optional<Product<Back, T>> of_x;
+    if (out.x) of_x.emplace(some_back, s.width, back, packed.data());
     const int64_t end = (worker + 1) * s.batch / workers;
     for (int64_t b = worker * s.batch / workers; b < end; b += group) {
       const int64_t count = std::min(group, end - b), down = rows.down();
@@ -303,21 +304,24 @@ void winograd_gate_backward(const ConvShape& s, const ConvTensors<T>& in, const 
       const Planes<T> images{in.x + b * s.channels * plane, nullptr, count, s.channels, s.height, s.width};
       const Planes<T> gradients{sums, nullptr, count, s.outs, s.height, s.width};
       of_weight.add(images, gradients, 0, count * down, row_sums.data() + b * down * weights.panels().lanes());
-      if (!out.x) continue;
-      of_x.run(gradients, Results<T>{out.x + b * s.channels * plane, nullptr, s.height, s.width}, 0,
-               count * some_back.down());
+      if (!of_x) continue;
+      of_x->run(gradients, Results<T>{out.x + b * s.channels * plane, nullptr, s.height, s.width}, 0,
+                count * some_back.down());
     }
   });
   weights.from_points(totals, out.weight);
   bias_gradients(rows, weights.panels(), row_sums, out);
 }
 
-// f.operator()<Kind, Kind of the gradient of x>() for a convolution that has one, and suits: of fewer channels the
-// transforms take longer than what they save. Returns whether it did.
+// f.operator()<Kind, Kind of the gradient of x>() for a convolution that has one, and suits: of few channels the
+// transforms take longer than what they save, and a row of tiles must not leave the caches. Returns whether it did.
 template <class T, class F>
 bool with_winograd(const ConvShape& s, F&& f) {
   const bool halves = !s.gated() || s.outs / 2 % kLanes<T> == 0;
-  if (s.channels < 4 || s.kernel_h != 3 || s.kernel_w != 3 || !halves) return false;
+  constexpr int64_t kFewChannels = 4, kMostBytes = 4 << 20, kPointsOfPixel = 8, kPanel = 2 * kLanes<T>;
+  const int64_t row = s.width * kPointsOfPixel * static_cast<int64_t>(sizeof(T)) * (s.channels + kPanel);
+  if (s.batch * s.height * s.width == 0) return false;
+  if (s.channels < kFewChannels || row > kMostBytes || s.kernel_h != 3 || s.kernel_w != 3 || !halves) return false;
   if (s.mask == Mask::kNone) {
     f.template operator()<Kind::kSame, Kind::kSame>();
   } else if (s.mask == Mask::kVerticalB) {

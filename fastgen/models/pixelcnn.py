@@ -33,8 +33,8 @@ class PixelCNNBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         u = self.conv(self.reduce(F.relu(x)))
-        if context is not None and self.context is not None:
-            u = F.relu(u + self.context(context))
+        if self.context is not None:
+            u = F.relu(u if context is None else u + self.context(context))
         return x + self.expand(u)  # type: ignore[no-any-return]
 
     def emit(self, p: PixelProgram, x: int, context: Tensor | None) -> int:

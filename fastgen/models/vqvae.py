@@ -56,11 +56,14 @@ def _residuals(channels: int, inner: int, layers: int) -> list[nn.Module]:
 
 
 def _encoder(channels: int, hidden: int, inner: int, layers: int, halvings: int) -> nn.Sequential:
-    """Each halving of the sides is a convolution of 4 x 4 with stride 2."""
+    """Each halving of the sides is a convolution of 4 x 4 with stride 2.
+
+    An Identity stands where a ReLU of its own did: parameters keep their names in checkpoints.
+    """
     parts: list[nn.Module] = []
     for i in range(halvings):
         last = i + 1 == halvings
-        parts.append(Conv2d(channels, hidden if last else hidden // 2, 4, 2, 1, relu=True))
+        parts += [Conv2d(channels, hidden if last else hidden // 2, 4, 2, 1, relu=True), nn.Identity()]
         channels = hidden if last else hidden // 2
     return nn.Sequential(*parts, Conv2d(channels, hidden, 3, padding=1), *_residuals(hidden, inner, layers))
 
@@ -71,6 +74,7 @@ def _decoder(channels: int, out: int, hidden: int, inner: int, layers: int, halv
         last = i + 1 == halvings
         width = hidden if i == 0 else hidden // 2
         parts.append(ConvTranspose2d(width, out if last else hidden // 2, 4, 2, 1, relu=not last))
+        parts += [] if last else [nn.Identity()]
     return nn.Sequential(*parts)
 
 

@@ -37,7 +37,7 @@ class PixelContext(nn.Module):
         self.feature = Conv2d(cond_channels, channels, 1) if cond_channels else None
         self.spatial = bool(cond_codes or cond_channels)
         self.residual = nn.ModuleList(
-            nn.Sequential(nn.ReLU(), Conv2d(channels, channels, 3, padding=1, relu=True), Conv2d(channels, channels, 1))
+            nn.Sequential(nn.ReLU(), Conv2d(channels, channels, 3, padding=1), nn.ReLU(), Conv2d(channels, channels, 1))
             for _ in range(RESIDUAL_LAYERS if self.spatial else 0)
         )
 

@@ -75,7 +75,8 @@ def masked_conv2d_reference(
 ) -> Tensor:
     """The specification, in plain PyTorch: any device and dtype, differentiable."""
     if x.numel() == 0:
-        return x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:]) + 0 * (x.sum() + weight.sum())
+        parts = sum(t.sum() for t in (x, weight, bias) if t is not None)
+        return x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:]) + 0 * parts
     height, width = weight.shape[2:]
     # chosen, not multiplied: whatever the dead weights hold, NaN included, stays out
     live = torch.where(weight_mask(weight, mask, colors, halves), weight, 0)

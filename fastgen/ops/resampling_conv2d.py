@@ -5,7 +5,8 @@
 
 act is max(., 0) or nothing; x is zero outside the image. What encoders and decoders of VQ-VAEs are made of. The kernel
 (csrc/cpu/winograd_conv.h) takes 16 products in place of 36: each of the four phases of the pixels, odd and even, is
-seen by 2x2 weights (Winograd's F(3x3, 2x2)).
+seen by 2x2 weights (Winograd's F(3x3, 2x2)). A result's rounding error is measured by the largest pixels of the 3x3
+results beside it, and where one of these is not finite it is not either.
 """
 
 from __future__ import annotations
