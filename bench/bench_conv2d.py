@@ -1,9 +1,10 @@
 """A convolution and its ReLU, as in conditioners of Glow and elsewhere, beside eager PyTorch and torch.compile."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import peak_extra_bytes
 
 from fastgen.ops import conv2d
 
@@ -25,7 +26,7 @@ def eager(x, weight, bias):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_conv2d(shape, backward, contest, limits, benchmark):
+def test_conv2d(shape, backward, beside_pytorch):
     batch, channels, outs, side, kernel = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
 
@@ -37,24 +38,6 @@ def test_conv2d(shape, backward, contest, limits, benchmark):
         normal(outs, channels, kernel, kernel, scale=(channels * kernel * kernel) ** -0.5),
         normal(outs),
     )
-    cotangent = torch.randn(batch, outs, side, side)
-    compiled = torch.compile(eager)
-    ways = {
-        "fastgen": lambda: conv2d(*args, relu=True, backend="cpu"),
-        "eager": lambda: eager(*args),
-        "torch.compile": lambda: compiled(*args),
-    }
-    torch.testing.assert_close(ways["fastgen"](), ways["eager"](), atol=1e-4, rtol=1e-4)
-    if backward:
-        ways = {name: lambda way=way: torch.autograd.grad(way(), args, cotangent) for name, way in ways.items()}
-        for a, b in zip(ways["fastgen"](), ways["eager"](), strict=True):
-            torch.testing.assert_close(a, b, atol=2e-3 * float(b.abs().max()), rtol=1e-3)
-    median = contest(ways, rounds=9 if backward else 15)
-    flops = 2 * batch * side * side * outs * channels * kernel * kernel * (3 if backward else 1)
-    benchmark.extra_info.update(
-        case=f"{shape}, {'forward + backward' if backward else 'forward'}",
-        conv2d=True,
-        of_fma_peak=flops / median["fastgen"] / 1e9 / limits["gflops"],
-        limits=limits,
-        peak_extra_bytes={name: peak_extra_bytes(ways[name]) for name in ("fastgen", "eager")},
-    )
+    ours = functools.partial(conv2d, relu=True, backend="cpu")
+    macs = batch * side * side * outs * channels * kernel * kernel
+    beside_pytorch("conv2d", shape, ours, eager, args, macs, backward, tolerance=2e-3)

@@ -1,9 +1,10 @@
 """A linear layer, as in transformers and perceptrons, beside PyTorch's."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import peak_extra_bytes
 
 from fastgen.ops import linear
 
@@ -15,7 +16,7 @@ SHAPES = {  # rows, inputs, outputs
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_linear(shape, backward, contest, limits, benchmark):
+def test_linear(shape, backward, beside_pytorch):
     rows, inputs, outputs = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
 
@@ -23,23 +24,5 @@ def test_linear(shape, backward, contest, limits, benchmark):
         return (torch.randn(*size, generator=generator) * scale).requires_grad_(backward)
 
     args = normal(rows, inputs), normal(outputs, inputs, scale=inputs**-0.5), normal(outputs)
-    cotangent = torch.randn(rows, outputs)
-    compiled = torch.compile(F.linear)
-    ways = {
-        "fastgen": lambda: linear(*args, backend="cpu"),
-        "eager": lambda: F.linear(*args),
-        "torch.compile": lambda: compiled(*args),
-    }
-    torch.testing.assert_close(ways["fastgen"](), ways["eager"](), atol=1e-4, rtol=1e-4)
-    if backward:
-        ways = {name: lambda way=way: torch.autograd.grad(way(), args, cotangent) for name, way in ways.items()}
-        for a, b in zip(ways["fastgen"](), ways["eager"](), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-3)
-    median = contest(ways, rounds=9 if backward else 15)
-    benchmark.extra_info.update(
-        case=f"{shape}, {'forward + backward' if backward else 'forward'}",
-        linear=True,
-        of_fma_peak=2 * rows * inputs * outputs * (3 if backward else 1) / median["fastgen"] / 1e9 / limits["gflops"],
-        limits=limits,
-        peak_extra_bytes={name: peak_extra_bytes(ways[name]) for name in ("fastgen", "eager")},
-    )
+    ours = functools.partial(linear, backend="cpu")
+    beside_pytorch("linear", shape, ours, F.linear, args, rows * inputs * outputs, backward, tolerance=1e-4)

@@ -1,9 +1,10 @@
 """Convolutions of 4x4 that halve images, their transposes and the ReLU, beside eager PyTorch and torch.compile."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import peak_extra_bytes
 
 from fastgen.ops import downsample_conv2d, upsample_conv2d
 
@@ -20,7 +21,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_resampling_conv2d(shape, backward, contest, limits, benchmark):
+def test_resampling_conv2d(shape, backward, beside_pytorch):
     op, batch, channels, outs, side = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
 
@@ -28,10 +29,10 @@ def test_resampling_conv2d(shape, backward, contest, limits, benchmark):
         return (torch.randn(*size, generator=generator) * scale).requires_grad_(backward)
 
     down = op is downsample_conv2d
-    before, after = (2 * side, side) if down else (side, 2 * side)
+    before, first, second = (2 * side, outs, channels) if down else (side, channels, outs)
     args = (
         normal(batch, channels, before, before),
-        normal(*((outs, channels) if down else (channels, outs)), 4, 4, scale=(8 * channels) ** -0.5),
+        normal(first, second, 4, 4, scale=(8 * channels) ** -0.5),
         normal(outs),
     )
     plain = F.conv2d if down else F.conv_transpose2d
@@ -40,24 +41,6 @@ def test_resampling_conv2d(shape, backward, contest, limits, benchmark):
         """What a user writes."""
         return F.relu(plain(x, weight, bias, stride=2, padding=1))
 
-    cotangent = torch.randn(batch, outs, after, after)
-    compiled = torch.compile(eager)
-    ways = {
-        "fastgen": lambda: op(*args, relu=True, backend="cpu"),
-        "eager": lambda: eager(*args),
-        "torch.compile": lambda: compiled(*args),
-    }
-    torch.testing.assert_close(ways["fastgen"](), ways["eager"](), atol=1e-4, rtol=1e-4)
-    if backward:
-        ways = {name: lambda way=way: torch.autograd.grad(way(), args, cotangent) for name, way in ways.items()}
-        for a, b in zip(ways["fastgen"](), ways["eager"](), strict=True):
-            torch.testing.assert_close(a, b, atol=2e-3 * float(b.abs().max()), rtol=1e-3)
-    median = contest(ways, rounds=9 if backward else 15)
-    flops = 2 * batch * side * side * outs * channels * 16 * (3 if backward else 1)
-    benchmark.extra_info.update(
-        case=f"{shape}, {'forward + backward' if backward else 'forward'}",
-        resampling=True,
-        of_fma_peak=flops / median["fastgen"] / 1e9 / limits["gflops"],
-        limits=limits,
-        peak_extra_bytes={name: peak_extra_bytes(ways[name]) for name in ("fastgen", "eager")},
-    )
+    ours = functools.partial(op, relu=True, backend="cpu")
+    macs = batch * side * side * outs * channels * 16
+    beside_pytorch("resampling", shape, ours, eager, args, macs, backward, tolerance=2e-3)

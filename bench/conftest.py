@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,49 @@ def limits() -> dict[str, float]:
         times.append(time.perf_counter() - start)
     flops = max(torch.ops.fastgen.fma_peak() for _ in range(3)) if backend.cpu_isa else 0.0
     return {"gflops": flops, "copy_gbs": 2 * a.numel() * 4 / min(times) / 1e9}
+
+
+@pytest.fixture
+def beside_pytorch(contest, limits, benchmark):
+    """beside_pytorch(kind, case, op, eager, ...): an op beside what a user writes, and that compiled.
+
+    macs: multiply-adds of a forward pass; a backward pass takes twice as many. tolerance: of gradients, to their
+    largest.
+    """
+
+    def run(
+        kind: str,
+        case: str,
+        op: Callable[..., torch.Tensor],
+        eager: Callable[..., torch.Tensor],
+        args: tuple[torch.Tensor, ...],
+        macs: int,
+        backward: bool,
+        tolerance: float,
+    ) -> None:
+        compiled = torch.compile(eager)
+        ways: dict[str, Callable[[], Any]] = {
+            "fastgen": lambda: op(*args),
+            "eager": lambda: eager(*args),
+            "torch.compile": lambda: compiled(*args),
+        }
+        result = ways["fastgen"]()
+        torch.testing.assert_close(result, ways["eager"](), atol=1e-4, rtol=1e-4)
+        if backward:
+            cotangent = torch.randn_like(result)
+            ways = {name: lambda way=way: torch.autograd.grad(way(), args, cotangent) for name, way in ways.items()}
+            for a, b in zip(ways["fastgen"](), ways["eager"](), strict=True):
+                torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max()), rtol=1e-3)
+        median = contest(ways, rounds=9 if backward else 15)
+        benchmark.extra_info.update(
+            {kind: True},
+            case=f"{case}, {'forward + backward' if backward else 'forward'}",
+            of_fma_peak=2 * macs * (3 if backward else 1) / median["fastgen"] / 1e9 / limits["gflops"],
+            limits=limits,
+            peak_extra_bytes={name: peak_extra_bytes(ways[name]) for name in ("fastgen", "eager")},
+        )
+
+    return run
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
