@@ -214,17 +214,17 @@ struct Weights {
   template <class E>
   RawVector<T> at_points(const E* weight) const {
     RawVector<T> packed(size());
-    each([&](int64_t at, int64_t lane_stride, int64_t live, int64_t to, int64_t point_size, RowTile<T>& rows,
-             T* turned) {
-      rows.read(weight + at, lane_stride, live);
+    each([&](const Kernels& k, RowTile<T>& rows, T* turned) {
+      rows.read(weight + k.index, k.stride, k.live);
       rows.to_tile(turned, kL);
-      for (int64_t phase = 0; phase < Of::kPhases; ++phase, to += Of::kPoints * point_size) {
+      T* to = packed.data() + k.at_points;
+      for (int64_t phase = 0; phase < Of::kPhases; ++phase, to += Of::kPoints * k.point_size) {
         Vec<T> w[Of::kTaps], values[Of::kPoints];
         unroll<Of::kTaps>([&](auto i) FASTGEN_INLINE {
           w[i] = load(turned + Of::place(phase, back ? Of::kTaps - 1 - i : int{i}) * kL);
         });
         Of::weights_at(w, values);
-        unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE { store(packed.data() + to + p * point_size, values[p]); });
+        unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE { store(to + p * k.point_size, values[p]); });
       }
     });
     return packed;
@@ -232,23 +232,27 @@ struct Weights {
 
   // The gradient of the weight from the threads' sums at the points; in a fixed order.
   void from_points(const std::vector<RawVector<T>>& sums, T* weight) const {
-    each([&](int64_t to, int64_t lane_stride, int64_t live, int64_t at, int64_t point_size, RowTile<T>& rows,
-             T* turned) {
-      for (int64_t phase = 0; phase < Of::kPhases; ++phase, at += Of::kPoints * point_size) {
+    each([&](const Kernels& k, RowTile<T>& rows, T* turned) {
+      int64_t at = k.at_points;
+      for (int64_t phase = 0; phase < Of::kPhases; ++phase, at += Of::kPoints * k.point_size) {
         Vec<T> values[Of::kPoints] = {}, w[Of::kTaps];
         for (const RawVector<T>& sum : sums)
-          unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE { values[p] += load(sum.data() + at + p * point_size); });
+          unroll<Of::kPoints>([&](auto p) FASTGEN_INLINE { values[p] += load(sum.data() + at + p * k.point_size); });
         Of::weights_from(values, w);
         unroll<Of::kTaps>([&](auto i) FASTGEN_INLINE { store(turned + Of::place(phase, i) * kL, w[i]); });
       }
       rows.from_tile(turned, kL);
-      rows.write(weight + to, lane_stride, live);
+      rows.write(weight + k.index, k.stride, k.live);
     });
   }
 
  private:
-  // f(index in the tensor, lanes' distance there, live lanes, index at the points, distance of those, room for
-  // kernels).
+  // A vector of kernels: the first and their distance in the tensor, how many there are, and where their values at the
+  // points begin and how far those lie apart.
+  struct Kernels {
+    int64_t index, stride, live, at_points, point_size;
+  };
+  // f(kernels, room for them as they lie in the tensor, room for them with lanes last).
   template <class F>
   void each(F&& f) const {
     const int64_t lane_stride = back ? kArea : second * kArea, depth_stride = back ? second * kArea : kArea;
@@ -259,9 +263,9 @@ struct Weights {
       for (int64_t i = 0; i < outs.count(); ++i)
         for (int64_t k = begin; k < end; ++k)
           for (int64_t v = 0; v < outs.vectors(i); ++v) {
-            const int64_t width = outs.width(i);
-            f(outs.first(i, v) * lane_stride + k * depth_stride, lane_stride, outs.live(i, v),
-              panel(i) + k * width + v * kL, matrix(i), rows, turned.data());
+            const int64_t index = outs.first(i, v) * lane_stride + k * depth_stride;
+            const int64_t at_points = panel(i) + k * outs.width(i) + v * kL;
+            f(Kernels{index, lane_stride, outs.live(i, v), at_points, matrix(i)}, rows, turned.data());
           }
     });
   }
