@@ -139,7 +139,8 @@ class RowTile {
     }
   }
   // tile[x * ld + lane]; the tile has room for `padded` pixels.
-  void to_tile(T* tile, int64_t ld) const {
+  template <class S>
+  void to_tile(S* tile, int64_t ld) const {
     for (int64_t x = 0; x < padded_; x += kL) transpose_square(rows_.data() + x, padded_, tile + x * ld, ld);
   }
   void add_to_tile(T* tile, int64_t ld) const {
@@ -156,9 +157,23 @@ class RowTile {
     for (int64_t x = 0; x < padded_; x += kL) transpose_square(tile + x * ld, ld, rows_.data() + x, padded_);
   }
   // The same for fewer lanes than a vector has, and no room for more pixels.
-  void to_narrow_tile(T* tile, int64_t ld, int64_t channels) const {
+  template <class S>
+  void to_narrow_tile(S* tile, int64_t ld, int64_t channels) const {
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t x = 0; x < width_; ++x) tile[x * ld + c] = rows_[c * padded_ + x];
+      for (int64_t x = 0; x < width_; ++x) tile[x * ld + c] = static_cast<S>(rows_[c * padded_ + x]);
+  }
+  // tile[(x / 2 * ld + lane) * 2 + x % 2]; the tile has room for `padded` pixels, and for kL pairs more.
+  template <class S>
+  void to_pairs(S* tile, int64_t ld) const {
+    T pairs[kL * kL];  // two of them in each T
+    for (int64_t x = 0; x < padded_; x += 2 * kL) {
+      for (int64_t c = 0; c < kL; ++c) {
+        auto* to = reinterpret_cast<S*>(pairs + c * kL);
+        store_factors(to, load(rows_.data() + c * padded_ + x));
+        store_factors(to + kL, x + kL < padded_ ? load(rows_.data() + c * padded_ + x + kL) : Vec<T>{});
+      }
+      transpose_square(pairs, kL, reinterpret_cast<T*>(tile + x * ld), ld);
+    }
   }
 
  private:
@@ -166,18 +181,21 @@ class RowTile {
   OwnVector<T> rows_;
 };
 
-// Rows [first, last) of an image, channels last, with columns of zeros on both sides.
-template <class T>
+// Rows [first, last) of an image as factors S, channels last, with columns of zeros on both sides; the channels of a
+// pixel are whole factors.
+template <class T, class S = T>
 class Pixels {
  public:
   static constexpr int64_t kL = kLanes<T>;
+  static int64_t stored(int64_t channels) { return round_up(channels, kTerms<T, S>); }
   static int64_t row_size(int64_t width, int64_t left, int64_t right, int64_t channels) {
-    return (round_up(width, kL) + left + right) * channels;
+    return (round_up(width, kL) + left + right) * stored(channels);
   }
   Pixels(int64_t width, int64_t left, int64_t right, int64_t channels, int64_t rows)
       : width_(width),
         left_(left),
         channels_(channels),
+        stored_(stored(channels)),
         row_(row_size(width, left, right, channels)),
         data_(rows * row_ + kL) {}
 
@@ -189,30 +207,30 @@ class Pixels {
       for (int64_t y = first; y < last; ++y) {
         rows.read(image + (c * height + y) * width_, height * width_, n);
         if (n == kL)
-          rows.to_tile(at(y, 0) + c, channels_);
+          rows.to_tile(at(y, 0) + c, stored_);
         else
-          rows.to_narrow_tile(at(y, 0) + c, channels_, n);
+          rows.to_narrow_tile(at(y, 0) + c, stored_, n);
       }
     }
     for (int64_t y = first; y < last; ++y) finish_row(y);
   }
   void start(int64_t first) { first_ = first; }
   // A tile reaches beyond the row.
-  void finish_row(int64_t y) { std::fill(at(y, width_), at(y, 0) + row_ - left_ * channels_, T(0)); }
-  T* at(int64_t y, int64_t x) { return data_.data() + (y - first_) * row_ + (x + left_) * channels_; }
+  void finish_row(int64_t y) { std::fill(at(y, width_), at(y, 0) + row_ - left_ * stored_, S(0)); }
+  S* at(int64_t y, int64_t x) { return data_.data() + (y - first_) * row_ + (x + left_) * stored_; }
 
  private:
-  int64_t width_, left_, channels_, row_, first_ = 0;
-  OwnVector<T> data_;
+  int64_t width_, left_, channels_, stored_, row_, first_ = 0;
+  OwnVector<S> data_;
 };
 
-// Weights for the forward pass: [panel][run][tap][channel][lane].
-template <class T, class E>
-OwnVector<T> pack_weights(const ConvShape& s, const std::vector<TapRun>& runs, const Panels<T>& panels,
+// Weights for the forward pass: [panel][run][tap][channel][lane], of pairs [panel][run][tap][channel / 2][lane][2].
+template <class T, class S, class E>
+OwnVector<S> pack_weights(const ConvShape& s, const std::vector<TapRun>& runs, const Panels<T>& panels,
                           const E* weight) {
-  constexpr int64_t kL = kLanes<T>;
-  const int64_t k = taps_of(runs) * s.channels, row = s.channels * s.area();
-  OwnVector<T> packed(k * panels.lanes());
+  constexpr int64_t kL = kLanes<T>, kT = kTerms<T, S>;
+  const int64_t k = taps_of(runs) * Pixels<T, S>::stored(s.channels), row = s.channels * s.area();
+  OwnVector<S> packed(k * panels.lanes());
   share(panels.count(), [&](int64_t begin, int64_t end) {
     RowTile<T> rows(row);
     OwnVector<T> turned(rows.padded() * kL);
@@ -221,12 +239,17 @@ OwnVector<T> pack_weights(const ConvShape& s, const std::vector<TapRun>& runs, c
         const int64_t first = panels.first(panel, v), live = panels.live(panel, v);
         rows.read(weight + first * row, row, live);
         rows.to_tile(turned.data(), kL);
-        T* to = packed.data() + k * panels.begin(panel) + v * kL;
+        S* to = packed.data() + k * panels.begin(panel) + v * kL * kT;
         for_each_tap(s, runs, [&](int64_t tap, bool center) {
-          for (int64_t c = 0; c < s.channels; ++c, to += panels.width(panel)) {
-            store(to, load(turned.data() + (c * s.area() + tap) * kL));
-            for (int64_t lane = 0; center && lane < live; ++lane)
-              if (!s.sees(first + lane, c)) to[lane] = T(0);
+          for (int64_t c = 0; c < s.channels; c += kT, to += panels.width(panel) * kT) {
+            const auto of = [&](int64_t channel) { return load(turned.data() + (channel * s.area() + tap) * kL); };
+            if constexpr (kT == 1)
+              store(to, of(c));
+            else  // the weights have 16 bits already
+              store(reinterpret_cast<uint32_t*>(to),
+                    (VecU)of(c) >> 16 | (c + 1 < s.channels ? (VecU)of(c + 1) >> 16 << 16 : VecU{}));
+            for (int64_t i = 0; center && i < live * kT; ++i)
+              if (c + i % kT < s.channels && !s.sees(first + i / kT, c + i % kT)) to[i] = S(0);
           }
         });
       }
@@ -234,27 +257,30 @@ OwnVector<T> pack_weights(const ConvShape& s, const std::vector<TapRun>& runs, c
   return packed;
 }
 
-// Weights for the gradient of x: [panel of inputs][panel of outputs][run][tap, reversed][output][input lane].
-template <class T, class E>
-OwnVector<T> pack_weights_back(const ConvShape& s, const std::vector<TapRun>& runs, const Panels<T>& inputs,
+// Weights for the gradient of x: [panel of inputs][panel of outputs][run][tap, reversed][output][input lane], of pairs
+// ... [output / 2][input lane][2].
+template <class T, class S, class E>
+OwnVector<S> pack_weights_back(const ConvShape& s, const std::vector<TapRun>& runs, const Panels<T>& inputs,
                                const Panels<T>& outputs, const E* weight) {
+  constexpr int64_t kT = kTerms<T, S>;
   const int64_t k = taps_of(runs) * outputs.lanes();
-  OwnVector<T> packed(k * inputs.lanes());
+  OwnVector<S> packed(k * inputs.lanes());
   share(inputs.count(), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel)
       for (int64_t q = 0; q < outputs.count(); ++q)
         for (int64_t i = 0; i < outputs.width(q); ++i) {
           const int64_t v = i / kLanes<T>, o = outputs.first(q, v) + i % kLanes<T>, width = inputs.width(panel);
           if (i % kLanes<T> >= outputs.live(q, v)) continue;
-          T* to = packed.data() + k * inputs.begin(panel) + (taps_of(runs) * outputs.begin(q) + i) * width;
-          for (int64_t lane = 0; lane < width; ++lane, ++to) {
+          S* to = packed.data() + k * inputs.begin(panel) + taps_of(runs) * outputs.begin(q) * width +
+                  i / kT * width * kT + i % kT;
+          for (int64_t lane = 0; lane < width; ++lane, to += kT) {
             const int64_t c = inputs.begin(panel) + lane;
             if (c >= s.channels) break;
             const E* from = weight + (o * s.channels + c) * s.area();
             int64_t at = 0;
             for (const TapRun& run : runs)
               for (int64_t dx = run.dx + run.count - 1; dx >= run.dx; --dx, at += outputs.width(q) * width)
-                if (s.live(o, c, run.dy, dx)) to[at] = static_cast<T>(from[s.tap(run.dy, dx)]);
+                if (s.live(o, c, run.dy, dx)) to[at] = static_cast<S>(from[s.tap(run.dy, dx)]);
           }
         }
   });

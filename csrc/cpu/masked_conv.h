@@ -4,7 +4,7 @@
 // stretch of memory, (taps x channels) long; output channels lie in the lanes. A block of sums, up to kPixels pixels of
 // a row by two vectors of outputs, stays in registers while all stretches go by: for each input, two vectors of weights
 // are loaded and each pixel's value is broadcast. With a gate the two vectors are tanh and sigmoid of the same
-// channels.
+// channels. Where the processor multiplies pairs of bfloat16, factors stay such, and two inputs are taken at once.
 #pragma once
 
 #include <array>
@@ -16,35 +16,35 @@ namespace {
 
 constexpr int kPixels = kVectorRegisters == 32 ? 14 : 6;
 
-// One part of a product: `count` inputs from a on, each with a row of b.
-template <class T>
+// One part of a product: `count` inputs from a on, each with a row of b; of pairs an even number, whose rows alternate.
+template <class S>
 struct Stretch {
-  const T *a, *b;
+  const S *a, *b;
   int64_t count;
 };
 
 // tile[i] += sum over all stretches of a[i * stride + k] * b[k], or, if Across, a[i + k * stride] * b[k], for i < P;
 // rows of tile and b are V vectors; what a fresh tile holds does not count. Not inlined: among other variables the
 // compiler would keep sums in memory.
-template <class T, int P, int V, bool Across>
-[[gnu::noinline]] void multiply_rows(T* tile, const Stretch<T>* stretch, int64_t stretches, int64_t stride,
+template <class T, class S, int P, int V, bool Across>
+[[gnu::noinline]] void multiply_rows(T* tile, const Stretch<S>* stretch, int64_t stretches, int64_t stride,
                                      bool fresh) {
-  constexpr int kL = kLanes<T>;
+  constexpr int kL = kLanes<T>, kT = kTerms<T, S>;
   Vec<T> sum[P][V] = {};
-  for (const Stretch<T>* end = stretch + stretches; stretch != end; ++stretch) {
+  for (const Stretch<S>* end = stretch + stretches; stretch != end; ++stretch) {
     // three rows to a pointer, as far as addresses are free of arithmetic
     constexpr int kPointers = Across ? 1 : (P + 2) / 3;
-    const T* a[kPointers];
+    const S* a[kPointers];
     unroll<kPointers>([&](auto j) FASTGEN_INLINE { a[j] = stretch->a + 3 * j * stride; });
-    const T* b = stretch->b;
-    for (int64_t k = stretch->count; k > 0; --k, b += V * kL) {
-      Vec<T> right[V];
-      unroll<V>([&](auto v) FASTGEN_INLINE { right[v] = load(b + v * kL); });
+    const S* b = stretch->b;
+    for (int64_t k = stretch->count; k > 0; k -= kT, b += V * kL * kT) {
+      decltype(load_factors(b)) right[V];
+      unroll<V>([&](auto v) FASTGEN_INLINE { right[v] = load_factors(b + v * kL * kT); });
       unroll<P>([&](auto i) FASTGEN_INLINE {
-        const Vec<T> left = splat(Across ? a[0][i] : a[i / 3][i % 3 * stride]);
-        unroll<V>([&](auto v) FASTGEN_INLINE { sum[i][v] += left * right[v]; });
+        const auto left = splat_factors(Across ? a[0] + i : a[i / 3] + i % 3 * stride);
+        unroll<V>([&](auto v) FASTGEN_INLINE { sum[i][v] = add_product(sum[i][v], left, right[v]); });
       });
-      unroll<kPointers>([&](auto j) FASTGEN_INLINE { a[j] += Across ? stride : 1; });
+      unroll<kPointers>([&](auto j) FASTGEN_INLINE { a[j] += Across ? stride : kT; });
     }
   }
   const auto each = [&](auto&& f) FASTGEN_INLINE {
@@ -55,13 +55,13 @@ template <class T, int P, int V, bool Across>
   each([](T* to, Vec<T>& value) FASTGEN_INLINE { store(to, value); });
 }
 
-template <class T>
-using MultiplyRows = void (*)(T*, const Stretch<T>*, int64_t, int64_t, bool);
-template <class T, bool Across>
-MultiplyRows<T> multiply_rows_of(int64_t rows, int64_t vectors) {
+template <class T, class S>
+using MultiplyRows = void (*)(T*, const Stretch<S>*, int64_t, int64_t, bool);
+template <class T, bool Across, class S = T>
+MultiplyRows<T, S> multiply_rows_of(int64_t rows, int64_t vectors) {
   static constexpr auto table = []<int... P>(std::integer_sequence<int, P...>) {
-    return std::array<std::array<MultiplyRows<T>, 2>, kPixels>{
-        {{multiply_rows<T, P + 1, 1, Across>, multiply_rows<T, P + 1, 2, Across>}...}};
+    return std::array<std::array<MultiplyRows<T, S>, 2>, kPixels>{
+        {{multiply_rows<T, S, P + 1, 1, Across>, multiply_rows<T, S, P + 1, 2, Across>}...}};
   }(std::make_integer_sequence<int, kPixels>{});
   return table[rows - 1][vectors - 1];
 }
@@ -88,22 +88,23 @@ inline int64_t bands_of(const ConvShape& s, int64_t row_bytes) {
 }
 
 // The results; and the sums before a gate, kept for the backward pass if `kept` is not null.
-template <class T, class E>
+template <class T, class S, class E>
 void conv_forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept) {
   constexpr int64_t kL = kLanes<T>;
   const std::vector<TapRun> runs = s.runs();
   const Panels<T> panels{s.outs, s.gated()};
-  const OwnVector<T> weights = pack_weights<T>(s, runs, panels, in.weight);
+  const OwnVector<S> weights = pack_weights<T, S>(s, runs, panels, in.weight);
   const int64_t k = static_cast<int64_t>(weights.size()) / std::max<int64_t>(panels.lanes(), 1);
   const int64_t plane = s.height * s.width;
-  const int64_t row = Pixels<T>::row_size(s.width, s.left(), s.right(), s.channels);
-  const int64_t bands = bands_of(s, row * sizeof(T)), items = s.batch * bands;
+  const int64_t stored = Pixels<T, S>::stored(s.channels);
+  const int64_t row = Pixels<T, S>::row_size(s.width, s.left(), s.right(), s.channels);
+  const int64_t bands = bands_of(s, row * sizeof(S)), items = s.batch * bands;
   const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
   for_each_worker(workers, [&](int64_t worker) {
     RowTile<T> rows(s.width);
-    Pixels<T> x(s.width, s.left(), s.right(), s.channels, (s.height + bands - 1) / bands + s.above() + s.below());
+    Pixels<T, S> x(s.width, s.left(), s.right(), s.channels, (s.height + bands - 1) / bands + s.above() + s.below());
     OwnVector<T> tile(rows.padded() * 2 * kL), gated(rows.padded() * kL);
-    std::vector<Stretch<T>> stretches;
+    std::vector<Stretch<S>> stretches;
     for (int64_t item = worker * items / workers; item < (worker + 1) * items / workers; ++item) {
       const int64_t b = item / bands, first = item % bands * s.height / bands;
       const int64_t last = (item % bands + 1) * s.height / bands;
@@ -140,15 +141,15 @@ void conv_forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept)
                                        panels.live(panel, 0));
           for_each_group(s.width, [&](int64_t from, int64_t count) {
             stretches.clear();
-            const T* w = weights.data() + k * panels.begin(panel);
+            const S* w = weights.data() + k * panels.begin(panel);
             for (const TapRun& run : runs) {
-              const int64_t n = run.count * s.channels;
+              const int64_t n = run.count * stored;
               if (y + run.dy >= 0 && y + run.dy < s.height)
                 stretches.push_back({x.at(y + run.dy, from + run.dx), w, n});
               w += n * width;
             }
-            multiply_rows_of<T, false>(count, vectors)(tile.data() + from * width, stretches.data(),
-                                                       static_cast<int64_t>(stretches.size()), s.channels, false);
+            multiply_rows_of<T, false, S>(count, vectors)(tile.data() + from * width, stretches.data(),
+                                                          static_cast<int64_t>(stretches.size()), stored, false);
           });
           if (s.activation == Activation::kRelu)
             for (T* at = tile.data(); at != tile.data() + s.width * width; at += kL) store(at, positive_part(load(at)));

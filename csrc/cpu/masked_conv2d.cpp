@@ -34,7 +34,11 @@ void forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept) {
   using T = ComputeType<E>;
   if constexpr (std::is_same_v<E, T>)
     if (is_pointwise(s)) return pointwise_forward(s, in, out);
-  if (!winograd_forward<T>(s, in, out, kept)) conv_forward<T>(s, in, out, kept);
+  with_factors<E>([&]<class S>() {
+    if constexpr (std::is_same_v<S, T>)  // pairs save as much
+      if (winograd_forward<T>(s, in, out, kept)) return;
+    conv_forward<T, S>(s, in, out, kept);
+  });
 }
 
 template <class E>
@@ -44,7 +48,7 @@ void backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, const
     if (is_pointwise(s)) return pointwise_backward(s, in, grad, kept, out);
     if (winograd_backward(s, in, grad, kept, out)) return;
   }
-  conv_backward<ComputeType<E>>(s, in, grad, kept, out);
+  with_factors<E>([&]<class S>() { conv_backward<ComputeType<E>, S>(s, in, grad, kept, out); });
 }
 
 Tensor ungated(const ConvShape& s, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -21,29 +21,114 @@ inline T sum_of_row(const T* row, int64_t padded) {
 }
 
 // The gradients of the sums for some rows of an image, [panel][y][x][lane], with columns of zeros on both sides.
-template <class T>
+template <class T, class S>
 struct SumGradients {
-  std::vector<Pixels<T>> panels;
+  std::vector<Pixels<T, S>> panels;
   SumGradients(const ConvShape& s, const Panels<T>& outputs, int64_t rows) {
     for (int64_t q = 0; q < outputs.count(); ++q)
       panels.emplace_back(s.width, s.right(), s.left(), outputs.width(q), rows);
   }
 };
 
+// The share that some rows of an image, a band, have in the gradient of the weights: a sum over pixels, so inputs are
+// taken across. Rows of x are those that the band sees.
+template <class T, class S>
+class BandGradient {
+ public:
+  BandGradient(const ConvShape& s, const Panels<T>&, int64_t rows)
+      : s_(s), x_(s.width, s.left(), s.right(), s.channels, rows) {}
+
+  template <class E>
+  void pack(const E* image, int64_t first, int64_t last, RowTile<T>& rows) {
+    x_.pack(image, s_.height, first, last, rows);
+  }
+  // Row y of the gradients of a panel's sums, y counted from the band's first one; they are in `da` as well.
+  void keep(const RowTile<T>&, int64_t, int64_t, int64_t) {}
+  // w += the share of panel q, as packed weights lie, of rows [first, last).
+  void add(const std::vector<TapRun>& runs, SumGradients<T, S>& da, int64_t q, int64_t width, int64_t first,
+           int64_t last, T* w) {
+    for (const TapRun& run : runs) {
+      const int64_t n = run.count * s_.channels;
+      for_each_group(n, [&](int64_t from, int64_t count) {
+        stretches_.clear();
+        for (int64_t y = std::max(first, -run.dy); y < std::min(last, s_.height - run.dy); ++y)
+          stretches_.push_back({x_.at(y + run.dy, run.dx) + from, da.panels[q].at(y, 0), s_.width});
+        multiply_rows_of<T, true>(count, width / kLanes<T>)(
+            w + from * width, stretches_.data(), static_cast<int64_t>(stretches_.size()), s_.channels, false);
+      });
+      w += n * width;
+    }
+  }
+
+ private:
+  const ConvShape& s_;
+  Pixels<T> x_;
+  std::vector<Stretch<T>> stretches_;
+};
+
+// Of pairs of pixels: inputs as the tensor has them, channels first, with zeros on both sides; the gradients of sums
+// once more, [panel][y][x / 2][lane][2].
+template <class T>
+class BandGradient<T, BFloat16> {
+ public:
+  static constexpr int64_t kL = kLanes<T>;
+  BandGradient(const ConvShape& s, const Panels<T>& panels, int64_t rows)
+      : s_(s), panels_(panels), row_(s.left() + round_up(s.width, 2) + s.right()), x_(rows * s.channels * row_) {
+    for (int64_t q = 0; q < panels.count(); ++q) da_.emplace_back(rows * round_up(s.width, 2 * kL) * panels.width(q));
+  }
+
+  void pack(const BFloat16* image, int64_t first, int64_t last, RowTile<T>&) {
+    first_ = first;
+    for (int64_t y = first; y < last; ++y)
+      for (int64_t c = 0; c < s_.channels; ++c)
+        std::memcpy(static_cast<void*>(at(y, c)), image + (c * s_.height + y) * s_.width, s_.width * sizeof(BFloat16));
+  }
+  void keep(const RowTile<T>& rows, int64_t q, int64_t v, int64_t y) {
+    const int64_t width = panels_.width(q);
+    rows.to_pairs(da_[q].data() + y * round_up(s_.width, 2 * kL) * width + v * 2 * kL, width);
+  }
+  void add(const std::vector<TapRun>& runs, SumGradients<T, BFloat16>&, int64_t q, int64_t width, int64_t first,
+           int64_t last, T* w) {
+    const int64_t pixels = round_up(s_.width, 2), da_row = round_up(s_.width, 2 * kL) * width;
+    for (const TapRun& run : runs)
+      for (int64_t dx = run.dx; dx < run.dx + run.count; ++dx, w += s_.channels * width)
+        for_each_group(s_.channels, [&](int64_t from, int64_t count) {
+          stretches_.clear();
+          for (int64_t y = std::max(first, -run.dy); y < std::min(last, s_.height - run.dy); ++y)
+            stretches_.push_back({at(y + run.dy, from) + dx, da_[q].data() + (y - first) * da_row, pixels});
+          multiply_rows_of<T, false, BFloat16>(count, width / kL)(w + from * width, stretches_.data(),
+                                                                  static_cast<int64_t>(stretches_.size()), row_, false);
+        });
+  }
+
+ private:
+  BFloat16* at(int64_t y, int64_t channel) {
+    return x_.data() + ((y - first_) * s_.channels + channel) * row_ + s_.left();
+  }
+
+  const ConvShape& s_;
+  const Panels<T>& panels_;
+  int64_t row_, first_ = 0;
+  OwnVector<BFloat16> x_;
+  std::vector<OwnVector<BFloat16>> da_;
+  std::vector<Stretch<BFloat16>> stretches_;
+};
+
 // One band at a time: the gradients of its sums and of the other rows that see it, from what the forward pass kept (the
 // sums before a gate, the results of a ReLU); then its share of the weights' gradient, and the gradient of its own
 // pixels. Each thread sums weights apart.
-template <class T, class E>
+template <class T, class S, class E>
 void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, const E* kept,
                    const ConvGradients<T, E>& out) {
   constexpr int64_t kL = kLanes<T>;
   const std::vector<TapRun> runs = s.runs();
   const Panels<T> panels{s.outs, s.gated()}, inputs{s.channels, false};
-  OwnVector<T> back;
-  if (out.x) back = pack_weights_back<T>(s, runs, inputs, panels, in.weight);
+  OwnVector<S> back;
+  if (out.x) back = pack_weights_back<T, S>(s, runs, inputs, panels, in.weight);
   const int64_t taps = taps_of(runs), k = taps * s.channels, plane = s.height * s.width;
-  const int64_t row_bytes = sizeof(T) * (Pixels<T>::row_size(s.width, s.left(), s.right(), s.channels) +
-                                         Pixels<T>::row_size(s.width, s.left(), s.right(), panels.lanes()));
+  const int64_t row_bytes =
+      sizeof(S) * (Pixels<T, S>::row_size(s.width, s.left(), s.right(), s.channels) +
+                   Pixels<T, S>::row_size(s.width, s.left(), s.right(), panels.lanes()) * kTerms<T, S>);
   const int64_t bands = bands_of(s, row_bytes), items = s.batch * bands;
   const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
   const int64_t weight_size = out.weight ? k * panels.lanes() : 0;
@@ -52,10 +137,10 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
   for_each_worker(workers, [&](int64_t worker) {
     const int64_t most = (s.height + bands - 1) / bands + s.above() + s.below();
     RowTile<T> first_rows(s.width), second_rows(s.width);
-    Pixels<T> x(s.width, s.left(), s.right(), s.channels, most);
-    SumGradients<T> da(s, panels, most);
+    SumGradients<T, S> da(s, panels, most);
+    BandGradient<T, S> of_weights(s, panels, out.weight ? most : 0);
     OwnVector<T> tile(first_rows.padded() * 2 * kL);
-    std::vector<Stretch<T>> stretches;
+    std::vector<Stretch<S>> stretches;
     T* weight_sum = weight_sums.data() + worker * weight_size;
     for (int64_t item = worker * items / workers; item < (worker + 1) * items / workers; ++item) {
       const int64_t b = item / bands, first = item % bands * s.height / bands;
@@ -64,11 +149,12 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
       T* row_sum = row_sums.data() + item * s.outs;
 
       for (int64_t q = 0; q < panels.count(); ++q) {
-        Pixels<T>& to = da.panels[q];
+        Pixels<T, S>& to = da.panels[q];
         const int64_t width = panels.width(q);
         const auto keep = [&](RowTile<T>& rows, int64_t v, int64_t y) {
           rows.to_tile(to.at(y, 0) + v * kL, width);
           if (y < first || y >= last) return;  // another band's
+          if (out.weight) of_weights.keep(rows, q, v, y - first);
           const int64_t o = panels.first(q, v), n = panels.live(q, v);
           for (int64_t c = 0; c < n; ++c) row_sum[o + c] += sum_of_row(rows.row(c), rows.padded());
           if (out.cond) rows.write(out.cond + (b * s.outs + o) * plane + y * s.width, plane, n);
@@ -114,23 +200,10 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
       }
 
       if (out.weight) {
-        x.pack(in.x + b * s.channels * plane, s.height, std::max<int64_t>(0, first - s.above()),
-               std::min(s.height, last + s.below()), first_rows);
-        for (int64_t q = 0; q < panels.count(); ++q) {
-          const int64_t width = panels.width(q);
-          T* w = weight_sum + k * panels.begin(q);
-          for (const TapRun& run : runs) {
-            const int64_t n = run.count * s.channels;
-            for_each_group(n, [&](int64_t from, int64_t count) {
-              stretches.clear();
-              for (int64_t y = std::max(first, -run.dy); y < std::min(last, s.height - run.dy); ++y)
-                stretches.push_back({x.at(y + run.dy, run.dx) + from, da.panels[q].at(y, 0), s.width});
-              multiply_rows_of<T, true>(count, width / kL)(w + from * width, stretches.data(),
-                                                           static_cast<int64_t>(stretches.size()), s.channels, false);
-            });
-            w += n * width;
-          }
-        }
+        of_weights.pack(in.x + b * s.channels * plane, std::max<int64_t>(0, first - s.above()),
+                        std::min(s.height, last + s.below()), first_rows);
+        for (int64_t q = 0; q < panels.count(); ++q)
+          of_weights.add(runs, da, q, panels.width(q), first, last, weight_sum + k * panels.begin(q));
       }
 
       if (!out.x) continue;
@@ -142,7 +215,7 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
             first_rows.template expect<true>(out.x + (b * s.channels + inputs.first(panel, v)) * plane + y * s.width,
                                              plane, inputs.live(panel, v));
           for_each_group(s.width, [&](int64_t from, int64_t count) {
-            const T* w = back.data() + taps * panels.lanes() * inputs.begin(panel);
+            const S* w = back.data() + taps * panels.lanes() * inputs.begin(panel);
             for (int64_t q = 0; q < panels.count();) {
               const int64_t step = panels.width(q);  // what all panels but the last share
               stretches.clear();
@@ -153,8 +226,8 @@ void conv_backward(const ConvShape& s, const ConvTensors<E>& in, const E* grad, 
                     stretches.push_back({da.panels[q].at(y - run.dy, from - run.dx - run.count + 1), w, n});
                   w += n * width;
                 }
-              multiply_rows_of<T, false>(count, vectors)(tile.data() + from * width, stretches.data(),
-                                                         static_cast<int64_t>(stretches.size()), step, false);
+              multiply_rows_of<T, false, S>(count, vectors)(tile.data() + from * width, stretches.data(),
+                                                            static_cast<int64_t>(stretches.size()), step, false);
             }
           });
           for (int64_t v = 0; v < vectors; ++v) {

@@ -269,6 +269,64 @@ inline VecU add_pairs(VecU sum, VecU a, VecU b) {
 #endif
 }
 
+// Factors of products whose sums are of type T: T itself, one term at a time, or BFloat16, two, where the processor
+// multiplies pairs of them and adds both in float32.
+template <class T, class S>
+constexpr int kTerms = std::is_same_v<T, S> ? 1 : 2;
+template <class T>
+inline Vec<T> splat_factors(const T* p) {
+  return splat(*p);
+}
+template <class T>
+inline Vec<T> load_factors(const T* p) {
+  return load(p);
+}
+template <class V>
+inline V add_product(V sum, V a, V b) {
+  return sum + a * b;
+}
+template <class T>
+inline void store_factors(T* p, Vec<T> v) {
+  store(p, v);
+}
+#if defined(__AVX512VNNI__)
+constexpr bool kMayPair = true;
+inline bool multiplies_pairs() {
+  static const bool can = __builtin_cpu_supports("avx512bf16");
+  return can;
+}
+inline VecU splat_factors(const BFloat16* p) {
+  uint32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return splat(pair);
+}
+inline VecU load_factors(const BFloat16* p) {
+  VecU v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+// In assembly, for the rest of this library is compiled for processors without these instructions too.
+inline VecF add_product(VecF sum, VecU a, VecU b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+inline void store_factors(BFloat16* p, VecF v) {
+  __m256i halves;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
+  std::memcpy(static_cast<void*>(p), &halves, sizeof halves);
+}
+#else
+constexpr bool kMayPair = false;
+inline bool multiplies_pairs() { return false; }
+#endif
+// f.operator()<S>() with the factors that suit tensors of type E.
+template <class E, class F>
+inline void with_factors(F&& f) {
+  if constexpr (kMayPair && std::is_same_v<E, BFloat16>)
+    if (multiplies_pairs()) return f.template operator()<BFloat16>();
+  f.template operator()<ComputeType<E>>();
+}
+
 // One bit for each lane whose sign bit is set.
 template <class T>
 inline uint32_t sign_bits(Vec<T> v) {
@@ -349,8 +407,8 @@ inline Vec<T> sums_of_rows(Vec<T> (&rows)[kLanes<T>]) {
 }
 
 // A square of lanes x lanes: blocks off the diagonal change places, ever smaller ones.
-template <class T>
-inline void transpose_square(const T* from, int64_t from_ld, T* to, int64_t to_ld) {
+template <class T, class S>
+inline void transpose_square(const T* from, int64_t from_ld, S* to, int64_t to_ld) {
   constexpr int kSide = kLanes<T>;
   using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   Vec<T> rows[kSide];
@@ -370,7 +428,7 @@ inline void transpose_square(const T* from, int64_t from_ld, T* to, int64_t to_l
       }
     });
   });
-  unroll<kSide>([&](auto i) FASTGEN_INLINE { store(to + i * to_ld, rows[i]); });
+  unroll<kSide>([&](auto i) FASTGEN_INLINE { store_factors(to + i * to_ld, rows[i]); });
 }
 
 }  // namespace
