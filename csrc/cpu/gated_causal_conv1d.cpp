@@ -18,7 +18,8 @@ Tensor gated_causal_conv1d(Tensor x, Tensor weight, std::optional<Tensor> bias, 
     const bool constant = cond && cond->size(2) != s.steps;
     const LayerTensors<E> in{data_of<E>(x), data_of<E>(weight), data_of<E>(bias), nullptr,
                              nullptr,       data_of<E>(cond),   constant};
-    layer_forward<ComputeType<E>, E>(s, in, static_cast<E*>(z.data_ptr()), nullptr, nullptr);
+    auto* out = static_cast<E*>(z.data_ptr());
+    with_factors<E>([&]<class S>() { layer_forward<ComputeType<E>, S, E>(s, in, out, nullptr, nullptr); });
   });
   return z;
 }
@@ -37,8 +38,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_causal_conv1d_backward(Tensor g
     const LayerTensors<E> in{data_of<E>(x), data_of<E>(weight), data_of<E>(bias), nullptr,
                              nullptr,       data_of<E>(cond),   constant};
     Result<E> gx(grad_x), gw(grad_weight), gb(grad_bias), gc(grad_cond);
-    layer_backward<ComputeType<E>, E>(s, in, data_of<E>(grad), nullptr, nullptr,
-                                      {gx.data(), gw.data(), gb.data(), nullptr, nullptr, cond ? gc.data() : nullptr});
+    const LayerGradients<ComputeType<E>> out{gx.data(), gw.data(), gb.data(),
+                                             nullptr,   nullptr,   cond ? gc.data() : nullptr};
+    with_factors<E>(
+        [&]<class S>() { layer_backward<ComputeType<E>, S, E>(s, in, data_of<E>(grad), nullptr, nullptr, out); });
     for (auto* result : {&gx, &gw, &gb, &gc}) result->finish();
   });
   return {grad_x, grad_weight, grad_bias, grad_cond};

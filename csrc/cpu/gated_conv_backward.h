@@ -13,48 +13,51 @@ struct LayerGradients {
   T* cond;                                       // null where not wanted; (B, 2H, T) or (B, 2H, 1)
 };
 
-template <class T>
-void transpose(const T* from, int64_t rows, T* to, int64_t ld) {  // (rows, kTile) -> (kTile, ld)
-  constexpr int kSide = kLanes<T>;
+// Rows of a tile to columns of factors, (rows, time) -> (time, ld): a factor is moved as if it were a T.
+template <class T, class S>
+void transpose(const S* rows_of_tile, int64_t rows, S* to_columns, int64_t ld) {
+  constexpr int kSide = kLanes<T>, kT = kTerms<T, S>, kLd = kRow<T, S> / kT;
+  const auto* from = reinterpret_cast<const T*>(rows_of_tile);
+  auto* to = reinterpret_cast<T*>(to_columns);
   int64_t r = 0;
   for (; r + kSide <= rows; r += kSide)
-    for (int64_t i = 0; i < kTile<T>; i += kSide)
-      transpose_square(from + r * kTile<T> + i, kTile<T>, to + i * ld + r, ld);
+    for (int64_t i = 0; i < kLd; i += kSide) transpose_square(from + r * kLd + i, kLd, to + i * ld + r, ld);
   for (; r < rows; ++r)
-    for (int64_t i = 0; i < kTile<T>; ++i) to[i * ld + r] = from[r * kTile<T> + i];
+    for (int64_t i = 0; i < kLd; ++i) std::memcpy(to + i * ld + r, from + r * kLd + i, sizeof(T));
 }
 
-// c (rows, ld) += a (rows, kTile) * b (kTile, ld); rows a multiple of kRows, ld of the lanes.
-template <class T, int Wide>
-[[gnu::noinline]] void accumulate_block(const T* a, const T* b, T* c, int64_t rows, int64_t ld) {
-  for (int64_t r = 0; r < rows; r += kRows, a += kRows * kTile<T>, c += kRows * ld) {
+// c (rows, ld) += a (rows, time) * b (time, ld); rows a multiple of kRows, ld of the lanes.
+template <class T, class S, int Wide>
+[[gnu::noinline]] void accumulate_block(const S* a, const S* b, T* c, int64_t rows, int64_t ld) {
+  constexpr int kT = kTerms<T, S>;
+  for (int64_t r = 0; r < rows; r += kRows, a += kRows * kRow<T, S>, c += kRows * ld) {
     Vec<T> sum[kRows][Wide] = {};  // a tile's own sum first: c may be far larger, and would round every product away
-    multiply_add_here<T>(sum, a, kTile<T>, 1, b, ld, kTile<T>);
+    multiply_add_here<T, S>(sum, a, kRow<T, S>, kT, b, ld * kT, kTile<T> / kT);
     each_sum<kRows, Wide>([&](auto i, auto v) FASTGEN_INLINE {
       T* to = c + i * ld + v * kLanes<T>;
       store(to, load(to) + sum[i][v]);
     });
   }
 }
-template <class T>
-void accumulate(const T* a, const T* b, T* c, int64_t rows, int64_t ld) {
+template <class T, class S>
+void accumulate(const S* a, const S* b, T* c, int64_t rows, int64_t ld) {
   const int64_t vectors = ld / kLanes<T>;
   for (int64_t v = 0; v < vectors;) {
-    const int64_t left = vectors - v, n = v * kLanes<T>;
+    const int64_t left = vectors - v, n = v * kLanes<T>, m = n * kTerms<T, S>;
     const int wide = left == 4 ? 2 : std::min<int64_t>(left, 3);  // one vector alone would wait for its sums
-    if (wide == 3) accumulate_block<T, 3>(a, b + n, c + n, rows, ld);
-    if (wide == 2) accumulate_block<T, 2>(a, b + n, c + n, rows, ld);
-    if (wide == 1) accumulate_block<T, 1>(a, b + n, c + n, rows, ld);
+    if (wide == 3) accumulate_block<T, S, 3>(a, b + m, c + n, rows, ld);
+    if (wide == 2) accumulate_block<T, S, 2>(a, b + m, c + n, rows, ld);
+    if (wide == 1) accumulate_block<T, S, 1>(a, b + m, c + n, rows, ld);
     v += wide;
   }
 }
 
 // Each row of a tile, vector by vector, added to a vector of sums.
-template <class T>
-void add_row_vectors(const T* tile, int64_t rows, T* sums) {
-  for (int64_t r = 0; r < rows; ++r, tile += kTile<T>, sums += kLanes<T>) {
-    Vec<T> sum = load(tile);
-    for (int v = 1; v < kWide; ++v) sum += load(tile + v * kLanes<T>);
+template <class T, class S>
+void add_row_vectors(const S* tile, int64_t rows, T* sums) {
+  for (int64_t r = 0; r < rows; ++r, tile += kRow<T, S>, sums += kLanes<T>) {
+    Vec<T> sum = load_as(tile);
+    for (int v = 1; v < kWide; ++v) sum += load_as(tile + v * kLanes<T>);
     store(sums, load(sums) + sum);
   }
 }
@@ -62,9 +65,11 @@ void add_row_vectors(const T* tile, int64_t rows, T* sums) {
 // One pass over time, ascending. The gate is recomputed; its gradient da lives only in the tile at hand, and what it
 // gives to x at t - shift is added there at once. A thread owns segments of time: it alone writes x's gradient in them,
 // and runs on past the end of each, without counting weights, as far as the convolution reaches back.
-template <class T, class E>
+template <class T, class S, class E>
 class LayerBackward {
  public:
+  static constexpr int kT = kTerms<T, S>;
+
   LayerBackward(const LayerShape& shape, const LayerTensors<E>& in, const E* grad_z, const E* grad_residual,
                 const E* grad_skip, const LayerGradients<T>& out)
       : s_(shape),
@@ -81,12 +86,11 @@ class LayerBackward {
         sum_rows_(2 * hp_ + op_) {
     const int64_t gate = s_.gate, outs = s_.outs, channels = s_.channels, kernel = s_.kernel;
     if (outs)
-      back_out_ = pack_rows<T>(gate, outs, kRows,
-                               [&](int64_t h, int64_t o) { return static_cast<T>(in.out_weight[o * gate + h]); });
+      back_out_ = pack_rows<T, S>(gate, outs, [&](int64_t h, int64_t o) { return in.out_weight[o * gate + h]; });
     for (int64_t k = 0; k < kernel; ++k)
-      back_.push_back(pack_rows<T>(channels, 2 * hp_, kRows, [&](int64_t c, int64_t r) {
+      back_.push_back(pack_rows<T, S>(channels, 2 * hp_, [&](int64_t c, int64_t r) {
         const int64_t half = r < hp_ ? 0 : 1, h = r - half * hp_;
-        return h < gate ? static_cast<T>(in.weight[((half * gate + h) * channels + c) * kernel + k]) : T(0);
+        return h < gate ? in.weight[((half * gate + h) * channels + c) * kernel + k] : E(0);
       }));
 
     const int64_t threads = torch::stable::get_num_threads();
@@ -112,23 +116,41 @@ class LayerBackward {
  private:
   // A thread's buffers of one tile, and its sums.
   struct Worker {
+    std::vector<S> factor_memory;
     std::vector<T> memory;
-    T *inputs, *da, *grad_gate, *z, *grad_out;  // (rows, kTile)
-    T *inputs_t, *z_t;                          // (kTile, rows)
-    T *weight_sum, *out_sum;                    // (2 hp, ld), (op, zld)
+    S *inputs, *da, *z, *grad_out;              // (rows, time)
+    S *paired_inputs, *paired_da, *paired_out;  // the same for sums over rows: see pair_rows
+    S *inputs_t, *z_t;                          // (time, rows)
+    T *grad_gate, *weight_sum, *out_sum;        // (hp, kTile), (2 hp, ld), (op, zld)
     T* row_sums;                                // (sum_rows, lanes), of one item
 
     void reserve(const LayerBackward& l) {
-      constexpr int64_t tile = kTile<T>;
-      constexpr int64_t kApart = 4096 / sizeof(T);  // one thread's fetching ahead does not reach another's sums
-      const std::pair<T**, int64_t> parts[] = {{&inputs, l.s_.taps() * tile}, {&da, 2 * l.hp_ * tile},
-                                               {&grad_gate, l.hp_ * tile},    {&z, l.hp_ * tile},
-                                               {&grad_out, l.op_ * tile},     {&inputs_t, l.ld_ * tile},
-                                               {&z_t, l.zld_ * tile},         {&weight_sum, 2 * l.hp_ * l.ld_},
-                                               {&out_sum, l.op_ * l.zld_},    {&row_sums, l.sum_rows_ * kLanes<T>}};
+      constexpr int64_t row = kRow<T, S>, pair = kT == 1 ? 0 : kFactors<T, S>;
+      const int64_t taps = l.s_.taps(), sums = l.sum_rows_ * kLanes<T>;
+      place<S>(factor_memory, {{&inputs, taps * row},
+                               {&da, 2 * l.hp_ * row},
+                               {&z, l.hp_ * row},
+                               {&grad_out, l.op_ * row},
+                               {&paired_inputs, l.gates_.taps * pair},
+                               {&paired_da, l.hp_ * pair},
+                               {&paired_out, l.op_ * pair},
+                               {&inputs_t, l.ld_ * row},
+                               {&z_t, l.zld_ * row}});
+      place<T>(memory, {{&grad_gate, l.hp_ * kTile<T>},
+                        {&weight_sum, 2 * l.hp_ * l.ld_},
+                        {&out_sum, l.op_ * l.zld_},
+                        {&row_sums, sums}});
+      if (kT == 1) paired_inputs = inputs, paired_da = da, paired_out = grad_out;
+    }
+
+   private:
+    // Parts of one piece of memory.
+    template <class V>
+    static void place(std::vector<V>& memory, std::initializer_list<std::pair<V**, int64_t>> parts) {
+      constexpr int64_t kApart = 4096 / sizeof(V);  // one thread's fetching ahead does not reach another's sums
       int64_t total = 2 * kApart;
       for (auto& [part, size] : parts) total += size;
-      T* next = tile_aligned(memory, total) + kApart;
+      V* next = tile_aligned(memory, total) + kApart;
       for (auto& [part, size] : parts) *part = std::exchange(next, next + size);
     }
   };
@@ -138,12 +160,13 @@ class LayerBackward {
     const int64_t last = std::min(first + length_, s_.steps);
     std::fill_n(w.row_sums, sum_rows_ * kLanes<T>, T(0));
     for (int64_t t = first; t < std::min(s_.steps, last + s_.reach()); t += kTile<T>) {
-      load_inputs(s_, in_.x + b * s_.channels * s_.steps, t, w.inputs);
+      load_inputs<T>(s_, in_.x + b * s_.channels * s_.steps, t, w.inputs);
+      pair_inputs<T>(s_, w.inputs, w.paired_inputs);
       gradient_of_z(w, b, t);
       gradient_of_gate(w, b, t);
       for (int64_t k = s_.kernel - 1; k >= 0; --k) gradient_of_x(w, b, t, k, first, last);
       if (t >= last) continue;
-      count_weights(w, b, t);
+      count_weights(w);
       gradient_of_cond(w, b, t);
     }
     for (int64_t r = 0; r < sum_rows_; ++r)
@@ -161,43 +184,50 @@ class LayerBackward {
   }
 
   void gradient_of_z(Worker& w, int64_t b, int64_t t) const {
-    T* rows = s_.outs ? w.grad_out : w.grad_gate;
-    for (int64_t r = 0; r < given_rows(); ++r) load_tile_row(rows + r * kTile<T>, given(b, r, t), count(t));
-    for (int64_t h = 0; s_.outs && h < hp_; h += kRows) {
+    for (int64_t r = 0; r < given_rows(); ++r) {
+      if (s_.outs)
+        load_tile_row<T>(w.grad_out + r * kRow<T, S>, given(b, r, t), count(t));
+      else
+        load_tile_row<T>(w.grad_gate + r * kTile<T>, given(b, r, t), count(t));
+    }
+    if (!s_.outs) return;
+    pair_rows<T>(w.grad_out, s_.outs, w.paired_out);
+    const int64_t outs = factors<T, S>(s_.outs);
+    for (int64_t h = 0; h < hp_; h += kRows) {
       Vec<T> sum[kRows][kWide] = {};
-      multiply_add<T>(sum, back_out_.data() + h * s_.outs, 1, kRows, rows, kTile<T>, s_.outs);
+      multiply_add<T, S>(sum, back_out_.data() + h * outs * kT, w.paired_out, outs);
       for (int i = 0; i < kRows; ++i)
         for (int v = 0; v < kWide; ++v) store(w.grad_gate + (h + i) * kTile<T> + v * kLanes<T>, sum[i][v]);
     }
   }
 
   void gradient_of_gate(Worker& w, int64_t b, int64_t t) const {
-    constexpr int kHalf = GateWeights<T, E>::kHalf;
+    constexpr int kHalf = GateWeights<T, S, E>::kHalf;
     for (int64_t h = 0; h < gates_.padded; h += kHalf) {
       const int64_t panel = h / kHalf, panels = gates_.padded / kHalf, next = t + kTile<T>;
       fetch_rows<T>(given_rows(), panel, panels, [&](int64_t r) { return given(b, r, next); });
       fetch_rows<T>(s_.channels, panel, panels,
                     [&](int64_t c) { return in_.x + (b * s_.channels + c) * s_.steps + next; });
       Vec<T> sum[kRows][kWide];
-      gates_.sums(s_, in_, w.inputs, b, t, h, sum);
+      gates_.sums(s_, in_, w.paired_inputs, b, t, h, sum);
       for (int i = 0; i < kHalf && h + i < s_.gate; ++i)  // rows of padding stay zero, also where x is infinite
         for (int v = 0; v < kWide; ++v) {
           Vec<T> tanh, sigmoid;
           gate_parts(sum[i][v], sum[i + kHalf][v], tanh, sigmoid);
-          const int64_t at = (h + i) * kTile<T> + v * kLanes<T>;
-          const Vec<T> g = load(w.grad_gate + at) * sigmoid;
-          store(w.z + at, tanh * sigmoid);
-          store(w.da + at, g * (T(1) - tanh * tanh));
-          store(w.da + hp_ * kTile<T> + at, g * tanh * (T(1) - sigmoid));
+          const int64_t at = (h + i) * kRow<T, S> + v * kLanes<T>;
+          const Vec<T> g = load(w.grad_gate + (h + i) * kTile<T> + v * kLanes<T>) * sigmoid;
+          store_factors(w.z + at, tanh * sigmoid);
+          store_factors(w.da + at, g * (T(1) - tanh * tanh));
+          store_factors(w.da + hp_ * kRow<T, S> + at, g * tanh * (T(1) - sigmoid));
         }
     }
+    pair_rows<T>(w.da, 2 * hp_, w.paired_da);
   }
 
   void gradient_of_cond(Worker& w, int64_t b, int64_t t) const {
     if (!out_.cond || in_.cond_constant) return;
     for (int64_t r = 0; r < 2 * s_.gate; ++r)
-      std::memcpy(out_.cond + (b * 2 * s_.gate + r) * s_.steps + t, w.da + padded_row(r) * kTile<T>,
-                  count(t) * sizeof(T));
+      load_row(out_.cond + (b * 2 * s_.gate + r) * s_.steps + t, w.da + padded_row(r) * kRow<T, S>, count(t), count(t));
   }
 
   // Adds what tap k gives to x in [first, last); the last tap is the first to come there, and brings the residual.
@@ -209,30 +239,33 @@ class LayerBackward {
     const bool fresh = k == s_.kernel - 1;
     for (int64_t c = 0; c < s_.channels; c += kRows) {
       Vec<T> sum[kRows][kWide] = {};
-      multiply_add<T>(sum, back_[k].data() + c * 2 * hp_, 1, kRows, w.da, kTile<T>, 2 * hp_);
+      multiply_add<T, S>(sum, back_[k].data() + c * 2 * hp_, w.paired_da, 2 * hp_ / kT);
       for (int i = 0; i < kRows && c + i < s_.channels; ++i) {
         T* x = out_.x + (b * s_.channels + c + i) * s_.steps + to;
-        const T* before = !fresh ? x : s_.outs ? w.grad_out + (c + i) * kTile<T> : nullptr;
+        const S* residual = fresh && s_.outs ? w.grad_out + (c + i) * kRow<T, S> : nullptr;
+        for (int v = 0; v < kWide && residual; ++v) sum[i][v] += load_as(residual + v * kLanes<T>);
         if (end - begin == kTile<T>) {
-          for (int v = 0; v < kWide; ++v)
-            store(x + v * kLanes<T>, before ? sum[i][v] + load(before + v * kLanes<T>) : sum[i][v]);
+          for (int v = 0; v < kWide; ++v) {
+            T* at = x + v * kLanes<T>;
+            store(at, fresh ? sum[i][v] : sum[i][v] + load(at));
+          }
           continue;
         }
         T row[kTile<T>];
         for (int v = 0; v < kWide; ++v) store(row + v * kLanes<T>, sum[i][v]);
-        for (int64_t j = begin; j < end; ++j) x[j] = before ? row[j] + before[j] : row[j];
+        for (int64_t j = begin; j < end; ++j) x[j] = fresh ? row[j] : row[j] + x[j];
       }
     }
   }
 
-  void count_weights(Worker& w, int64_t b, int64_t t) const {
-    transpose(w.inputs, s_.taps(), w.inputs_t, ld_);
-    accumulate(w.da, w.inputs_t, w.weight_sum, 2 * hp_, ld_);
-    add_row_vectors(w.da, 2 * hp_, w.row_sums);
+  void count_weights(Worker& w) const {
+    transpose<T>(w.inputs, s_.taps(), w.inputs_t, ld_);
+    accumulate<T>(w.da, w.inputs_t, w.weight_sum, 2 * hp_, ld_);
+    add_row_vectors<T>(w.da, 2 * hp_, w.row_sums);
     if (!s_.outs) return;
-    transpose(w.z, s_.gate, w.z_t, zld_);
-    accumulate(w.grad_out, w.z_t, w.out_sum, op_, zld_);
-    add_row_vectors(w.grad_out, s_.outs, w.row_sums + 2 * hp_ * kLanes<T>);
+    transpose<T>(w.z, s_.gate, w.z_t, zld_);
+    accumulate<T>(w.grad_out, w.z_t, w.out_sum, op_, zld_);
+    add_row_vectors<T>(w.grad_out, s_.outs, w.row_sums + 2 * hp_ * kLanes<T>);
   }
 
   int64_t padded_row(int64_t r) const { return r < s_.gate ? r : hp_ + r - s_.gate; }
@@ -273,21 +306,21 @@ class LayerBackward {
   const LayerTensors<E>& in_;
   const E *grad_z_, *grad_residual_, *grad_skip_;
   const LayerGradients<T>& out_;
-  GateWeights<T, E> gates_;
+  GateWeights<T, S, E> gates_;
   int64_t hp_, op_, ld_, zld_;         // rows of half a gate and of the 1x1s, columns of the weights' gradients; padded
   int64_t sum_rows_;                   // rows that are summed over time: both halves of the gate, then the 1x1s
-  std::vector<T> back_out_;            // transposed weights: gate channels from outputs,
-  std::vector<std::vector<T>> back_;   // and input channels from gate rows for each tap
+  std::vector<S> back_out_;            // transposed weights: gate channels from outputs,
+  std::vector<std::vector<S>> back_;   // and input channels from gate rows for each tap
   int64_t segments_, length_, items_;  // segments of a sequence and their steps; items are all sequences' segments
   std::vector<Worker> workers_;
   std::vector<T> row_sums_;  // (items, sum_rows)
 };
 
 // grad_z without 1x1s, else grad_residual and grad_skip.
-template <class T, class E>
+template <class T, class S, class E>
 void layer_backward(const LayerShape& s, const LayerTensors<E>& in, const E* grad_z, const E* grad_residual,
                     const E* grad_skip, const LayerGradients<T>& out) {
-  LayerBackward<T, E>(s, in, grad_z, grad_residual, grad_skip, out).run();
+  LayerBackward<T, S, E>(s, in, grad_z, grad_residual, grad_skip, out).run();
 }
 
 }  // namespace

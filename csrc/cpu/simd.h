@@ -220,6 +220,10 @@ inline void load_row(T* to, const BFloat16* from, int64_t count, int64_t tile) {
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(bits[i]);
   for (int64_t i = count; i < tile; ++i) to[i] = T(0);
 }
+inline void load_row(BFloat16* to, const BFloat16* from, int64_t count, int64_t tile) {
+  std::memcpy(static_cast<void*>(to), from, count * sizeof(BFloat16));
+  std::fill(to + count, to + tile, BFloat16(0));
+}
 template <class T>
 inline void store_row(T* to, const T* from, int64_t count) {
   std::memcpy(to, from, count * sizeof(T));

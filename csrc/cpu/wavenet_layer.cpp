@@ -28,8 +28,10 @@ void wavenet_layer_out(Tensor x, Tensor weight, std::optional<Tensor> bias, Tens
   if (s.batch == 0 || s.steps == 0) return;
   dispatch_float(x.scalar_type(), "wavenet_layer", [&](auto zero) {
     using E = decltype(zero);
-    layer_forward<ComputeType<E>, E>(s, tensors_of<E>(x, weight, bias, out_weight, out_bias, cond), nullptr,
-                                     static_cast<E*>(residual.data_ptr()), static_cast<E*>(skip.data_ptr()));
+    with_factors<E>([&]<class S>() {
+      layer_forward<ComputeType<E>, S, E>(s, tensors_of<E>(x, weight, bias, out_weight, out_bias, cond), nullptr,
+                                          static_cast<E*>(residual.data_ptr()), static_cast<E*>(skip.data_ptr()));
+    });
   });
 }
 
@@ -55,9 +57,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wavenet_layer_backwar
   dispatch_float(x.scalar_type(), "wavenet_layer", [&](auto zero) {
     using E = decltype(zero);
     Result<E> gx(grad_x), gw(grad_weight), gb(grad_bias), gow(grad_out_weight), gob(grad_out_bias), gc(grad_cond);
-    layer_backward<ComputeType<E>, E>(
-        s, tensors_of<E>(x, weight, bias, out_weight, out_bias, cond), nullptr, data_of<E>(grad_residual),
-        data_of<E>(grad_skip), {gx.data(), gw.data(), gb.data(), gow.data(), gob.data(), cond ? gc.data() : nullptr});
+    with_factors<E>([&]<class S>() {
+      layer_backward<ComputeType<E>, S, E>(
+          s, tensors_of<E>(x, weight, bias, out_weight, out_bias, cond), nullptr, data_of<E>(grad_residual),
+          data_of<E>(grad_skip), {gx.data(), gw.data(), gb.data(), gow.data(), gob.data(), cond ? gc.data() : nullptr});
+    });
     for (auto* result : {&gx, &gw, &gb, &gow, &gob, &gc}) result->finish();
   });
   return {grad_x, grad_weight, grad_bias, grad_out_weight, grad_out_bias, grad_cond};
