@@ -15,11 +15,11 @@ SHAPES = {
 }
 
 
-def arguments(kernel, batch, channels, side, grad=False):
+def arguments(kernel, batch, channels, side, dtype, grad=False):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
-        return (torch.randn(*shape, generator=generator) * scale).requires_grad_(grad)
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_(grad)
 
     fan = channels * kernel * kernel // 2
     return (
@@ -46,11 +46,13 @@ def cropped(x, weight, bias, mask):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gated(shape, backward, contest, limits, benchmark):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gated(dtype, shape, backward, contest, limits, benchmark):
     kernel, batch, channels, side = sizes = SHAPES[shape]
-    args = arguments(*sizes, grad=backward)
-    mask = mask_2d("B", (kernel, kernel)).float()
-    cotangent = torch.randn(batch, channels, side, side)
+    args = arguments(*sizes, dtype, grad=backward)
+    mask = mask_2d("B", (kernel, kernel)).to(dtype)
+    cotangent = torch.randn(batch, channels, side, side).to(dtype)
+    halves = dtype == torch.bfloat16
     compiled = torch.compile(eager)
     ways = {
         "fastgen": lambda: gated_masked_conv2d(*args, mask="B", backend="cpu"),
@@ -61,15 +63,16 @@ def test_gated(shape, backward, contest, limits, benchmark):
     if backward:
         contestants = {name: lambda way=way: torch.autograd.grad(way(), args, cotangent) for name, way in ways.items()}
         for a, b in zip(contestants["fastgen"](), contestants["eager"](), strict=True):
-            torch.testing.assert_close(a, b, atol=2e-3 * float(b.abs().max()), rtol=1e-3)
+            atol = (0.02 if halves else 2e-3) * float(b.abs().max())
+            torch.testing.assert_close(a, b, atol=atol, rtol=0.02 if halves else 1e-3)
     else:
-        contestants = ways
-        torch.testing.assert_close(ways["fastgen"](), ways["eager"](), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ways["cropped"](), ways["eager"](), atol=1e-4, rtol=1e-4)
+        contestants, exact = ways, {"atol": 0.02, "rtol": 0.02} if halves else {"atol": 1e-4, "rtol": 1e-4}
+        torch.testing.assert_close(ways["fastgen"](), ways["eager"](), **exact)
+        torch.testing.assert_close(ways["cropped"](), ways["eager"](), **exact)
     median = contest(contestants, rounds=9 if backward else 15)
     flops = 2 * batch * side * side * 2 * channels * channels * int(mask.sum()) * (3 if backward else 1)
     benchmark.extra_info.update(
-        case=f"{shape}, {'forward + backward' if backward else 'forward'}",
+        case=f"{shape}{' bfloat16' * halves}, {'forward + backward' if backward else 'forward'}",
         masked=True,
         of_fma_peak=flops / median["fastgen"] / 1e9 / limits["gflops"],
         limits=limits,

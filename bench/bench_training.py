@@ -1,4 +1,7 @@
-"""A training step's gradients for each model, beside the same model in plain PyTorch: what its parts add up to."""
+"""A training step's gradients for each model, beside the same model in plain PyTorch: what its parts add up to.
+
+Once in float32, once under autocast to bfloat16.
+"""
 
 import pytest
 import torch
@@ -58,10 +61,12 @@ def test_training(case, contest, benchmark):
         torch.manual_seed(0)
         return model.loss(x) if hasattr(model, "loss") else -model.log_prob(x).mean()
 
-    def step(backend=None):
+    def step(backend, halves=False):
         def call():
-            with fastgen.use_backend(backend or "auto"):
-                return torch.autograd.grad(loss(), parameters)
+            with fastgen.use_backend(backend):
+                with torch.autocast("cpu", torch.bfloat16, enabled=halves):
+                    value = loss()
+                return torch.autograd.grad(value, parameters)
 
         return call
 
@@ -72,8 +77,9 @@ def test_training(case, contest, benchmark):
         model.load_state_dict(frozen)  # a codebook moves
         with fastgen.use_backend("reference"):
             torch.testing.assert_close(ours, loss(), atol=1e-3, rtol=1e-3)
-    ways = {"fastgen": step(), "eager": step("reference")}
-    contest(ways, rounds=5)
+    ways = {"fastgen": step("auto"), "eager": step("reference")}
+    halves = {"fastgen bfloat16": step("auto", True), "eager bfloat16": step("reference", True)}
+    contest(ways | halves, rounds=5)
     benchmark.extra_info.update(
         case=case, training=True, peak_extra_bytes={name: peak_extra_bytes(way) for name, way in ways.items()}
     )

@@ -7,15 +7,19 @@ from conftest import peak_extra_bytes
 from fastgen.ops import wavenet_layer
 from fastgen.ops.wavenet_layer import wavenet_layer_reference
 
-SHAPES = {"B8 T8192 R64 S256": (8, 8192, 64, 256), "B1 T16000 R64 S128": (1, 16000, 64, 128)}
+SHAPES = {
+    f"B{batch} T{steps} R64 S{skip} K2{' bfloat16' * (dtype == torch.bfloat16)}": (batch, steps, 64, skip, dtype)
+    for dtype in (torch.float32, torch.bfloat16)
+    for batch, steps, skip in ((8, 8192, 256), (1, 16000, 128))
+}
 DILATION = 4
 
 
-def arguments(batch, steps, channels, skip, grad=False):
+def arguments(batch, steps, channels, skip, dtype, grad=False):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
-        return (torch.randn(*shape, generator=generator) * scale).requires_grad_(grad)
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_(grad)
 
     return (
         normal(batch, channels, steps), normal(2 * channels, channels, 2, scale=(2 * channels) ** -0.5),
@@ -35,13 +39,14 @@ def facts(name, limits, seconds, flops, moved):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(shape, contest, limits, benchmark):
-    batch, steps, channels, skip = sizes = SHAPES[shape]
+    batch, steps, channels, skip, dtype = sizes = SHAPES[shape]
+    halves = dtype == torch.bfloat16
     args = arguments(*sizes)
     compiled = torch.compile(wavenet_layer_reference)
     out = wavenet_layer(*args, dilation=DILATION, backend="cpu")
     with torch.no_grad():
         for a, b in zip(out, wavenet_layer_reference(*args, dilation=DILATION), strict=True):
-            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(a, b, atol=0.05 if halves else 2e-4, rtol=0.02 if halves else 1e-4)
         contestants = {
             "fastgen": lambda: wavenet_layer(*args, dilation=DILATION, backend="cpu"),
             "fastgen, reused outputs": lambda: wavenet_layer(*args, dilation=DILATION, out=out, backend="cpu"),
@@ -51,24 +56,26 @@ def test_forward(shape, contest, limits, benchmark):
         median = contest(contestants, rounds=15)
         memory = {name: peak_extra_bytes(contestants[name]) for name in contestants}
     macs = batch * steps * (2 * channels * 2 * channels + (channels + skip) * channels)
-    moved = 4 * batch * steps * (2 * channels + skip)
+    moved = dtype.itemsize * batch * steps * (2 * channels + skip)
     benchmark.extra_info.update(
-        facts(f"layer {shape} K2, forward", limits, median["fastgen"], 2 * macs, moved), peak_extra_bytes=memory
+        facts(f"layer {shape}, forward", limits, median["fastgen"], 2 * macs, moved), peak_extra_bytes=memory
     )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_backward(shape, contest, limits, benchmark):
-    batch, steps, channels, skip = sizes = SHAPES[shape]
+    batch, steps, channels, skip, dtype = sizes = SHAPES[shape]
+    halves = dtype == torch.bfloat16
     args = arguments(*sizes, grad=True)
-    cotangents = (torch.randn(batch, channels, steps), torch.randn(batch, skip, steps))
+    cotangents = tuple(torch.randn(batch, rows, steps).to(dtype) for rows in (channels, skip))
     compiled = torch.compile(wavenet_layer_reference)
 
     def train(op, **options):
         return torch.autograd.grad(op(*args, dilation=DILATION, **options), args, cotangents)
 
     for a, b in zip(train(wavenet_layer, backend="cpu"), train(wavenet_layer_reference), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-3 * float(b.abs().max()), rtol=1e-3)
+        atol = (0.02 if halves else 2e-3) * float(b.abs().max())
+        torch.testing.assert_close(a, b, atol=atol, rtol=0.02 if halves else 1e-3)
     contestants = {
         "fastgen": lambda: train(wavenet_layer, backend="cpu"),
         "eager": lambda: train(wavenet_layer_reference),
@@ -77,10 +84,10 @@ def test_forward_backward(shape, contest, limits, benchmark):
     median = contest(contestants, rounds=9)
     memory = {name: peak_extra_bytes(contestants[name]) for name in contestants}
     conv, outs = 2 * channels * 2 * channels, (channels + skip) * channels
-    moved = 4 * batch * steps * (5 * channels + 2 * skip)
+    moved = dtype.itemsize * batch * steps * (5 * channels + 2 * skip)
     benchmark.extra_info.update(
         facts(
-            f"layer {shape} K2, forward + backward", limits, median["fastgen"],
+            f"layer {shape}, forward + backward", limits, median["fastgen"],
             2 * batch * steps * (4 * conv + 3 * outs), moved,
         ),
         peak_extra_bytes=memory,

@@ -15,6 +15,7 @@ std::map<std::string, bool> cpu_features() {
       {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},
+      {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
   };
 #else
   return {};

@@ -152,14 +152,17 @@ def _training(benchmarks: list[dict[str, Any]]) -> list[str]:
     if steps:
         lines += [
             "",
-            "| gradients of a training step, ms | fastgen | PyTorch | ratio | extra memory, MB: fastgen / PyTorch |",
-            "|---|---:|---:|---:|---:|",
+            "| gradients of a training step, ms | fastgen | PyTorch | ratio | bfloat16: fastgen | PyTorch | ratio | "
+            "extra memory, MB: fastgen / PyTorch |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
     for b in steps:
-        ours, theirs = b["seconds"]["fastgen"], b["seconds"]["eager"]
+        cells = []
+        for dtype in ("", " bfloat16"):
+            ours, theirs = (b["seconds"][way + dtype] for way in ("fastgen", "eager"))
+            cells += [_milliseconds(ours), _milliseconds(theirs), f"{theirs / ours:.1f}x"]
         megabytes = _megabytes(b["peak_extra_bytes"], ("fastgen", "eager"))
-        cells = f"{_milliseconds(ours)} | {_milliseconds(theirs)} | {theirs / ours:.1f}x"
-        lines.append(f"| {b['case']} | {cells} | {megabytes} |")
+        lines.append(f"| {b['case']} | {' | '.join(cells)} | {megabytes} |")
     return lines
 
 

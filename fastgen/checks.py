@@ -245,13 +245,15 @@ def readable(x: Tensor) -> bool:
     return x.device.type != "meta" and not torch.compiler.is_compiling()
 
 
-def stands_in(x: Tensor) -> bool:
-    """Whether a layer that stands in for PyTorch's may run a kernel for the CPU: bfloat16, autocast and torch.jit.trace
-    are left to PyTorch."""
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+def stands_in(x: Tensor, *, bfloat16: bool = False) -> bool:
+    """Whether a layer that stands in for PyTorch's may run a kernel for the CPU: torch.jit.trace is left to PyTorch,
+    and so are bfloat16 and autocast to it, unless `bfloat16` says that the kernel is faster there."""
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return not tracing and not torch.is_autocast_enabled("cpu")
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    return dtype in (torch.float32, torch.float64) or (bfloat16 and dtype == torch.bfloat16)
 
 
 def check_unit_range(op: str, name: str, x: Tensor) -> None:

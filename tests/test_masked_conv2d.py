@@ -35,8 +35,8 @@ def arguments(batch, channels, height, width, outs, kernel=(3, 3), cond="none", 
     return args
 
 
-def floats(args):
-    return {k: v.to(DEVICE, torch.float32) for k, v in args.items()}
+def floats(args, dtype=torch.float32):
+    return {k: v.to(DEVICE, dtype) for k, v in args.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -93,8 +93,9 @@ def test_vertical_stacks_with_conditioning(dtype, cond):
 
 @pytest.mark.parametrize("far", [1e8, float("nan"), float("inf")])
 @pytest.mark.parametrize("mask", MASKS)
-def test_no_pixel_depends_on_what_it_does_not_see(mask, far):
-    args = floats(arguments(1, 16, 9, 10, 64))
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 16), *((dtype, 15) for dtype in DTYPES[1:2])], ids=str)
+def test_no_pixel_depends_on_what_it_does_not_see(dtype, channels, mask, far):
+    args = floats(arguments(1, channels, 9, 10, 64), dtype)
     seen = mask_2d(mask, (3, 3)).flip(0, 1)  # of the outputs around an input, those that see it
     before = gated_masked_conv2d(**args, mask=mask, backend=KERNELS)
     for y, x in ((4, 5), (5, 4), (7, 8)):
@@ -190,14 +191,15 @@ def test_colors_are_ordered_within_a_pixel(mask, op, which):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("colors", [1, 3])
 @pytest.mark.parametrize("mask", MASKS)
-def test_weights_behind_the_mask_do_nothing(mask, colors, op, which):
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_weights_behind_the_mask_do_nothing(dtype, mask, colors, op, which):
     """Whatever they hold, NaN included; their gradient is exactly zero."""
     args = floats(arguments(2, 6, 7, 6, 12, (3, 4)))
     live = weight_mask(args["weight"], mask, colors, 2 if op == "gated" else 1).expand_as(args["weight"])
-    clean = run(OPS[op], args, torch.float32, which, mask=mask, colors=colors)
+    clean = run(OPS[op], args, dtype, which, mask=mask, colors=colors)
     for poison in (float("nan"), float("inf"), 1e30):
         weight = torch.where(live, args["weight"], poison)
-        got = run(OPS[op], args | {"weight": weight}, torch.float32, which, mask=mask, colors=colors)
+        got = run(OPS[op], args | {"weight": weight}, dtype, which, mask=mask, colors=colors)
         for name, value in got.items():
             assert torch.equal(value, clean[name]), name
         assert not bool(got["grad weight"][~live].any())

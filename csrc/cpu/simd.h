@@ -122,25 +122,31 @@ inline uint16_t to_bf16(float f) {
   return static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
+// As many bfloat16 as a vector has floats.
+using Halves = VectorOf<uint16_t, kVectorBytes / 2>::type;
+template <class E>
+using Stored = std::conditional_t<std::is_same_v<E, BFloat16>, Halves, Vec<ComputeType<E>>>;
+
+inline VecF widen(Halves v) { return (VecF)(__builtin_convertvector(v, VecU) << 16); }
+inline Halves narrow(VecF v) {  // rounds as to_bf16
+  const VecU word = (VecU)v;
+  return __builtin_convertvector(v != v ? (word >> 16) | 0x40 : (word + 0x7fff + ((word >> 16) & 1)) >> 16, Halves);
+}
+
 // A vector of the compute type from or to the element type E.
 template <class E>
 inline Vec<ComputeType<E>> load_as(const E* p) {
-  if constexpr (std::is_same_v<E, BFloat16>) {
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    Half bits;
-    std::memcpy(&bits, p, sizeof bits);
-    return (VecF)(__builtin_convertvector(bits, VecU) << 16);
-  } else {
-    return load(p);
-  }
+  Stored<E> v;
+  std::memcpy(&v, p, sizeof v);
+  if constexpr (std::is_same_v<E, BFloat16>)
+    return widen(v);
+  else
+    return v;
 }
 template <class E>
 inline void store_as(E* p, Vec<ComputeType<E>> v) {
-  if constexpr (std::is_same_v<E, BFloat16>) {  // rounds as to_bf16
-    typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    const VecU word = (VecU)v;
-    const VecU rounded = v != v ? (word >> 16) | 0x40 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-    const Half bits = __builtin_convertvector(rounded, Half);
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    const Halves bits = narrow(v);
     std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
   } else {
     store(p, v);
@@ -148,17 +154,31 @@ inline void store_as(E* p, Vec<ComputeType<E>> v) {
 }
 // The first `count` lanes alone; those not loaded are zero.
 template <class E>
-inline auto load_some(const E* p, int count) {
+inline Vec<ComputeType<E>> load_some(const E* p, int count) {
+#if defined(__AVX512BW__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(E) == 2) return widen((Halves)_mm256_maskz_loadu_epi16(lanes, p));
+  if constexpr (sizeof(E) == 4) return (Vec<ComputeType<E>>)_mm512_maskz_loadu_epi32(lanes, p);
+  if constexpr (sizeof(E) == 8) return (Vec<ComputeType<E>>)_mm512_maskz_loadu_epi64(lanes, p);
+#else
   E part[kLanes<ComputeType<E>>];
   std::memset(static_cast<void*>(part), 0, sizeof part);
   std::memcpy(static_cast<void*>(part), p, count * sizeof(E));
   return load_as(part);
+#endif
 }
 template <class E>
 inline void store_some(E* p, Vec<ComputeType<E>> v, int count) {
+#if defined(__AVX512BW__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(E) == 2) _mm256_mask_storeu_epi16(p, lanes, (__m256i)narrow(v));
+  if constexpr (sizeof(E) == 4) _mm512_mask_storeu_epi32(p, lanes, (__m512i)v);
+  if constexpr (sizeof(E) == 8) _mm512_mask_storeu_epi64(p, lanes, (__m512i)v);
+#else
   E part[kLanes<ComputeType<E>>];
   store_as(part, v);
   std::memcpy(static_cast<void*>(p), part, count * sizeof(E));
+#endif
 }
 
 // f(i, n) for the vectors of [0, count): n is a constant for those that are whole.
@@ -211,14 +231,23 @@ struct Out {
 // `count` values to or from the tensor's element type E; the rest of a tile is zero.
 template <class T, class E>
 inline void load_row(T* to, const E* from, int64_t count, int64_t tile) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
-  for (int64_t i = count; i < tile; ++i) to[i] = T(0);
-}
-template <class T>
-inline void load_row(T* to, const BFloat16* from, int64_t count, int64_t tile) {
-  const auto* bits = reinterpret_cast<const uint16_t*>(from);
-  for (int64_t i = 0; i < count; ++i) to[i] = to_float(bits[i]);
-  for (int64_t i = count; i < tile; ++i) to[i] = T(0);
+  constexpr int kL = kLanes<T>;
+  const int64_t whole = count / kL * kL;
+  for (int64_t i = 0; i < whole; i += kL) store(to + i, load_as(from + i));
+  const int left = static_cast<int>(count - whole);
+  to += whole;
+  from += whole;
+  tile -= whole;
+  if (left > 0 && tile >= kL) {
+    store(to, load_some(from, left));
+    to += kL;
+    tile -= kL;
+  } else {
+    for (int i = 0; i < left; ++i) to[i] = static_cast<T>(from[i]);
+    to += left;
+    tile -= left;
+  }
+  if (tile > 0) std::fill_n(to, tile, T(0));
 }
 inline void load_row(BFloat16* to, const BFloat16* from, int64_t count, int64_t tile) {
   std::memcpy(static_cast<void*>(to), from, count * sizeof(BFloat16));
@@ -229,8 +258,10 @@ inline void store_row(T* to, const T* from, int64_t count) {
   std::memcpy(to, from, count * sizeof(T));
 }
 inline void store_row(BFloat16* to, const float* from, int64_t count) {
-  auto* bits = reinterpret_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < count; ++i) bits[i] = to_bf16(from[i]);
+  int64_t i = 0;
+  for (; i + kF <= count; i += kF) store_as(to + i, load(from + i));
+  const int left = static_cast<int>(count - i);
+  if (left > 0) store_some(to + i, load_some(from + i, left), left);
 }
 
 // A result in the compute type: the tensor itself, or for bfloat16 a buffer that is rounded into it at the end.

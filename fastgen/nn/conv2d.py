@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.backend import multiplies_pairs
 from fastgen.checks import stands_in
 from fastgen.ops.conv2d import conv2d
 from fastgen.ops.resampling_conv2d import KERNEL, downsample_conv2d, upsample_conv2d
@@ -22,8 +23,8 @@ class Conv2d(nn.Conv2d):
 
     On a CPU, in float32 and float64, it runs `fastgen.ops.conv2d` where the size of the image stays (stride 1, odd
     kernels), save for small images, and `fastgen.ops.downsample_conv2d` where a kernel of 4x4 with stride 2 and padding
-    1 halves even sides; all with dilation and groups 1 and zeros for padding. Anything else, bfloat16, autocast and
-    torch.jit.trace included, is PyTorch's.
+    1 halves even sides; all with dilation and groups 1 and zeros for padding. In bfloat16, by autocast or not, it runs
+    `conv2d` alike on processors that multiply pairs of bfloat16. Anything else, torch.jit.trace included, is PyTorch's.
 
     Parameters
     ----------
@@ -119,12 +120,12 @@ def _resamples(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
     return sizes and _plain(layer)
 
 
-def _has_planes(x: Tensor, dim: int = 4) -> bool:
-    return stands_in(x) and x.dim() == dim
+def _has_planes(x: Tensor) -> bool:
+    return stands_in(x) and x.dim() == 4
 
 
 def _suits(x: Tensor, kernel_size: tuple[int, ...], dim: int = 4) -> bool:
-    if not _has_planes(x, dim):
+    if not stands_in(x, bfloat16=multiplies_pairs) or x.dim() != dim:
         return False
     # in compiled code the last test would compile anew where images cross the limit
     least = SMALL_PIXELS.get(kernel_size, SMALL_PIXELS_ELSE)
