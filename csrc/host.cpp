@@ -16,6 +16,7 @@ std::map<std::string, bool> cpu_features() {
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},
       {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
+      {"amx_bf16", __builtin_cpu_supports("amx-bf16") != 0},
   };
 #else
   return {};

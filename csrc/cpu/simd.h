@@ -127,7 +127,13 @@ using Halves = VectorOf<uint16_t, kVectorBytes / 2>::type;
 template <class E>
 using Stored = std::conditional_t<std::is_same_v<E, BFloat16>, Halves, Vec<ComputeType<E>>>;
 
-inline VecF widen(Halves v) { return (VecF)(__builtin_convertvector(v, VecU) << 16); }
+inline VecF widen(Halves v) {
+#if defined(__AVX512F__)
+  return (VecF)((VecU)_mm512_cvtepu16_epi32((__m256i)v) << 16);  // what the compiler does in halves
+#else
+  return (VecF)(__builtin_convertvector(v, VecU) << 16);
+#endif
+}
 inline Halves narrow(VecF v) {  // rounds as to_bf16
   const VecU word = (VecU)v;
   return __builtin_convertvector(v != v ? (word >> 16) | 0x40 : (word + 0x7fff + ((word >> 16) & 1)) >> 16, Halves);

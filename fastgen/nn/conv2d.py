@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.backend import multiplies_pairs
+from fastgen.backend import cpu_features, multiplies_pairs
 from fastgen.checks import stands_in
 from fastgen.ops.conv2d import conv2d
 from fastgen.ops.resampling_conv2d import KERNEL, downsample_conv2d, upsample_conv2d
 
 # pixels of an image: up to there PyTorch's kernels are as fast or faster, by the size of the kernel
-SMALL_PIXELS: dict[tuple[int, ...], int] = {(1, 1): 16, (3, 3): 16}
+SMALL_PIXELS: dict[tuple[int, ...], int] = {(1, 1): 16, (3, 3): 25}
 SMALL_PIXELS_ELSE = 100
+# where the processor multiplies tiles of bfloat16, PyTorch does so too
+IN_BFLOAT16 = multiplies_pairs and not cpu_features().get("amx_bf16", False)
 
 
 class Conv2d(nn.Conv2d):
@@ -24,7 +26,8 @@ class Conv2d(nn.Conv2d):
     On a CPU, in float32 and float64, it runs `fastgen.ops.conv2d` where the size of the image stays (stride 1, odd
     kernels), save for small images, and `fastgen.ops.downsample_conv2d` where a kernel of 4x4 with stride 2 and padding
     1 halves even sides; all with dilation and groups 1 and zeros for padding. In bfloat16, by autocast or not, it runs
-    `conv2d` alike on processors that multiply pairs of bfloat16. Anything else, torch.jit.trace included, is PyTorch's.
+    `conv2d` alike on processors that multiply pairs of bfloat16, but no tiles. Anything else, torch.jit.trace included,
+    is PyTorch's.
 
     Parameters
     ----------
@@ -125,7 +128,7 @@ def _has_planes(x: Tensor) -> bool:
 
 
 def _suits(x: Tensor, kernel_size: tuple[int, ...], dim: int = 4) -> bool:
-    if not stands_in(x, bfloat16=multiplies_pairs) or x.dim() != dim:
+    if not stands_in(x, bfloat16=IN_BFLOAT16) or x.dim() != dim:
         return False
     # in compiled code the last test would compile anew where images cross the limit
     least = SMALL_PIXELS.get(kernel_size, SMALL_PIXELS_ELSE)
