@@ -29,7 +29,7 @@ using torch::stable::Tensor;
 
 #define FASTGEN_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastgen: ", __VA_ARGS__)
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Calls f with a value of the tensor's element type.
 template <class F>

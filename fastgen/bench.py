@@ -153,7 +153,7 @@ def _training(benchmarks: list[dict[str, Any]]) -> list[str]:
         lines += [
             "",
             "| gradients of a training step, ms | fastgen | PyTorch | ratio | bfloat16: fastgen | PyTorch | ratio | "
-            "extra memory, MB: fastgen / PyTorch |",
+            "extra memory in float32, MB: fastgen / PyTorch |",
             "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
     for b in steps:

@@ -108,6 +108,25 @@ def test_no_pixel_depends_on_what_it_does_not_see(dtype, channels, mask, far):
         assert torch.equal(before[..., unseen], after[..., unseen])
 
 
+@pytest.mark.parametrize("width", [1, 2, 7, 8])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_gradients_of_weights_leave_out_pixels_that_their_taps_do_not_reach(dtype, mask, width):
+    """A NaN in the last column reaches the gradients of those taps alone that some output has on it."""
+    args = floats(arguments(1, 3, 5, width, 6, (3, 5)), dtype)
+    args["x"][0, 1, 2, width - 1] = float("nan")
+    args["weight"].requires_grad_()
+    out = masked_conv2d(**args, mask=mask, backend=KERNELS)
+    (grad,) = torch.autograd.grad(out, args["weight"], torch.ones_like(out))
+    live = mask_2d(mask, (3, 5))
+    for row in range(3):
+        for column in range(5):
+            reached = bool(live[row, column]) and 0 <= width - 1 - (column - 2) < width
+            assert bool(grad[:, 1, row, column].isnan().all()) == reached, (row, column)
+            assert bool(grad[:, 1, row, column].isnan().any()) == reached, (row, column)
+    assert not bool(grad[:, [0, 2]].isnan().any())
+
+
 @cpu_only("rows of tiles that leave the caches are left to the other kernel")
 def test_an_image_of_long_rows():
     compare(gated_masked_conv2d, arguments(2, 20, 2, 3000, 32), torch.float32, mask="vertical_B")

@@ -7,7 +7,8 @@
 namespace fastgen {
 namespace {
 
-constexpr size_t kPage = size_t{2} << 20;   // a huge page; blocks are whole ones
+constexpr size_t kPage = 4096;              // blocks are whole ones
+constexpr size_t kHuge = size_t{2} << 20;   // a huge page, where blocks begin
 constexpr size_t kLeast = size_t{1} << 20;  // smaller tensors are PyTorch's own affair
 constexpr size_t kKeep = size_t{1} << 30;   // bytes that may lie idle
 
@@ -74,11 +75,11 @@ class Pool {
   }
 
   static void* map(size_t bytes) {
-    void* all = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* all = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     FASTGEN_CHECK(all != MAP_FAILED, "out of memory: a result of ", bytes, " bytes could not be allocated");
-    const auto begin = reinterpret_cast<uintptr_t>(all), first = (begin + kPage - 1) / kPage * kPage;
+    const auto begin = reinterpret_cast<uintptr_t>(all), first = (begin + kHuge - 1) / kHuge * kHuge;
     if (first > begin) munmap(all, first - begin);
-    munmap(reinterpret_cast<void*>(first + bytes), begin + kPage - first);
+    munmap(reinterpret_cast<void*>(first + bytes), begin + kHuge - first);
     madvise(reinterpret_cast<void*>(first), bytes, MADV_HUGEPAGE);
     return reinterpret_cast<void*>(first);
   }

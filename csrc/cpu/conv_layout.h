@@ -162,7 +162,7 @@ class RowTile {
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t x = 0; x < width_; ++x) tile[x * ld + c] = static_cast<S>(rows_[c * padded_ + x]);
   }
-  // tile[(x / 2 * ld + lane) * 2 + x % 2]; the tile has room for `padded` pixels, and for kL pairs more.
+  // tile[(x / 2 * ld + lane) * 2 + x % 2]; the tile has room for whole vectors of pairs.
   template <class S>
   void to_pairs(S* tile, int64_t ld) const {
     T pairs[kL * kL];  // two of them in each T

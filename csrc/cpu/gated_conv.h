@@ -22,8 +22,7 @@ constexpr int kTile = kWide * kLanes<T>;
 template <class T, class S>
 constexpr int kFactors = kTile<T> * kTerms<T, S>;
 template <class T, class S>
-constexpr int kRow =
-    static_cast<int>((kTile<T> + kLanes<T> * kTerms<T, S> - 1) / (kLanes<T> * kTerms<T, S>)*(kLanes<T> * kTerms<T, S>));
+constexpr int kRow = static_cast<int>(round_up(kTile<T>, kLanes<T>* kTerms<T, S>));
 template <class T, class S>
 constexpr int64_t factors(int64_t terms) {
   return (terms + kTerms<T, S> - 1) / kTerms<T, S>;

@@ -163,7 +163,7 @@ class LayerBackward {
       load_inputs<T>(s_, in_.x + b * s_.channels * s_.steps, t, w.inputs);
       pair_inputs<T>(s_, w.inputs, w.paired_inputs);
       gradient_of_z(w, b, t);
-      gradient_of_gate(w, b, t);
+      gradient_of_gate(w, b, t, t < last);
       for (int64_t k = s_.kernel - 1; k >= 0; --k) gradient_of_x(w, b, t, k, first, last);
       if (t >= last) continue;
       count_weights(w);
@@ -201,7 +201,8 @@ class LayerBackward {
     }
   }
 
-  void gradient_of_gate(Worker& w, int64_t b, int64_t t) const {
+  // Its sums over time too, where they count: of what rounding has not touched yet.
+  void gradient_of_gate(Worker& w, int64_t b, int64_t t, bool counts) const {
     constexpr int kHalf = GateWeights<T, S, E>::kHalf;
     for (int64_t h = 0; h < gates_.padded; h += kHalf) {
       const int64_t panel = h / kHalf, panels = gates_.padded / kHalf, next = t + kTile<T>;
@@ -210,16 +211,25 @@ class LayerBackward {
                     [&](int64_t c) { return in_.x + (b * s_.channels + c) * s_.steps + next; });
       Vec<T> sum[kRows][kWide];
       gates_.sums(s_, in_, w.paired_inputs, b, t, h, sum);
-      for (int i = 0; i < kHalf && h + i < s_.gate; ++i)  // rows of padding stay zero, also where x is infinite
+      for (int i = 0; i < kHalf && h + i < s_.gate; ++i) {  // rows of padding stay zero, also where x is infinite
+        Vec<T> total[2] = {};
         for (int v = 0; v < kWide; ++v) {
           Vec<T> tanh, sigmoid;
           gate_parts(sum[i][v], sum[i + kHalf][v], tanh, sigmoid);
           const int64_t at = (h + i) * kRow<T, S> + v * kLanes<T>;
           const Vec<T> g = load(w.grad_gate + (h + i) * kTile<T> + v * kLanes<T>) * sigmoid;
+          const Vec<T> of_tanh = g * (T(1) - tanh * tanh), of_sigmoid = g * tanh * (T(1) - sigmoid);
           store_factors(w.z + at, tanh * sigmoid);
-          store_factors(w.da + at, g * (T(1) - tanh * tanh));
-          store_factors(w.da + hp_ * kRow<T, S> + at, g * tanh * (T(1) - sigmoid));
+          store_factors(w.da + at, of_tanh);
+          store_factors(w.da + hp_ * kRow<T, S> + at, of_sigmoid);
+          total[0] += of_tanh;
+          total[1] += of_sigmoid;
         }
+        for (int64_t half = 0; half < 2 && counts; ++half) {
+          T* sums = w.row_sums + (half * hp_ + h + i) * kLanes<T>;
+          store(sums, load(sums) + total[half]);
+        }
+      }
     }
     pair_rows<T>(w.da, 2 * hp_, w.paired_da);
   }
@@ -261,7 +271,6 @@ class LayerBackward {
   void count_weights(Worker& w) const {
     transpose<T>(w.inputs, s_.taps(), w.inputs_t, ld_);
     accumulate<T>(w.da, w.inputs_t, w.weight_sum, 2 * hp_, ld_);
-    add_row_vectors<T>(w.da, 2 * hp_, w.row_sums);
     if (!s_.outs) return;
     transpose<T>(w.z, s_.gate, w.z_t, zld_);
     accumulate<T>(w.grad_out, w.z_t, w.out_sum, op_, zld_);

@@ -67,21 +67,30 @@ class BandGradient {
 };
 
 // Of pairs of pixels: inputs as the tensor has them, channels first, with zeros on both sides; the gradients of sums
-// once more, [panel][y][x / 2][lane][2].
+// once more, [panel][y][x / 2][lane][2]. Where the width is odd, a zero follows the last pixel's gradient, and for taps
+// on the left a pixel would be its factor: there the last pixel's inputs stand by themselves, with zeros behind them.
 template <class T>
 class BandGradient<T, BFloat16> {
  public:
   static constexpr int64_t kL = kLanes<T>;
   BandGradient(const ConvShape& s, const Panels<T>& panels, int64_t rows)
-      : s_(s), panels_(panels), row_(s.left() + round_up(s.width, 2) + s.right()), x_(rows * s.channels * row_) {
-    for (int64_t q = 0; q < panels.count(); ++q) da_.emplace_back(rows * round_up(s.width, 2 * kL) * panels.width(q));
+      : s_(s),
+        panels_(panels),
+        row_(s.left() + round_up(s.width, 2) + s.right()),
+        x_(rows * s.channels * row_),
+        ends_(s.width % 2 && s.left() ? x_.size() : 0) {
+    const int64_t own = std::max<int64_t>(rows - s.above() - s.below(), 0);
+    for (int64_t q = 0; q < panels.count(); ++q) da_.emplace_back(own * round_up(s.width, 2 * kL) * panels.width(q));
   }
 
   void pack(const BFloat16* image, int64_t first, int64_t last, RowTile<T>&) {
     first_ = first;
     for (int64_t y = first; y < last; ++y)
-      for (int64_t c = 0; c < s_.channels; ++c)
-        std::memcpy(static_cast<void*>(at(y, c)), image + (c * s_.height + y) * s_.width, s_.width * sizeof(BFloat16));
+      for (int64_t c = 0; c < s_.channels; ++c) {
+        BFloat16* row = x_.data() + row_of(y, c) + s_.left();
+        std::memcpy(static_cast<void*>(row), image + (c * s_.height + y) * s_.width, s_.width * sizeof(BFloat16));
+        for (int64_t dx = -s_.left(); dx < 0 && !ends_.empty(); ++dx) end_of(y, c, dx)[0] = row[s_.width - 1 + dx];
+      }
   }
   void keep(const RowTile<T>& rows, int64_t q, int64_t v, int64_t y) {
     const int64_t width = panels_.width(q);
@@ -89,27 +98,31 @@ class BandGradient<T, BFloat16> {
   }
   void add(const std::vector<TapRun>& runs, SumGradients<T, BFloat16>&, int64_t q, int64_t width, int64_t first,
            int64_t last, T* w) {
-    const int64_t pixels = round_up(s_.width, 2), da_row = round_up(s_.width, 2 * kL) * width;
+    const int64_t da_row = round_up(s_.width, 2 * kL) * width;
     for (const TapRun& run : runs)
       for (int64_t dx = run.dx; dx < run.dx + run.count; ++dx, w += s_.channels * width)
         for_each_group(s_.channels, [&](int64_t from, int64_t count) {
+          const bool ends = dx < 0 && !ends_.empty();
+          const int64_t pixels = ends ? s_.width - 1 : round_up(s_.width, 2);
           stretches_.clear();
-          for (int64_t y = std::max(first, -run.dy); y < std::min(last, s_.height - run.dy); ++y)
-            stretches_.push_back({at(y + run.dy, from) + dx, da_[q].data() + (y - first) * da_row, pixels});
+          for (int64_t y = std::max(first, -run.dy); y < std::min(last, s_.height - run.dy); ++y) {
+            const BFloat16* da = da_[q].data() + (y - first) * da_row;
+            stretches_.push_back({x_.data() + row_of(y + run.dy, from) + s_.left() + dx, da, pixels});
+            if (ends) stretches_.push_back({end_of(y + run.dy, from, dx), da + pixels * width, 2});
+          }
           multiply_rows_of<T, false, BFloat16>(count, width / kL)(w + from * width, stretches_.data(),
                                                                   static_cast<int64_t>(stretches_.size()), row_, false);
         });
   }
 
  private:
-  BFloat16* at(int64_t y, int64_t channel) {
-    return x_.data() + ((y - first_) * s_.channels + channel) * row_ + s_.left();
-  }
+  int64_t row_of(int64_t y, int64_t channel) const { return ((y - first_) * s_.channels + channel) * row_; }
+  BFloat16* end_of(int64_t y, int64_t channel, int64_t dx) { return ends_.data() + row_of(y, channel) - 2 * (dx + 1); }
 
   const ConvShape& s_;
   const Panels<T>& panels_;
   int64_t row_, first_ = 0;
-  OwnVector<BFloat16> x_;
+  OwnVector<BFloat16> x_, ends_;
   std::vector<OwnVector<BFloat16>> da_;
   std::vector<Stretch<BFloat16>> stretches_;
 };

@@ -14,10 +14,12 @@ from fastgen.ops.conv2d import conv2d
 from fastgen.ops.resampling_conv2d import KERNEL, downsample_conv2d, upsample_conv2d
 
 # pixels of an image: up to there PyTorch's kernels are as fast or faster, by the size of the kernel
-SMALL_PIXELS: dict[tuple[int, ...], int] = {(1, 1): 16, (3, 3): 25}
+SMALL_PIXELS: dict[tuple[int, ...], int] = {(1, 1): 16, (3, 3): 16}
 SMALL_PIXELS_ELSE = 100
 # where the processor multiplies tiles of bfloat16, PyTorch does so too
 IN_BFLOAT16 = multiplies_pairs and not cpu_features().get("amx_bf16", False)
+# of 3x3 kernels in bfloat16: rows are short, or weights leave the caches
+SMALL_IN_BFLOAT16, MANY_IN_BFLOAT16 = 36, 192
 
 
 class Conv2d(nn.Conv2d):
@@ -26,8 +28,8 @@ class Conv2d(nn.Conv2d):
     On a CPU, in float32 and float64, it runs `fastgen.ops.conv2d` where the size of the image stays (stride 1, odd
     kernels), save for small images, and `fastgen.ops.downsample_conv2d` where a kernel of 4x4 with stride 2 and padding
     1 halves even sides; all with dilation and groups 1 and zeros for padding. In bfloat16, by autocast or not, it runs
-    `conv2d` alike on processors that multiply pairs of bfloat16, but no tiles. Anything else, torch.jit.trace included,
-    is PyTorch's.
+    `conv2d` on processors that multiply pairs of bfloat16, but no tiles, save for 3x3 kernels over small images or many
+    channels. Anything else, torch.jit.trace included, is PyTorch's. Gradients of the kernels are first-order.
 
     Parameters
     ----------
@@ -62,7 +64,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """torch.nn.ConvTranspose2d, and the ReLU behind it: parameters, initialisation and state are those of PyTorch's.
 
     With a kernel of 4x4, stride 2 and padding 1, which doubles an image's sides, it runs `fastgen.ops.upsample_conv2d`
-    where `Conv2d` would its kernels; anything else is PyTorch's.
+    where `Conv2d` would `conv2d`; anything else is PyTorch's.
 
     Parameters
     ----------
@@ -77,7 +79,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         self.relu = relu
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if output_size is None and self.output_padding == (0, 0) and _resamples(self) and _has_planes(x):
+        doubles = output_size is None and self.output_padding == (0, 0) and _resamples(self)
+        if doubles and _has_planes(x, bfloat16=IN_BFLOAT16):
             return upsample_conv2d(x, self.weight, self.bias, relu=self.relu)
         y = super().forward(x, output_size)
         return F.relu(y) if self.relu else y
@@ -123,13 +126,17 @@ def _resamples(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
     return sizes and _plain(layer)
 
 
-def _has_planes(x: Tensor) -> bool:
-    return stands_in(x) and x.dim() == 4
+def _has_planes(x: Tensor, *, bfloat16: bool = False) -> bool:
+    return stands_in(x, bfloat16=bfloat16) and x.dim() == 4
 
 
 def _suits(x: Tensor, kernel_size: tuple[int, ...], dim: int = 4) -> bool:
     if not stands_in(x, bfloat16=IN_BFLOAT16) or x.dim() != dim:
         return False
-    # in compiled code the last test would compile anew where images cross the limit
     least = SMALL_PIXELS.get(kernel_size, SMALL_PIXELS_ELSE)
+    if kernel_size == (3, 3) and not stands_in(x):
+        if x.shape[1] > MANY_IN_BFLOAT16:
+            return False
+        least = SMALL_IN_BFLOAT16
+    # in compiled code the last test would compile anew where images cross the limit
     return torch.compiler.is_compiling() or x.shape[2:].numel() > least

@@ -17,7 +17,7 @@ class Linear(nn.Linear):
     """torch.nn.Linear, whose parameters, their initialisation and state it has.
 
     On a CPU it runs `fastgen.ops.linear` in float32 and float64, save for small products; anything else, bfloat16,
-    autocast and torch.jit.trace included, is PyTorch's.
+    autocast to it and torch.jit.trace included, is PyTorch's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
