@@ -1,5 +1,5 @@
 // actnorm and the sums of its backward; arguments are checked in fastgen/ops/actnorm.py.
-#include "simd.h"
+#include "elements.h"
 
 namespace fastgen {
 namespace {

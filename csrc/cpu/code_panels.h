@@ -4,7 +4,7 @@
 #include <limits>
 #include <unordered_map>
 
-#include "simd.h"
+#include "elements.h"
 
 namespace fastgen {
 namespace {

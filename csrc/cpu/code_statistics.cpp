@@ -1,7 +1,7 @@
 // code_statistics and update_codebook; arguments are checked in fastgen/ops/code_statistics.py.
 #include <numeric>
 
-#include "simd.h"
+#include "elements.h"
 
 namespace fastgen {
 namespace {

@@ -2,7 +2,7 @@
 // by the standard library.
 #pragma once
 
-#include "simd.h"
+#include "elements.h"
 
 namespace fastgen {
 namespace {

@@ -2,7 +2,7 @@
 // before it folded in, its inverse, and the gradients of all of these. Matrices are row after row.
 #pragma once
 
-#include "simd.h"
+#include "elements.h"
 
 namespace fastgen {
 namespace {

@@ -23,7 +23,7 @@
 
 #include <array>
 
-#include "simd.h"
+#include "elements.h"
 
 namespace fastgen {
 namespace {

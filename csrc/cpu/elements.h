@@ -1,0 +1,280 @@
+// Elements of tensors as vectors: bfloat16 is widened to float32 and rounded back, ends of rows are parts of vectors,
+// large results go past the caches, and factors of products may be pairs.
+#pragma once
+
+#include "simd.h"
+
+namespace fastgen {
+namespace {
+
+inline float to_float(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float f;
+  std::memcpy(&f, &word, 4);
+  return f;
+}
+// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bf16(float f) {
+  uint32_t word;
+  std::memcpy(&word, &f, 4);
+  if ((word & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((word >> 16) | 0x40);
+  return static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+// As many bfloat16 as a vector has floats.
+using Halves = VectorOf<uint16_t, kVectorBytes / 2>::type;
+template <class E>
+using Stored = std::conditional_t<std::is_same_v<E, BFloat16>, Halves, Vec<ComputeType<E>>>;
+
+inline VecF widen(Halves v) {
+#if defined(__AVX512F__)
+  return (VecF)((VecU)_mm512_cvtepu16_epi32((__m256i)v) << 16);  // what the compiler does in halves
+#else
+  return (VecF)(__builtin_convertvector(v, VecU) << 16);
+#endif
+}
+inline Halves narrow(VecF v) {  // rounds as to_bf16
+  const VecU word = (VecU)v;
+  return __builtin_convertvector(v != v ? (word >> 16) | 0x40 : (word + 0x7fff + ((word >> 16) & 1)) >> 16, Halves);
+}
+
+// A vector of the compute type from or to the element type E.
+template <class E>
+inline Vec<ComputeType<E>> load_as(const E* p) {
+  Stored<E> v;
+  std::memcpy(&v, p, sizeof v);
+  if constexpr (std::is_same_v<E, BFloat16>)
+    return widen(v);
+  else
+    return v;
+}
+template <class E>
+inline void store_as(E* p, Vec<ComputeType<E>> v) {
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    const Halves bits = narrow(v);
+    std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+  } else {
+    store(p, v);
+  }
+}
+// The first `count` lanes alone; those not loaded are zero.
+template <class E>
+inline Vec<ComputeType<E>> load_some(const E* p, int count) {
+#if defined(__AVX512BW__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(E) == 2) return widen((Halves)_mm256_maskz_loadu_epi16(lanes, p));
+  if constexpr (sizeof(E) == 4) return (Vec<ComputeType<E>>)_mm512_maskz_loadu_epi32(lanes, p);
+  if constexpr (sizeof(E) == 8) return (Vec<ComputeType<E>>)_mm512_maskz_loadu_epi64(lanes, p);
+#else
+  E part[kLanes<ComputeType<E>>];
+  std::memset(static_cast<void*>(part), 0, sizeof part);
+  std::memcpy(static_cast<void*>(part), p, count * sizeof(E));
+  return load_as(part);
+#endif
+}
+template <class E>
+inline void store_some(E* p, Vec<ComputeType<E>> v, int count) {
+#if defined(__AVX512BW__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(E) == 2) _mm256_mask_storeu_epi16(p, lanes, (__m256i)narrow(v));
+  if constexpr (sizeof(E) == 4) _mm512_mask_storeu_epi32(p, lanes, (__m512i)v);
+  if constexpr (sizeof(E) == 8) _mm512_mask_storeu_epi64(p, lanes, (__m512i)v);
+#else
+  E part[kLanes<ComputeType<E>>];
+  store_as(part, v);
+  std::memcpy(static_cast<void*>(p), part, count * sizeof(E));
+#endif
+}
+
+// f(i, n) for the vectors of [0, count): n is a constant for those that are whole.
+template <class T, class F>
+inline void by_vectors(int64_t count, F&& f) {
+  constexpr std::integral_constant<int, kLanes<T>> kWhole{};
+  int64_t i = 0;
+  for (; i + kWhole <= count; i += kWhole) f(i, kWhole);
+  if (i < count) f(i, static_cast<int>(count - i));
+}
+template <class E, int N>
+inline auto take(const E* p, std::integral_constant<int, N>) {
+  return load_as(p);
+}
+template <class E>
+inline auto take(const E* p, int count) {
+  return load_some(p, count);
+}
+template <class E, int N>
+inline void put(E* p, Vec<ComputeType<E>> v, std::integral_constant<int, N>) {
+  store_as(p, v);
+}
+template <class E>
+inline void put(E* p, Vec<ComputeType<E>> v, int count) {
+  store_some(p, v, count);
+}
+
+// Results larger than this are not read again from the caches: they are written past them.
+constexpr int64_t kPastCaches = int64_t{32} << 20;
+
+// A result that is written past the caches, if it is large and its place allows.
+template <class E>
+struct Out {
+  using T = ComputeType<E>;
+  E* p;
+  bool past;
+  Out(const Tensor& tensor, int64_t offset)
+      : p(static_cast<E*>(tensor.data_ptr()) + offset),
+        past(std::is_same_v<E, T> && tensor.numel() * static_cast<int64_t>(sizeof(E)) >= kPastCaches &&
+             reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) {}
+  template <int N>
+  void put(int64_t i, Vec<T> v, std::integral_constant<int, N>) const {
+    if constexpr (std::is_same_v<E, T>)
+      if (past) return store_past_caches(p + i, v);
+    store_as(p + i, v);
+  }
+  void put(int64_t i, Vec<T> v, int count) const { store_some(p + i, v, count); }
+};
+
+// `count` values to or from the tensor's element type E; the rest of a tile is zero.
+template <class T, class E>
+inline void load_row(T* to, const E* from, int64_t count, int64_t tile) {
+  constexpr int kL = kLanes<T>;
+  const int64_t whole = count / kL * kL;
+  for (int64_t i = 0; i < whole; i += kL) store(to + i, load_as(from + i));
+  const int left = static_cast<int>(count - whole);
+  to += whole;
+  from += whole;
+  tile -= whole;
+  if (left > 0 && tile >= kL) {
+    store(to, load_some(from, left));
+    to += kL;
+    tile -= kL;
+  } else {
+    for (int i = 0; i < left; ++i) to[i] = static_cast<T>(from[i]);
+    to += left;
+    tile -= left;
+  }
+  if (tile > 0) std::fill_n(to, tile, T(0));
+}
+inline void load_row(BFloat16* to, const BFloat16* from, int64_t count, int64_t tile) {
+  std::memcpy(static_cast<void*>(to), from, count * sizeof(BFloat16));
+  std::fill(to + count, to + tile, BFloat16(0));
+}
+template <class T>
+inline void store_row(T* to, const T* from, int64_t count) {
+  std::memcpy(to, from, count * sizeof(T));
+}
+inline void store_row(BFloat16* to, const float* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kF <= count; i += kF) store_as(to + i, load(from + i));
+  const int left = static_cast<int>(count - i);
+  if (left > 0) store_some(to + i, load_some(from + i, left), left);
+}
+
+// A result in the compute type: the tensor itself, or for bfloat16 a buffer that is rounded into it at the end.
+template <class E>
+class Result {
+ public:
+  using T = ComputeType<E>;
+  explicit Result(const Tensor& tensor) : tensor_(tensor) {
+    if constexpr (!std::is_same_v<E, T>) buffer_.resize(tensor.numel());
+  }
+  T* data() {
+    if constexpr (std::is_same_v<E, T>)
+      return static_cast<T*>(tensor_.data_ptr());
+    else
+      return buffer_.data();
+  }
+  void finish() {
+    if constexpr (!std::is_same_v<E, T>)
+      store_row(static_cast<E*>(tensor_.data_ptr()), buffer_.data(), tensor_.numel());
+  }
+
+ private:
+  const Tensor& tensor_;
+  std::vector<T> buffer_;
+};
+
+// Factors of products whose sums are of type T: T itself, one term at a time, or BFloat16, two, where the processor
+// multiplies pairs of them and adds both in float32.
+template <class T, class S>
+constexpr int kTerms = std::is_same_v<T, S> ? 1 : 2;
+template <class T>
+inline Vec<T> splat_factors(const T* p) {
+  return splat(*p);
+}
+template <class T>
+inline Vec<T> load_factors(const T* p) {
+  return load(p);
+}
+template <class V>
+inline V add_product(V sum, V a, V b) {
+  return sum + a * b;
+}
+template <class T>
+inline void store_factors(T* p, Vec<T> v) {
+  store(p, v);
+}
+#if defined(__AVX512VNNI__)
+constexpr bool kMayPair = true;
+inline bool multiplies_pairs() {
+  static const bool can = __builtin_cpu_supports("avx512bf16");
+  return can;
+}
+inline VecU splat_factors(const BFloat16* p) {
+  uint32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return splat(pair);
+}
+inline VecU load_factors(const BFloat16* p) {
+  VecU v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+// In assembly, for the rest of this library is compiled for processors without these instructions too.
+inline VecF add_product(VecF sum, VecU a, VecU b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+inline void store_factors(BFloat16* p, VecF v) {
+  __m256i halves;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
+  std::memcpy(static_cast<void*>(p), &halves, sizeof halves);
+}
+#else
+constexpr bool kMayPair = false;
+inline bool multiplies_pairs() { return false; }
+#endif
+// f.operator()<S>() with the factors that suit tensors of type E.
+template <class E, class F>
+inline void with_factors(F&& f) {
+  if constexpr (kMayPair && std::is_same_v<E, BFloat16>)
+    if (multiplies_pairs()) return f.template operator()<BFloat16>();
+  f.template operator()<ComputeType<E>>();
+}
+
+// A square of lanes x lanes: blocks off the diagonal change places, ever smaller ones.
+template <class T, class S>
+inline void transpose_square(const T* from, int64_t from_ld, S* to, int64_t to_ld) {
+  constexpr int kSide = kLanes<T>;
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Vec<T> rows[kSide];
+  unroll<kSide>([&](auto i) FASTGEN_INLINE { rows[i] = load(from + i * from_ld); });
+  unroll<std::bit_width(static_cast<unsigned>(kSide)) - 1>([&](auto level) FASTGEN_INLINE {
+    constexpr int kBlock = 1 << level;
+    Vec<Index> low, high;
+    for (int j = 0; j < kSide; ++j) {
+      low[j] = j & kBlock ? kSide + j - kBlock : j;
+      high[j] = j & kBlock ? kSide + j : j + kBlock;
+    }
+    unroll<kSide>([&](auto i) FASTGEN_INLINE {
+      if constexpr ((i & kBlock) == 0) {
+        const Vec<T> upper = rows[i], lower = rows[i + kBlock];
+        rows[i] = __builtin_shuffle(upper, lower, low);
+        rows[i + kBlock] = __builtin_shuffle(upper, lower, high);
+      }
+    });
+  });
+  unroll<kSide>([&](auto i) FASTGEN_INLINE { store_factors(to + i * to_ld, rows[i]); });
+}
+
+}  // namespace
+}  // namespace fastgen
