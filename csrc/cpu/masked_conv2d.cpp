@@ -35,7 +35,7 @@ void forward(const ConvShape& s, const ConvTensors<E>& in, E* out, E* kept) {
   if constexpr (std::is_same_v<E, T>)
     if (is_pointwise(s)) return pointwise_forward(s, in, out);
   with_factors<E>([&]<class S>() {
-    if constexpr (std::is_same_v<S, T>)  // pairs save as much
+    if constexpr (std::is_same_v<S, T>)  // pairs save about as much
       if (winograd_forward<T>(s, in, out, kept)) return;
     conv_forward<T, S>(s, in, out, kept);
   });
