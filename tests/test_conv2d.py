@@ -260,6 +260,15 @@ def test_layer_is_that_of_pytorch(name, relu, ran):
         torch.testing.assert_close(torch.jit.trace(ours, x)(x), ours(x))
 
 
+@pytest.mark.parametrize(("channels", "side", "fast"), [(4, 6, False), (4, 7, True), (193, 7, False), (192, 7, True)])
+def test_layer_in_bfloat16_leaves_to_pytorch_what_is_faster_there(channels, side, fast, ran):
+    layer, x = Conv2d(channels, 4, 3, padding=1), torch.randn(1, channels, side, side)
+    with torch.autocast("cpu"), ran("conv2d", "cpu" if fast and IN_BFLOAT16 else "reference"):
+        layer(x)
+    with ran("conv2d", "cpu"):
+        layer(x)
+
+
 BAD = {
     "x list": ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
     "x rank": ({"x": torch.zeros(3, 4, 4).double()}, ValueError, r"x must have shape .*any.*, got \(3, 4, 4\)"),

@@ -214,11 +214,6 @@ inline void store_factors(T* p, Vec<T> v) {
   store(p, v);
 }
 #if defined(__AVX512VNNI__)
-constexpr bool kMayPair = true;
-inline bool multiplies_pairs() {
-  static const bool can = __builtin_cpu_supports("avx512bf16");
-  return can;
-}
 inline VecU splat_factors(const BFloat16* p) {
   uint32_t pair;
   std::memcpy(&pair, p, sizeof pair);
@@ -239,15 +234,16 @@ inline void store_factors(BFloat16* p, VecF v) {
   asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
   std::memcpy(static_cast<void*>(p), &halves, sizeof halves);
 }
-#else
-constexpr bool kMayPair = false;
-inline bool multiplies_pairs() { return false; }
 #endif
 // f.operator()<S>() with the factors that suit tensors of type E.
 template <class E, class F>
 inline void with_factors(F&& f) {
-  if constexpr (kMayPair && std::is_same_v<E, BFloat16>)
-    if (multiplies_pairs()) return f.template operator()<BFloat16>();
+#if defined(__AVX512VNNI__)
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    static const bool multiplies_pairs = __builtin_cpu_supports("avx512bf16");
+    if (multiplies_pairs) return f.template operator()<BFloat16>();
+  }
+#endif
   f.template operator()<ComputeType<E>>();
 }
 

@@ -18,8 +18,8 @@ SMALL_PIXELS: dict[tuple[int, ...], int] = {(1, 1): 16, (3, 3): 16}
 SMALL_PIXELS_ELSE = 100
 # where the processor multiplies tiles of bfloat16, PyTorch does so too
 IN_BFLOAT16 = multiplies_pairs and not cpu_features().get("amx_bf16", False)
-# of 3x3 kernels in bfloat16: rows are short, or weights leave the caches
-SMALL_IN_BFLOAT16, MANY_IN_BFLOAT16 = 36, 192
+# of 3x3 kernels in bfloat16: up to so many pixels, and above so many channels, PyTorch's are faster
+SMALL_PIXELS_IN_BFLOAT16, MANY_CHANNELS_IN_BFLOAT16 = 36, 192
 
 
 class Conv2d(nn.Conv2d):
@@ -135,8 +135,8 @@ def _suits(x: Tensor, kernel_size: tuple[int, ...], dim: int = 4) -> bool:
         return False
     least = SMALL_PIXELS.get(kernel_size, SMALL_PIXELS_ELSE)
     if kernel_size == (3, 3) and not stands_in(x):
-        if x.shape[1] > MANY_IN_BFLOAT16:
+        if x.shape[1] > MANY_CHANNELS_IN_BFLOAT16:
             return False
-        least = SMALL_IN_BFLOAT16
+        least = SMALL_PIXELS_IN_BFLOAT16
     # in compiled code the last test would compile anew where images cross the limit
     return torch.compiler.is_compiling() or x.shape[2:].numel() > least
