@@ -21,7 +21,10 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 CUDA = "fastgen._cuda"
 ISAS = {"generic": []}
-if platform.machine() in ("x86_64", "AMD64"):
+if platform.machine() == "aarch64":
+    # GCC moves loads ahead of their products there, until sums leave their registers; Apple's compiler is not GCC
+    ISAS = {"generic": ["-fno-schedule-insns"]}
+elif platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": [*AVX512, "-mavx512vnni"]}
 
 

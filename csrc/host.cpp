@@ -5,6 +5,8 @@
 #include <map>
 #include <string>
 
+#include "processor.h"
+
 namespace {
 
 std::map<std::string, bool> cpu_features() {
@@ -15,9 +17,11 @@ std::map<std::string, bool> cpu_features() {
       {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},
-      {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
-      {"amx_bf16", __builtin_cpu_supports("amx-bf16") != 0},
+      {"avx512_bf16", fastgen::multiplies_pairs()},
+      {"amx_bf16", fastgen::multiplies_tiles()},
   };
+#elif defined(__aarch64__)
+  return {{"arm_bf16", fastgen::multiplies_pairs()}};
 #else
   return {};
 #endif

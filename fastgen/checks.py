@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import math
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from fastgen.backend import TRITON_OPS
 
 F = TypeVar("F", bound=torch.autograd.Function)
 
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
 LISTED = 8  # names in one message
 PYTORCH_OPS = ("causal_attention", "linear")  # that on a GPU are PyTorch's own, float16 too
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -247,8 +249,11 @@ def readable(x: Tensor) -> bool:
 
 def stands_in(x: Tensor, *, bfloat16: bool = False) -> bool:
     """Whether a layer that stands in for PyTorch's may run a kernel for the CPU: torch.jit.trace is left to PyTorch,
-    and so are bfloat16 and autocast to it, unless `bfloat16` says that the kernel is faster there."""
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    and so are bfloat16 and autocast to it, unless `bfloat16` says that the kernel is faster there, and processors
+    other than x86, whose PyTorch has not been compared."""
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or not ON_X86:
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:

@@ -1,5 +1,7 @@
 // Large results: memory that a tensor has given back serves the next one. Fresh pages cost the system more time (it
 // fills them with zeros, and enters them one by one) than most kernels take to write a result.
+#include <unistd.h>
+
 #include <mutex>
 
 #include "../fastgen.h"
@@ -7,7 +9,6 @@
 namespace fastgen {
 namespace {
 
-constexpr size_t kPage = 4096;              // blocks are whole ones
 constexpr size_t kHuge = size_t{2} << 20;   // a huge page, where blocks begin
 constexpr size_t kLeast = size_t{1} << 20;  // smaller tensors are PyTorch's own affair
 constexpr size_t kKeep = size_t{1} << 30;   // bytes that may lie idle
@@ -80,7 +81,9 @@ class Pool {
     const auto begin = reinterpret_cast<uintptr_t>(all), first = (begin + kHuge - 1) / kHuge * kHuge;
     if (first > begin) munmap(all, first - begin);
     munmap(reinterpret_cast<void*>(first + bytes), begin + kHuge - first);
+#if defined(MADV_HUGEPAGE)
     madvise(reinterpret_cast<void*>(first), bytes, MADV_HUGEPAGE);
+#endif
     return reinterpret_cast<void*>(first);
   }
 
@@ -106,7 +109,8 @@ Tensor large_buffer(const Tensor& like, const std::vector<int64_t>& size, bool o
   if (bytes < kLeast) return torch::stable::new_empty(like, size, type);
   std::vector<int64_t> strides(size.size());
   for (int64_t i = std::ssize(size) - 1, step = 1; i >= 0; step *= size[i--]) strides[i] = step;
-  void* p = pool().take((bytes + kPage - 1) / kPage * kPage);
+  static const auto page = static_cast<int64_t>(sysconf(_SC_PAGESIZE));  // blocks are whole ones
+  void* p = pool().take(round_up(bytes, page));
   return torch::stable::from_blob(p, size, strides, like.device(), type, [](void* data) { pool().give_back(data); });
 }
 

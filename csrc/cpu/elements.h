@@ -2,6 +2,7 @@
 // large results go past the caches, and factors of products may be pairs.
 #pragma once
 
+#include "../processor.h"
 #include "simd.h"
 
 namespace fastgen {
@@ -198,33 +199,59 @@ class Result {
 template <class T, class S>
 constexpr int kTerms = std::is_same_v<T, S> ? 1 : 2;
 template <class T>
-inline Vec<T> splat_factors(const T* p) {
+inline auto splat_factors(const T* p) {
+#if defined(__aarch64__)
+  T factor = *p;  // multiply-adds take it from a lane
+#if defined(__clang__)
+  pin(factor);  // or it is copied to all lanes as it is loaded, which costs as much as a multiply-add
+#endif
+  return factor;
+#else
   return splat(*p);
+#endif
 }
 template <class T>
-inline Vec<T> load_factors(const T* p) {
+inline auto load_factors(const T* p) {
   return load(p);
 }
-template <class V>
-inline V add_product(V sum, V a, V b) {
+template <class V, class A>
+inline V add_product(V sum, A a, V b) {
   return sum + a * b;
 }
-template <class T>
-inline void store_factors(T* p, Vec<T> v) {
+template <class T, class V>
+inline void store_factors(T* p, V v) {
   store(p, v);
 }
-#if defined(__AVX512VNNI__)
-inline VecU splat_factors(const BFloat16* p) {
-  uint32_t pair;
-  std::memcpy(&pair, p, sizeof pair);
-  return splat(pair);
-}
+#if defined(__AVX512VNNI__) || defined(__aarch64__)
+#define FASTGEN_PAIRS
 inline VecU load_factors(const BFloat16* p) {
   VecU v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 // In assembly, for the rest of this library is compiled for processors without these instructions too.
+#if defined(__aarch64__)
+#define FASTGEN_BF16 ".arch_extension bf16\n\t"
+inline float splat_factors(const BFloat16* p) {
+  float pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return pair;
+}
+inline VecF add_product(VecF sum, float a, VecU b) {
+  asm(FASTGEN_BF16 "bfdot %0.4s, %2.8h, %1.2h[0]" : "+w"(sum) : "w"(a), "w"(b));
+  return sum;
+}
+inline void store_factors(BFloat16* p, VecF v) {
+  Halves halves;
+  asm(FASTGEN_BF16 "bfcvtn %0.4h, %1.4s" : "=w"(halves) : "w"(v));
+  std::memcpy(static_cast<void*>(p), &halves, sizeof halves);
+}
+#else
+inline VecU splat_factors(const BFloat16* p) {
+  uint32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return splat(pair);
+}
 inline VecF add_product(VecF sum, VecU a, VecU b) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
@@ -235,13 +262,14 @@ inline void store_factors(BFloat16* p, VecF v) {
   std::memcpy(static_cast<void*>(p), &halves, sizeof halves);
 }
 #endif
+#endif
 // f.operator()<S>() with the factors that suit tensors of type E.
 template <class E, class F>
 inline void with_factors(F&& f) {
-#if defined(__AVX512VNNI__)
+#if defined(FASTGEN_PAIRS)
   if constexpr (std::is_same_v<E, BFloat16>) {
-    static const bool multiplies_pairs = __builtin_cpu_supports("avx512bf16");
-    if (multiplies_pairs) return f.template operator()<BFloat16>();
+    static const bool pairs = multiplies_pairs();
+    if (pairs) return f.template operator()<BFloat16>();
   }
 #endif
   f.template operator()<ComputeType<E>>();
@@ -251,22 +279,17 @@ inline void with_factors(F&& f) {
 template <class T, class S>
 inline void transpose_square(const T* from, int64_t from_ld, S* to, int64_t to_ld) {
   constexpr int kSide = kLanes<T>;
-  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   Vec<T> rows[kSide];
   unroll<kSide>([&](auto i) FASTGEN_INLINE { rows[i] = load(from + i * from_ld); });
   unroll<std::bit_width(static_cast<unsigned>(kSide)) - 1>([&](auto level) FASTGEN_INLINE {
     constexpr int kBlock = 1 << level;
-    Vec<Index> low, high;
-    for (int j = 0; j < kSide; ++j) {
-      low[j] = j & kBlock ? kSide + j - kBlock : j;
-      high[j] = j & kBlock ? kSide + j : j + kBlock;
-    }
+    const auto exchange = [&]<int... L>(Vec<T>& upper, Vec<T>& lower, std::integer_sequence<int, L...>) FASTGEN_INLINE {
+      const Vec<T> above = upper;
+      upper = __builtin_shufflevector(above, lower, (L & kBlock ? kSide + L - kBlock : L)...);
+      lower = __builtin_shufflevector(above, lower, (L & kBlock ? kSide + L : L + kBlock)...);
+    };
     unroll<kSide>([&](auto i) FASTGEN_INLINE {
-      if constexpr ((i & kBlock) == 0) {
-        const Vec<T> upper = rows[i], lower = rows[i + kBlock];
-        rows[i] = __builtin_shuffle(upper, lower, low);
-        rows[i + kBlock] = __builtin_shuffle(upper, lower, high);
-      }
+      if constexpr ((i & kBlock) == 0) exchange(rows[i], rows[i + kBlock], std::make_integer_sequence<int, kSide>{});
     });
   });
   unroll<kSide>([&](auto i) FASTGEN_INLINE { store_factors(to + i * to_ld, rows[i]); });

@@ -16,9 +16,7 @@ double fma_peak() {
     VecF sums[kSums], a = splat(0.999f), b = splat(1e-3f);
     for (auto& sum : sums) sum = a;
     for (int64_t i = 0; i < kRounds; ++i) {
-#if defined(__x86_64__)
-      asm("" : "+v"(a), "+v"(b));  // so that nothing is computed before the loop
-#endif
+      pin(a), pin(b);  // so that nothing is computed before the loop
 #pragma GCC unroll 12
       for (auto& sum : sums) sum = sum * a + b;
     }

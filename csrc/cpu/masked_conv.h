@@ -14,9 +14,10 @@
 namespace fastgen {
 namespace {
 
-constexpr int kPixels = kVectorRegisters == 32 ? 14 : 6;
+constexpr int kPixels = kVectorBytes == 64 ? 14 : kVectorRegisters == 32 ? 10 : 6;
 
-// One part of a product: `count` inputs from a on, each with a row of b; of pairs an even number, whose rows alternate.
+// One part of a product: `count` inputs from a on, at least one, each with a row of b; of pairs an even number, whose
+// rows alternate.
 template <class S>
 struct Stretch {
   const S *a, *b;
@@ -37,15 +38,17 @@ template <class T, class S, int P, int V, bool Across>
     const S* a[kPointers];
     unroll<kPointers>([&](auto j) FASTGEN_INLINE { a[j] = stretch->a + 3 * j * stride; });
     const S* b = stretch->b;
-    for (int64_t k = stretch->count; k > 0; k -= kT, b += V * kL * kT) {
+    int64_t k = stretch->count;
+    do {
       decltype(load_factors(b)) right[V];
       unroll<V>([&](auto v) FASTGEN_INLINE { right[v] = load_factors(b + v * kL * kT); });
       unroll<P>([&](auto i) FASTGEN_INLINE {
-        const auto left = splat_factors(Across ? a[0] + i : a[i / 3] + i % 3 * stride);
+        const auto left = splat_factors(a[Across ? 0 : i / 3] + (Across ? i : i % 3 * stride));
         unroll<V>([&](auto v) FASTGEN_INLINE { sum[i][v] = add_product(sum[i][v], left, right[v]); });
       });
       unroll<kPointers>([&](auto j) FASTGEN_INLINE { a[j] += Across ? stride : kT; });
-    }
+      b += V * kL * kT;
+    } while ((k -= kT) > 0);
   }
   const auto each = [&](auto&& f) FASTGEN_INLINE {
     unroll<P>([&](auto i)

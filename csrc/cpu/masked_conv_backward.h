@@ -107,7 +107,7 @@ class BandGradient<T, BFloat16> {
           stretches_.clear();
           for (int64_t y = std::max(first, -run.dy); y < std::min(last, s_.height - run.dy); ++y) {
             const BFloat16* da = da_[q].data() + (y - first) * da_row;
-            stretches_.push_back({x_.data() + row_of(y + run.dy, from) + s_.left() + dx, da, pixels});
+            if (pixels > 0) stretches_.push_back({x_.data() + row_of(y + run.dy, from) + s_.left() + dx, da, pixels});
             if (ends) stretches_.push_back({end_of(y + run.dy, from, dx), da + pixels * width, 2});
           }
           multiply_rows_of<T, false, BFloat16>(count, width / kL)(w + from * width, stretches_.data(),

@@ -37,8 +37,8 @@ void product_tile(const T* a, int64_t down, int64_t right, const T* panel, int64
     Vec<T> b[N];
     unroll<N>([&](auto v) FASTGEN_INLINE { b[v] = load(panel + v * kL); });
     unroll<M>([&](auto m) FASTGEN_INLINE {
-      const T x = a[m * down];
-      unroll<N>([&](auto v) FASTGEN_INLINE { sums[m][v] += b[v] * x; });
+      const auto x = splat_factors(a + m * down);
+      unroll<N>([&](auto v) FASTGEN_INLINE { sums[m][v] = add_product(sums[m][v], x, b[v]); });
     });
   }
   const auto each = [&](auto&& f) FASTGEN_INLINE {

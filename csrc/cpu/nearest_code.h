@@ -15,9 +15,10 @@
 namespace fastgen {
 namespace {
 
-constexpr int kBlock = kVectorRegisters == 32 ? 12 : 4;  // rows of a block
-constexpr int kFew = kVectorRegisters == 32 ? 4 : 2;     // of them at a time, where vectors are short
-constexpr int kBlocks = 8;                               // blocks that share a pass over the codebook
+constexpr int kSums = kVectorRegisters * sizeof(VecU) / sizeof(PairSums);  // that registers hold
+constexpr int kBlock = kSums == 32 ? 12 : kVectorRegisters == 32 ? 6 : 4;  // rows of a block
+constexpr int kFew = kSums == 32 ? 4 : 2;                                  // of them at a time, where vectors are short
+constexpr int kBlocks = 8;                                                 // that share a pass over the codebook
 
 // Of one row, lane by lane.
 struct Leaders {
@@ -37,9 +38,9 @@ struct Block {
 // Its callers are not inlined: among other variables the compiler would keep sums in memory.
 template <class Use>
 FASTGEN_INLINE inline void multiply(const Block& block, const int32_t* codes, int64_t pairs, Use&& use) {
-  VecU sum[kBlock][kPanel];
+  PairSums sum[kBlock][kPanel];
   unroll<kBlock>([&](auto i) FASTGEN_INLINE {
-    unroll<kPanel>([&](auto v) FASTGEN_INLINE { sum[i][v] = VecU{} + static_cast<uint32_t>(block.allowance[i]); });
+    unroll<kPanel>([&](auto v) FASTGEN_INLINE { sum[i][v] = pair_sums(block.allowance[i]); });
   });
   const int32_t* rows = block.integers;
   const int64_t stride = block.stride;
@@ -69,8 +70,8 @@ struct PanelVectors {
     });
   }
   // The largest that the exact scores of vector v can be.
-  VecF score(VecU products, int v, float scale) const {
-    return __builtin_convertvector((VecI)products, VecF) * factor[v] + slack[v] + offset[v] * scale;
+  VecF score(PairSums products, int v, float scale) const {
+    return __builtin_convertvector((VecI)total(products), VecF) * factor[v] + slack[v] + offset[v] * scale;
   }
 };
 
@@ -85,7 +86,7 @@ inline void keep_leaders(Leaders& leaders, VecF a, VecF b, VecI panel) {
 [[gnu::noinline]] void scan(const Block& block, const Panel& panel, const int32_t* codes, int64_t pairs, int32_t id,
                             Leaders* leaders) {
   const VecI ids = VecI{} + id;
-  multiply(block, codes, pairs, [&](auto i, const VecU(&sum)[kPanel]) FASTGEN_INLINE {
+  multiply(block, codes, pairs, [&](auto i, const PairSums(&sum)[kPanel]) FASTGEN_INLINE {
     const PanelVectors head(panel);
     keep_leaders(leaders[i], head.score(sum[0], 0, block.scale[i]), head.score(sum[1], 1, block.scale[i]), ids);
   });
@@ -94,7 +95,7 @@ inline void keep_leaders(Leaders& leaders, VecF a, VecF b, VecI panel) {
 // The scores of a block with a panel.
 [[gnu::noinline]] void score(const Block& block, const Panel& panel, const int32_t* codes, int64_t pairs,
                              VecF (&result)[kBlock][kPanel]) {
-  multiply(block, codes, pairs, [&](auto i, const VecU(&sum)[kPanel]) FASTGEN_INLINE {
+  multiply(block, codes, pairs, [&](auto i, const PairSums(&sum)[kPanel]) FASTGEN_INLINE {
     const PanelVectors head(panel);
     unroll<kPanel>([&](auto v) FASTGEN_INLINE { result[i][v] = head.score(sum[v], v, block.scale[i]); });
   });
@@ -109,10 +110,9 @@ void scan_few_coordinates(const Block& block, const Panel* heads, const int32_t*
     Leaders leaders[kFew];
     unroll<kFew>([&](auto i) FASTGEN_INLINE { leaders[i] = result[first + i]; });
     for (int64_t p = 0; p < panels; ++p) {
-      VecU sum[kFew][kPanel];
+      PairSums sum[kFew][kPanel];
       unroll<kFew>([&](auto i) FASTGEN_INLINE {
-        unroll<kPanel>([&](auto v)
-                           FASTGEN_INLINE { sum[i][v] = VecU{} + static_cast<uint32_t>(block.allowance[first + i]); });
+        unroll<kPanel>([&](auto v) FASTGEN_INLINE { sum[i][v] = pair_sums(block.allowance[first + i]); });
       });
       unroll<Pairs>([&](auto k) FASTGEN_INLINE {
         unroll<kFew>([&](auto i) FASTGEN_INLINE {

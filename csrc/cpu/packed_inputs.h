@@ -37,7 +37,7 @@ struct FixedBlock {
       });
     };
     const auto larger_of = [](VecU a, VecU b) FASTGEN_INLINE { return larger<uint32_t>(a, b); };
-    VecF v[kBlock / kF];
+    VecF v[kBlock / kF] = {};
     VecU most = {};
     each([&](auto i) FASTGEN_INLINE {
       v[i] = value(i * kF);

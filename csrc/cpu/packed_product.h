@@ -11,8 +11,11 @@ constexpr int kFetched = 1024;                                 // pairs of weigh
 
 // How many of a panel's vectors of rows are multiplied with a number of columns at once: the sums of a few columns and
 // all rows fill the registers; with more columns, half the rows, so that fewer weights are loaded for each product.
+template <class Sums>
 constexpr int rows_at_once(int vectors, int columns) {
-  return columns * vectors > kVectorRegisters * 3 / 4 ? vectors / 2 : vectors;
+  constexpr int kRegisters = sizeof(Sums) / sizeof(VecF);
+  while (columns * vectors * kRegisters > kVectorRegisters * 3 / 4 && vectors > 1) vectors /= 2;
+  return vectors;
 }
 
 // y[s] = init[s] + panel * x[s] for NS columns, from the first on, and a panel of Width vectors of rows. Several sums
@@ -20,7 +23,7 @@ constexpr int rows_at_once(int vectors, int columns) {
 template <int Width, int NS>
 void panel_product(const float* panel, int k, const Inputs<float>& x, int block, int first, const float* const* init,
                    float* const* y, int row) {
-  constexpr int NV = rows_at_once(Width, NS), kSplit = std::max(8 / (NS * NV), 1), kNext = Width * kF;
+  constexpr int NV = rows_at_once<VecF>(Width, NS), kSplit = std::max(8 / (NS * NV), 1), kNext = Width * kF;
   for (int part = 0; part < Width; part += NV, row += NV * kF) {
     const float* w = panel + part * kF;
     VecF sum[kSplit][NS][NV] = {};
@@ -65,7 +68,7 @@ inline VecU fourth_weights(VecU a, VecU b, VecU c) {
 template <int Width, int NS>
 void panel_product(const Int24* panel, int k, const Inputs<Int24>& x, int block, int first, const float* const* init,
                    float* const* y, int row) {
-  constexpr int NV = rows_at_once(Width, NS), kSplit = std::max(8 / (NS * NV), 1);
+  constexpr int NV = rows_at_once<VecF>(Width, NS), kSplit = std::max(8 / (NS * NV), 1);
   constexpr int kNext = (Width >= 4 ? Width / 4 * 3 : Width) * kF;
   const auto* words = reinterpret_cast<const uint32_t*>(panel);
   const auto* units = reinterpret_cast<const float*>(words + int64_t{k} * kNext);
@@ -85,7 +88,7 @@ void panel_product(const Int24* panel, int k, const Inputs<Int24>& x, int block,
         unroll<NV / 4>([&](auto i) FASTGEN_INLINE {
           constexpr int kFirst = 4 * i;
           VecU a = load(w + 3 * i * kF), b = load(w + (3 * i + 1) * kF), d = load(w + (3 * i + 2) * kF);
-          asm("" : "+v"(a), "+v"(b), "+v"(d));  // or the compiler loads each twice
+          pin(a), pin(b), pin(d);  // or the compiler loads each twice
           multiply(a, std::integral_constant<int, kFirst>{});
           multiply(b, std::integral_constant<int, kFirst + 1>{});
           multiply(d, std::integral_constant<int, kFirst + 2>{});
@@ -126,14 +129,14 @@ template <int Width, int NS, class W>
   requires kFixed<W>
 void panel_product(const W* panel, int k, const Inputs<W>& x, int block, int first, const float* const* init,
                    float* const* y, int row) {
-  constexpr int NV = rows_at_once(Width, NS), kSplit = std::max(8 / (NS * NV), 1);
+  constexpr int NV = rows_at_once<PairSums>(Width, NS), kSplit = std::max(8 / (NS * NV), 1);
   constexpr bool kShares = kShared<W> && Width >= 4;
   constexpr int kNext = (kShares ? Width / 4 * 3 : Width) * kF;
   const auto* words = reinterpret_cast<const uint32_t*>(panel);
   const auto* units = reinterpret_cast<const float*>(words + int64_t{k} / 2 * kNext);
   for (int part = 0; part < Width; part += NV, row += NV * kF) {
     const uint32_t* w = words + (kShares ? part / 4 * 3 : part) * kF;
-    VecU sum[kSplit][NS][NV] = {};
+    PairSums sum[kSplit][NS][NV] = {};
 #pragma GCC unroll 16
     for (int c = 0; c < k; c += 2 * kSplit, w += kSplit * kNext)
       unroll<kSplit>([&](auto q) FASTGEN_INLINE {
@@ -155,7 +158,7 @@ void panel_product(const W* panel, int k, const Inputs<W>& x, int block, int fir
           unroll<NV / 4>([&](auto i) FASTGEN_INLINE {
             constexpr int kFirst = 4 * i;
             VecU a = fetched(3 * i), b = fetched(3 * i + 1), d = fetched(3 * i + 2);
-            asm("" : "+v"(a), "+v"(b), "+v"(d));  // or the compiler loads each twice
+            pin(a), pin(b), pin(d);  // or the compiler loads each twice
             multiply(a, std::integral_constant<int, kFirst>{});
             multiply(b, std::integral_constant<int, kFirst + 1>{});
             multiply(d, std::integral_constant<int, kFirst + 2>{});
@@ -167,7 +170,7 @@ void panel_product(const W* panel, int k, const Inputs<W>& x, int block, int fir
     unroll<NS>([&](auto s) FASTGEN_INLINE {
       unroll<NV>([&](auto v) FASTGEN_INLINE {
         unroll<kSplit - 1>([&](auto q) FASTGEN_INLINE { sum[0][s][v] += sum[q + 1][s][v]; });
-        const VecF weighted = __builtin_convertvector((VecI)sum[0][s][v], VecF) * load(units + (part + v) * kF);
+        const VecF weighted = __builtin_convertvector((VecI)total(sum[0][s][v]), VecF) * load(units + (part + v) * kF);
         const int at = row + v * kF;
         store(y[first + s] + at, load(init[first + s] + at) + weighted * x.at(first + s, block).unit);
       });

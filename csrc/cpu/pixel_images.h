@@ -171,11 +171,11 @@ class Images {
             each([&](int64_t c) FASTGEN_INLINE { return load(from + c); });
             break;
           case Kind::kNorm: {
-            const auto [mean, scale] = moments(from, i.extra);
+            const Moments of = moments(from, i.extra);
             const float* both = job_.biases + (job_.own_biases ? first_ + b : 0) * job_.bias_size + i.bias;
             each([&](int64_t c) FASTGEN_INLINE {
               const float* pair = both + 2 * (c - c % kChannelBlock) + c % kChannelBlock;
-              return (load(from + c) - mean) * scale * load(pair) + load(pair + kChannelBlock);
+              return (load(from + c) - of.mean) * of.scale * load(pair) + load(pair + kChannelBlock);
             });
             break;
           }
@@ -209,8 +209,11 @@ class Images {
     return x > 0 ? src.at(image, y, x - 1) : src.at(image, y - 1, job_.width - 1);
   }
 
-  // Mean and 1 / standard deviation of so many channels; those that fill up a block are zeros.
-  static std::pair<float, float> moments(const float* x, int64_t channels) {
+  struct Moments {
+    float mean, scale;  // scale is 1 / standard deviation
+  };
+  // Of so many channels; those that fill up a block are zeros.
+  static Moments moments(const float* x, int64_t channels) {
     VecF sums = {}, squares = {};
     for (int64_t c = 0; c < channels; c += kF) sums += load(x + c);
     const float mean = sum_of_lanes<float>(sums) / static_cast<float>(channels);

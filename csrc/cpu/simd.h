@@ -4,6 +4,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <bit>
@@ -24,7 +26,11 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int kVectorRegisters = kVectorBytes == 64 ? 32 : 16;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
 
 template <class T, int Bytes>
 struct VectorOf {
@@ -97,6 +103,16 @@ inline Vec<T> splat(T s) {
   return s - Vec<T>{};
 }
 
+// Nothing is known of v from here on but that it lies in a register of its own.
+template <class V>
+[[gnu::always_inline]] inline void pin(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // For lambdas: inlined whatever the compiler thinks of the size, so that what they capture can live in registers.
 #define FASTGEN_INLINE __attribute__((always_inline))
 
@@ -108,8 +124,30 @@ template <int N, class F>
       FASTGEN_INLINE { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
-// sum + a0 * b0 + a1 * b1 in each lane, for pairs of 16-bit integers.
-inline VecU add_pairs(VecU sum, VecU a, VecU b) {
+// Sums of products of pairs of 16-bit integers: add_pairs adds a0 * b0 + a1 * b1 in each lane. NEON has no instruction
+// for both, only for one product with each, so that there the two stay apart until the total is asked for.
+#if defined(__aarch64__)
+struct PairSums {
+  int32x4_t low, high;  // lanes 0 and 1, 2 and 3
+  PairSums& operator+=(const PairSums& other) {
+    low += other.low;
+    high += other.high;
+    return *this;
+  }
+};
+inline PairSums pair_sums(uint32_t start) {
+  const auto first = (int32x4_t)VecU{start, 0, start, 0};
+  return {first, first};
+}
+inline PairSums add_pairs(PairSums sum, VecU a, VecU b) {
+  return {vmlal_s16(sum.low, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b)),
+          vmlal_high_s16(sum.high, (int16x8_t)a, (int16x8_t)b)};
+}
+inline VecU total(PairSums sum) { return (VecU)vpaddq_s32(sum.low, sum.high); }
+#else
+using PairSums = VecU;
+inline PairSums pair_sums(uint32_t start) { return PairSums{} + start; }
+inline PairSums add_pairs(PairSums sum, VecU a, VecU b) {
 #if defined(__AVX512VNNI__)
   return (VecU)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512BW__)
@@ -123,6 +161,8 @@ inline VecU add_pairs(VecU sum, VecU a, VecU b) {
   return sum + low + (VecU)((VecI)a >> 16) * (VecU)((VecI)b >> 16);
 #endif
 }
+inline VecU total(PairSums sum) { return sum; }
+#endif
 
 // One bit for each lane whose sign bit is set.
 template <class T>

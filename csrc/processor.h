@@ -1,0 +1,44 @@
+// What can be told of the processor only where the program runs.
+#pragma once
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+
+#include <cstddef>
+#endif
+
+namespace fastgen {
+namespace {
+
+// Whether it multiplies pairs of bfloat16 and adds both products in float32.
+inline bool multiplies_pairs() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kBf16 = 1 << 14;  // HWCAP2_BF16, which old headers lack
+  return getauxval(AT_HWCAP2) & kBf16;
+#elif defined(__APPLE__)
+  int present = 0;
+  size_t size = sizeof present;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &present, &size, nullptr, 0) == 0 && present;
+#else
+  return false;
+#endif
+}
+
+// Whether it multiplies tiles of bfloat16 (AMX).
+inline bool multiplies_tiles() {
+#if defined(__x86_64__)
+  unsigned eax, ebx, ecx, edx;  // Clang's __builtin_cpu_supports does not know it
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+}  // namespace fastgen
