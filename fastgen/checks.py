@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import math
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastgen.backend import TRITON_OPS
+from fastgen.backend import ON_X86, TRITON_OPS
 
 F = TypeVar("F", bound=torch.autograd.Function)
 
-ON_X86 = platform.machine() in ("x86_64", "AMD64")
 LISTED = 8  # names in one message
 PYTORCH_OPS = ("causal_attention", "linear")  # that on a GPU are PyTorch's own, float16 too
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -41,6 +41,7 @@ def report() -> str:
         "compiled for": build.get("isas", "nothing"),
         "CPU features": " ".join(features) or "unknown without the compiled part",
         "in use": backend.cpu_isa or f"none: {backend.why_not('wavenet_generate', 'cpu')}",
+        **({} if backend.ON_X86 else {"tested": "on this kind of processor in emulation alone, and not measured"}),
         **{name: os.environ.get(name) or "not set" for name in VARIABLES},
     }
     width = max(map(len, facts))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DTYPES, compare, run
+from op_helpers import DTYPES, STANDS_IN, compare, run
 
 import fastgen
 from fastgen import backend
@@ -100,6 +100,7 @@ def test_an_image_larger_than_the_caches():
     compare(conv2d, arguments(1, 64, 60, 70, 64, (5, 3)), torch.float32)
 
 
+@pytest.mark.skipif(not backend.ON_X86, reason="PyTorch adds one product after another there, and not everywhere")
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 3)])
 def test_errs_no_more_than_a_plain_sum(kernel):
     """Root mean squares of the errors, beside those of PyTorch's float32."""
@@ -243,7 +244,7 @@ def test_layer_is_that_of_pytorch(name, relu, ran):
     ours.load_state_dict(copy.deepcopy(theirs.state_dict()), strict=True)
     x = torch.randn(2, 6, 11, 12)
     expected = F.relu(theirs(x)) if relu else theirs(x)
-    with ran("conv2d", "cpu" if name in ("3x3", "same", "1x1") else "reference"):
+    with ran("conv2d", STANDS_IN if name in ("3x3", "same", "1x1") else "reference"):
         got = ours(x)
     torch.testing.assert_close(got, expected)
     if name in ("3x3", "valid"):
@@ -265,7 +266,7 @@ def test_layer_in_bfloat16_leaves_to_pytorch_what_is_faster_there(channels, side
     layer, x = Conv2d(channels, 4, 3, padding=1), torch.randn(1, channels, side, side)
     with torch.autocast("cpu"), ran("conv2d", "cpu" if fast and IN_BFLOAT16 else "reference"):
         layer(x)
-    with ran("conv2d", "cpu"):
+    with ran("conv2d", STANDS_IN):
         layer(x)
 
 
@@ -306,7 +307,7 @@ def test_one_dimensional_layer_is_that_of_pytorch(name, relu, ran):
     ours.load_state_dict(copy.deepcopy(theirs.state_dict()), strict=True)
     x = torch.randn(2, 6, 301, requires_grad=True)
     expected = F.relu(theirs(x)) if relu else theirs(x)
-    with ran("conv2d", "cpu" if name.startswith("1") else "reference"):
+    with ran("conv2d", STANDS_IN if name.startswith("1") else "reference"):
         got = ours(x)
     torch.testing.assert_close(got, expected)
     cotangent = torch.randn_like(got)

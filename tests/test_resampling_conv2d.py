@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DTYPES, compare, run
+from op_helpers import DTYPES, STANDS_IN, compare, run
 
 import fastgen
 from fastgen import backend
@@ -221,7 +221,7 @@ def test_layer_is_that_of_pytorch(way, relu, name, ran):
     ours.load_state_dict(copy.deepcopy(theirs.state_dict()), strict=True)
     x = torch.randn(2, 6, 12, 14)
     expected = F.relu(theirs(x)) if relu else theirs(x)
-    with ran(OPS[way].__name__, "cpu" if name in ("resamples", "no bias") else "reference"):
+    with ran(OPS[way].__name__, STANDS_IN if name in ("resamples", "no bias") else "reference"):
         got = ours(x)
     torch.testing.assert_close(got, expected)
     if name != "resamples":

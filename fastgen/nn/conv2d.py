@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.backend import cpu_features, multiplies_pairs
+from fastgen.backend import ON_X86, cpu_features, multiplies_pairs
 from fastgen.checks import stands_in
 from fastgen.ops.conv2d import conv2d
 from fastgen.ops.resampling_conv2d import KERNEL, downsample_conv2d, upsample_conv2d
@@ -17,7 +17,7 @@ from fastgen.ops.resampling_conv2d import KERNEL, downsample_conv2d, upsample_co
 SMALL_PIXELS: dict[tuple[int, ...], int] = {(1, 1): 16, (3, 3): 16}
 SMALL_PIXELS_ELSE = 100
 # where the processor multiplies tiles of bfloat16, PyTorch does so too
-IN_BFLOAT16 = multiplies_pairs and not cpu_features().get("amx_bf16", False)
+IN_BFLOAT16 = ON_X86 and multiplies_pairs and not cpu_features().get("amx_bf16", False)
 # of 3x3 kernels in bfloat16: up to so many pixels, and above so many channels, PyTorch's are faster
 SMALL_PIXELS_IN_BFLOAT16, MANY_CHANNELS_IN_BFLOAT16 = 36, 192
 
@@ -25,7 +25,7 @@ SMALL_PIXELS_IN_BFLOAT16, MANY_CHANNELS_IN_BFLOAT16 = 36, 192
 class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d, and the ReLU behind it: parameters, their initialisation and state are torch.nn.Conv2d's.
 
-    On a CPU, in float32 and float64, it runs `fastgen.ops.conv2d` where the size of the image stays (stride 1, odd
+    On x86, in float32 and float64, it runs `fastgen.ops.conv2d` where the size of the image stays (stride 1, odd
     kernels), save for small images, and `fastgen.ops.downsample_conv2d` where a kernel of 4x4 with stride 2 and padding
     1 halves even sides; all with dilation and groups 1 and zeros for padding. In bfloat16, by autocast or not, it runs
     `conv2d` on processors that multiply pairs of bfloat16, but no tiles, save for 3x3 kernels over small images or many

@@ -16,7 +16,7 @@ SMALL_SIDE = 16  # rows, inputs or outputs: with fewer, vectors and tiles are no
 class Linear(nn.Linear):
     """torch.nn.Linear, whose parameters, their initialisation and state it has.
 
-    On a CPU it runs `fastgen.ops.linear` in float32 and float64, save for small products; anything else, bfloat16,
+    On x86 it runs `fastgen.ops.linear` in float32 and float64, save for small products; anything else, bfloat16,
     autocast to it and torch.jit.trace included, is PyTorch's.
     """
 
