@@ -220,7 +220,7 @@ class WeightGradient {
       for_each_group(some.count, [&](int64_t c, int64_t count) {
         const Stretch<T> stretch{patches_.at(i / Of::kPoints, i % Of::kPoints, 0) + c, gradients_.at(i % Of::kPoints),
                                  tiles};
-        multiply_rows_of<T, true>(count, vectors)(sum + c * lanes, &stretch, 1, patches_.stride(), fresh);
+        multiply_rows_of<T, true>(count, vectors)(sum + c * lanes, &stretch, tiles ? 1 : 0, patches_.stride(), fresh);
       });
   }
 
