@@ -20,10 +20,13 @@ TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11: the oldest rele
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 CUDA = "fastgen._cuda"
+if sys.platform == "darwin":  # of a Python for both processors this one's half, for a system that torch runs on
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+    os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", "11.0")
 ISAS = {"generic": []}
 if platform.machine() == "aarch64":
-    # GCC moves loads ahead of their products there, until sums leave their registers; Apple's compiler is not GCC
-    ISAS = {"generic": ["-fno-schedule-insns"]}
+    # GCC moves loads ahead of their products there, until sums leave their registers; Clang does not know of that
+    ISAS = {"generic": ["-fno-schedule-insns", "-Wno-ignored-optimization-argument"]}
 elif platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": [*AVX512, "-mavx512vnni"]}
 

@@ -30,11 +30,15 @@ inline bool multiplies_pairs() {
 #endif
 }
 
-// Whether it multiplies tiles of bfloat16 (AMX).
+// Whether it multiplies tiles of bfloat16 (AMX) and the system lets it; Clang's __builtin_cpu_supports does not know.
 inline bool multiplies_tiles() {
 #if defined(__x86_64__)
-  unsigned eax, ebx, ecx, edx;  // Clang's __builtin_cpu_supports does not know it
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+  constexpr unsigned kXgetbv = 1 << 27, kTilesOfBFloat16 = 1 << 22, kTileState = 3 << 17;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kXgetbv)) return false;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kTilesOfBFloat16)) return false;
+  asm("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return (eax & kTileState) == kTileState;
 #else
   return false;
 #endif

@@ -4,8 +4,8 @@
 # torch for ARM, 6 GB, for its wheel brings CUDA along. CPU=neoverse-n1 is a processor without products of bfloat16.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-ARM=$(realpath -m "${ARM:-.arm}")
-VENV=.venv/lib/python3.11/site-packages
+HERE=$PWD ARM=$(realpath -m "${ARM:-.arm}")
+VENV=$HERE/.venv/lib/python3.11/site-packages
 PYTHON=$ARM/root/usr/include
 CXX=(aarch64-linux-gnu-g++ -O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math
   -fno-schedule-insns -Wall -Wextra -DTORCH_TARGET_VERSION=0x020b000000000000 -I$PYTHON/python3.11 -idirafter $PYTHON
@@ -32,16 +32,11 @@ if [ ! -e "$ARM/ready" ]; then
   touch "$ARM/ready"
 fi
 
-rm -rf "$ARM/tree"
+rm -rf "$ARM/tree" "$ARM/objects"
 mkdir -p "$ARM/objects" "$ARM/tree"
 cp -r fastgen kernels tests bench recipes README.md pyproject.toml "$ARM/tree"
 rm -f "$ARM"/tree/fastgen/*.so
-compile() { "${CXX[@]}" -c "$1" -o "$ARM/objects/$(basename "$1" .cpp).o"; }
-for source in csrc/cpu/*.cpp; do
-  while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
-  compile "$source" &
-done
-while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n; done
+(cd "$ARM/objects" && printf '%s\n' "$HERE"/csrc/cpu/*.cpp | xargs -n 1 -P "$(nproc)" "${CXX[@]}" -c)
 aarch64-linux-gnu-g++ -shared "$ARM"/objects/*.o -o "$ARM/tree/fastgen/_cpu_generic.so" -L"$ARM/site/torch/lib" \
   -ltorch_cpu -lc10 -Wl,--unresolved-symbols=ignore-in-shared-libs
 "${CXX[@]}" -shared '-DFASTGEN_ISAS="generic"' csrc/host.cpp -o "$ARM/tree/fastgen/_host.so"

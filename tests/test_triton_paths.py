@@ -13,7 +13,7 @@ from test_wavenet_layer import arguments, gate_arguments
 
 from fastgen.ops import gated_causal_conv1d, gated_masked_conv2d, masked_conv2d, nearest_code, wavenet_layer
 
-pytest.importorskip("triton", reason="pip install triton==3.6.0")
+pytest.importorskip("triton", reason="pip install triton")
 pytestmark = [
     pytest.mark.skipif(KERNELS != "triton", reason="test_triton.py runs these in Triton's interpreter"),
     pytest.mark.on_device,

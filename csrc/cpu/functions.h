@@ -13,6 +13,8 @@ inline VecF at_least(VecF x, float low) {
   return _mm512_max_ps(_mm512_set1_ps(low), x);
 #elif defined(__AVX2__)
   return _mm256_max_ps(_mm256_set1_ps(low), x);
+#elif defined(__aarch64__)
+  return vmaxq_f32(x, splat(low));
 #else
   return x < low ? splat(low) : x;
 #endif
@@ -22,6 +24,8 @@ inline VecF at_most(VecF x, float high) {
   return _mm512_min_ps(_mm512_set1_ps(high), x);
 #elif defined(__AVX2__)
   return _mm256_min_ps(_mm256_set1_ps(high), x);
+#elif defined(__aarch64__)
+  return vminq_f32(x, splat(high));
 #else
   return x > high ? splat(high) : x;
 #endif

@@ -94,6 +94,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const ConvShape& s, const T
   Tensor grad_weight = fresh(x, {s.outs, s.channels, s.kernel_h, s.kernel_w});
   Tensor grad_bias = fresh(x, {s.outs});
   Tensor grad_cond = cond ? fresh(x, {s.batch, s.outs, cond->size(2), cond->size(3)}) : fresh(x, {0});
+  if (grad.numel() == 0) {
+    for (Tensor* of : {&grad_x, &grad_weight, &grad_bias, &grad_cond}) torch::stable::zero_(*of);
+    return {grad_x, grad_weight, grad_bias, grad_cond};
+  }
   dispatch_float(x.scalar_type(), "conv2d", [&](auto zero) {
     using E = decltype(zero);
     const ConvTensors<E> in = tensors_of<E>(x, weight, std::nullopt, cond);

@@ -172,6 +172,8 @@ inline uint32_t sign_bits(Vec<T> v) {
     return _mm512_movepi32_mask((__m512i)v);
 #elif defined(__AVX__)
     return _mm256_movemask_ps((__m256)v);
+#elif defined(__aarch64__)
+    return vaddvq_u32((VecU)v >> 31 << VecU{0, 1, 2, 3});
 #endif
   } else {
 #if defined(__AVX512F__)
