@@ -198,10 +198,11 @@ class Result {
 // multiplies pairs of them and adds both in float32.
 template <class T, class S>
 constexpr int kTerms = std::is_same_v<T, S> ? 1 : 2;
+// One factor for all lanes: a vector of it, or on ARM, where multiply-adds take it from a lane, itself.
 template <class T>
-inline auto splat_factors(const T* p) {
+inline auto shared_factor(const T* p) {
 #if defined(__aarch64__)
-  T factor = *p;  // multiply-adds take it from a lane
+  T factor = *p;
 #if defined(__clang__)
   pin(factor);  // or it is copied to all lanes as it is loaded, which costs as much as a multiply-add
 #endif
@@ -232,7 +233,7 @@ inline VecU load_factors(const BFloat16* p) {
 // In assembly, for the rest of this library is compiled for processors without these instructions too.
 #if defined(__aarch64__)
 #define FASTGEN_BF16 ".arch_extension bf16\n\t"
-inline float splat_factors(const BFloat16* p) {
+inline float shared_factor(const BFloat16* p) {
   float pair;
   std::memcpy(&pair, p, sizeof pair);
   return pair;
@@ -247,7 +248,7 @@ inline void store_factors(BFloat16* p, VecF v) {
   std::memcpy(static_cast<void*>(p), &halves, sizeof halves);
 }
 #else
-inline VecU splat_factors(const BFloat16* p) {
+inline VecU shared_factor(const BFloat16* p) {
   uint32_t pair;
   std::memcpy(&pair, p, sizeof pair);
   return splat(pair);

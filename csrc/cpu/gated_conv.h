@@ -37,7 +37,7 @@ template <class T, class S, int Rows, int Wide>
     decltype(load_factors(b)) right[Wide];
     unroll<Wide>([&](auto v) FASTGEN_INLINE { right[v] = load_factors(b + v * kLanes<T> * kTerms<T, S>); });
     unroll<Rows>([&](auto i) FASTGEN_INLINE {
-      const auto left = splat_factors(a + i * row);
+      const auto left = shared_factor(a + i * row);
       unroll<Wide>([&](auto v) FASTGEN_INLINE { sum[i][v] = add_product(sum[i][v], left, right[v]); });
     });
   }

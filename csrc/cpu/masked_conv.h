@@ -43,7 +43,7 @@ template <class T, class S, int P, int V, bool Across>
       decltype(load_factors(b)) right[V];
       unroll<V>([&](auto v) FASTGEN_INLINE { right[v] = load_factors(b + v * kL * kT); });
       unroll<P>([&](auto i) FASTGEN_INLINE {
-        const auto left = splat_factors(a[Across ? 0 : i / 3] + (Across ? i : i % 3 * stride));
+        const auto left = shared_factor(a[Across ? 0 : i / 3] + (Across ? i : i % 3 * stride));
         unroll<V>([&](auto v) FASTGEN_INLINE { sum[i][v] = add_product(sum[i][v], left, right[v]); });
       });
       unroll<kPointers>([&](auto j) FASTGEN_INLINE { a[j] += Across ? stride : kT; });
