@@ -165,6 +165,7 @@ cpu_isa, _cpu_reason = _load_cpu()
 # the C++ kernels take products of bfloat16 two at a time (with_factors in csrc/cpu/elements.h)
 _PAIRS = {"avx512_vnni": "avx512_bf16", "generic": "arm_bf16"}  # instruction set: feature
 multiplies_pairs = cpu_features().get(_PAIRS.get(cpu_isa or "", ""), False)
+HAS_BFLOAT16 = any(cpu_features().get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 _cuda_reason = _load_cuda()
 CUDA_OPS = ("wavenet_generate", "pixelcnn_generate")  # that have CUDA kernels
 NO_ROOM = "a block of this GPU has too little shared memory for this network"

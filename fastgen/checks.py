@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastgen.backend import ON_X86, TRITON_OPS
+from fastgen.backend import HAS_BFLOAT16, ON_X86, TRITON_OPS
 
 F = TypeVar("F", bound=torch.autograd.Function)
 
@@ -247,8 +247,8 @@ def readable(x: Tensor) -> bool:
 
 def stands_in(x: Tensor, *, bfloat16: bool = False) -> bool:
     """Whether a layer that stands in for PyTorch's may run a kernel for the CPU: torch.jit.trace is left to PyTorch,
-    and so are bfloat16 and autocast to it, unless `bfloat16` says that the kernel is faster there, and processors
-    other than x86, whose PyTorch has not been compared."""
+    and so are processors other than x86, whose PyTorch has not been compared. Of bfloat16, by autocast or not, only
+    what `bfloat16` says is faster, unless the processor has no instructions for it: PyTorch is slow there."""
     if not isinstance(x, Tensor) or x.device.type != "cpu" or not ON_X86:
         return False
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -256,7 +256,7 @@ def stands_in(x: Tensor, *, bfloat16: bool = False) -> bool:
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
-    return dtype in (torch.float32, torch.float64) or (bfloat16 and dtype == torch.bfloat16)
+    return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and (bfloat16 or not HAS_BFLOAT16))
 
 
 def check_unit_range(op: str, name: str, x: Tensor) -> None:

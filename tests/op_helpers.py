@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen.backend import INTERPRETED, ON_X86
+from fastgen.backend import HAS_BFLOAT16, INTERPRETED, ON_X86
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 KERNELS = "triton" if DEVICE == "cuda" or INTERPRETED else "cpu"  # the backend that is tested
@@ -21,6 +21,7 @@ elif DEVICE == "cuda":
 else:
     DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 STANDS_IN = "cpu" if ON_X86 else "reference"  # what layers run that stand in for PyTorch's
+WIDENED = "reference" if HAS_BFLOAT16 else STANDS_IN  # in bfloat16, where fastgen has no products of its own
 EXACT = torch.float64 if KERNELS == "cpu" else torch.float32  # the most precise that the kernels take
 EXAMPLES = 60 if KERNELS == "cpu" else 6  # of hypothesis: new shapes are new kernels to compile
 # what may come on top of a multiple of the reference's own error, which in a small sum can be near zero by chance

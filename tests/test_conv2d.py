@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DTYPES, STANDS_IN, compare, run
+from op_helpers import DTYPES, STANDS_IN, WIDENED, compare, run
 
 import fastgen
 from fastgen import backend
-from fastgen.nn import Conv1d, Conv2d
+from fastgen.nn import Conv1d, Conv2d, ConvTranspose2d, Linear
 from fastgen.nn.conv2d import IN_BFLOAT16
 from fastgen.ops import conv2d
 from fastgen.ops.conv2d import conv2d_reference
@@ -249,12 +249,14 @@ def test_layer_is_that_of_pytorch(name, relu, ran):
     torch.testing.assert_close(got, expected)
     if name in ("3x3", "valid"):
         torch.testing.assert_close(ours(x[0]), expected[0])  # without a batch, as theirs
-    in_pairs = name in ("3x3", "same", "1x1") and IN_BFLOAT16
-    with torch.autocast("cpu"), ran("conv2d", "cpu" if in_pairs else "reference"):
+    in_bfloat16 = "reference"
+    if name in ("3x3", "same", "1x1"):
+        in_bfloat16 = "cpu" if IN_BFLOAT16 else WIDENED
+    with torch.autocast("cpu"), ran("conv2d", in_bfloat16):
         halves = ours(x)
     assert halves.dtype == torch.bfloat16
     torch.testing.assert_close(halves.float(), expected, atol=0.03, rtol=0.03)
-    with ran("conv2d", "cpu" if in_pairs else "reference"):
+    with ran("conv2d", in_bfloat16):
         halves = copy.deepcopy(ours).bfloat16()(x.bfloat16())
     torch.testing.assert_close(halves.float(), expected, atol=0.03, rtol=0.03)
     if name == "3x3":
@@ -262,12 +264,33 @@ def test_layer_is_that_of_pytorch(name, relu, ran):
 
 
 @pytest.mark.parametrize(("channels", "side", "fast"), [(4, 6, False), (4, 7, True), (193, 7, False), (192, 7, True)])
-def test_layer_in_bfloat16_leaves_to_pytorch_what_is_faster_there(channels, side, fast, ran):
+def test_layer_in_bfloat16_leaves_to_pytorch_what_is_faster_there(channels, side, fast, ran, monkeypatch):
+    monkeypatch.setattr("fastgen.checks.HAS_BFLOAT16", True)
     layer, x = Conv2d(channels, 4, 3, padding=1), torch.randn(1, channels, side, side)
     with torch.autocast("cpu"), ran("conv2d", "cpu" if fast and IN_BFLOAT16 else "reference"):
         layer(x)
     with ran("conv2d", STANDS_IN):
         layer(x)
+
+
+@pytest.mark.skipif(not backend.ON_X86, reason="layers stand in for PyTorch's on x86 alone")
+@pytest.mark.parametrize(
+    ("op", "layer", "shape"),
+    [
+        ("conv2d", Conv2d(6, 8, 3, padding=1), (2, 6, 12, 14)),
+        ("conv2d", Conv1d(6, 8, 1), (2, 6, 200)),
+        ("downsample_conv2d", Conv2d(6, 8, 4, stride=2, padding=1), (2, 6, 12, 14)),
+        ("upsample_conv2d", ConvTranspose2d(6, 8, 4, stride=2, padding=1), (2, 6, 12, 14)),
+        ("linear", Linear(96, 120), (300, 96)),
+    ],
+)
+def test_layers_take_bfloat16_where_the_processor_has_no_instructions_for_it(op, layer, shape, ran, monkeypatch):
+    monkeypatch.setattr("fastgen.checks.HAS_BFLOAT16", False)
+    x = torch.randn(shape)
+    with torch.autocast("cpu"), ran(op, "cpu"):
+        halves = layer(x)
+    assert halves.dtype == torch.bfloat16
+    torch.testing.assert_close(halves.float(), layer(x), atol=0.03, rtol=0.03)
 
 
 BAD = {

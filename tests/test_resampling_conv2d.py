@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DTYPES, STANDS_IN, compare, run
+from op_helpers import DTYPES, STANDS_IN, WIDENED, compare, run
 
 import fastgen
 from fastgen import backend
@@ -230,7 +230,7 @@ def test_layer_is_that_of_pytorch(way, relu, name, ran):
     odd = F.relu(theirs(x[..., :11, :])) if relu else theirs(x[..., :11, :])
     torch.testing.assert_close(ours(x[..., :11, :]), odd)
     torch.testing.assert_close(torch.jit.trace(ours, x)(x), ours(x))
-    in_bfloat16 = "cpu" if way == "up" and IN_BFLOAT16 else "reference"
+    in_bfloat16 = "cpu" if way == "up" and IN_BFLOAT16 else WIDENED
     with torch.autocast("cpu"), ran(OPS[way].__name__, in_bfloat16):
         halves = ours(x)
     assert halves.dtype == torch.bfloat16

@@ -16,8 +16,8 @@ SMALL_SIDE = 16  # rows, inputs or outputs: with fewer, vectors and tiles are no
 class Linear(nn.Linear):
     """torch.nn.Linear, whose parameters, their initialisation and state it has.
 
-    On x86 it runs `fastgen.ops.linear` in float32 and float64, save for small products; anything else, bfloat16,
-    autocast to it and torch.jit.trace included, is PyTorch's.
+    On x86 it runs `fastgen.ops.linear` in float32 and float64, save for small products, and in bfloat16, by autocast or
+    not, where the processor has no instructions for it; anything else, torch.jit.trace included, is PyTorch's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
