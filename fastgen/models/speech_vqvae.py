@@ -140,7 +140,7 @@ class _Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv, self.out = nn.Conv1d(channels, channels, 3, padding=1), Conv1d(channels, channels, 1)
+        self.conv, self.out = Conv1d(channels, channels, 3, padding=1, relu=True), Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(F.relu(self.conv(F.relu(x))))  # type: ignore[no-any-return]
+        return x + self.out(self.conv(F.relu(x)))  # type: ignore[no-any-return]

@@ -44,17 +44,12 @@ class Conv2d(nn.Conv2d):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._keeps_size() and _suits(x, self.kernel_size):
+        if _keeps_size(self) and _suits(x, self.kernel_size):
             return conv2d(x, self.weight, self.bias, relu=self.relu)
         if _resamples(self) and _has_planes(x) and not any(size % 2 for size in x.shape[2:]):
             return downsample_conv2d(x, self.weight, self.bias, relu=self.relu)
         y = super().forward(x)
         return F.relu(y) if self.relu else y
-
-    def _keeps_size(self) -> bool:
-        odd = all(size % 2 for size in self.kernel_size)
-        half = tuple(size // 2 for size in self.kernel_size)
-        return odd and self.padding in (half, "same") and self.stride == (1, 1) and _plain(self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
@@ -92,7 +87,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 class Conv1d(nn.Conv1d):
     """torch.nn.Conv1d, and the ReLU behind it: parameters, their initialisation and state are torch.nn.Conv1d's.
 
-    Of kernels of 1 it runs `fastgen.ops.conv2d` where `Conv2d` would; anything else is PyTorch's.
+    Where the length stays it runs `fastgen.ops.conv2d`, of an image of one row, where `Conv2d` would; anything else is
+    PyTorch's.
 
     Parameters
     ----------
@@ -107,8 +103,7 @@ class Conv1d(nn.Conv1d):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = self.kernel_size == self.stride == (1,) and self.padding in ((0,), "same", "valid")
-        if plain and self.groups == 1 and _suits(x, (1, 1), 3):
+        if _keeps_size(self) and _suits(x, (1, *self.kernel_size), 3):
             return conv2d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, relu=self.relu).squeeze(2)
         y = super().forward(x)
         return F.relu(y) if self.relu else y
@@ -117,8 +112,14 @@ class Conv1d(nn.Conv1d):
         return f"{super().extra_repr()}{', relu=True' if self.relu else ''}"
 
 
-def _plain(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
-    return layer.padding_mode == "zeros" and layer.groups == 1 and layer.dilation == (1, 1)
+def _plain(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    return layer.padding_mode == "zeros" and layer.groups == 1 and set(layer.dilation) == {1}
+
+
+def _keeps_size(layer: nn.Conv1d | nn.Conv2d) -> bool:
+    odd = all(size % 2 for size in layer.kernel_size)
+    half = tuple(size // 2 for size in layer.kernel_size)
+    return odd and layer.padding in (half, "same") and set(layer.stride) == {1} and _plain(layer)
 
 
 def _resamples(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
