@@ -41,6 +41,7 @@ inline int64_t middle_of(int64_t channels, int64_t halves) {
   return halves * round_up(channels / halves / 2, kChannelBlock);
 }
 
+// Planes that nothing reads at another pixel have no rows (row_size is 0), but room for kAhead pixels.
 struct Plane {
   int64_t channels, halves;  // padded channels; of a gate's two halves, or an LSTM's four gates, blocks alternate
   int64_t rows, row_size, start, step, offset;
@@ -117,6 +118,8 @@ struct PixelJob {
   std::vector<Instruction> instructions;
   int64_t images, colors, height, width, first_row, last_row, memory_size, bias_size;
   bool goes_back;  // some instruction is of the back phase
+  int64_t ahead;   // pixels in a row that may be computed at once
+  int64_t input;   // the plane of the values' features
   Distribution distribution;
   int64_t outputs, levels, features;
   float temperature, log_scale_min;

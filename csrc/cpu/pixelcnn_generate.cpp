@@ -54,6 +54,8 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   }
   mark_meetings(job.instructions, job.planes);
   job.goes_back = std::ranges::any_of(job.instructions, [](const Instruction& i) { return i.phase == Phase::kBack; });
+  job.ahead = takes_guesses(job.instructions) ? kAhead : 1;
+  job.input = std::ranges::find(job.instructions, Kind::kSample, &Instruction::kind)->dst;
   job.images = values.size(0);
   job.colors = values.size(1);
   job.height = values.size(2);

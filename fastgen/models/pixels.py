@@ -26,12 +26,13 @@ from fastgen.models.progress import Progress, reporter
 from fastgen.nn.pixel_context import PixelContext
 from fastgen.nn.pixel_head import PixelHead
 from fastgen.ops import distributions
-from fastgen.ops.pixel_program import PixelProgram
+from fastgen.ops.pixel_program import Instruction, PixelProgram
 from fastgen.ops.pixelcnn_generate import DISTRIBUTIONS, PixelDistribution, PixelGenerator
 
 MOST_LEVELS = 256
 
-_generators: WeakKeyDictionary[nn.Module, dict[object, tuple[list[Tensor], PixelGenerator]]] = WeakKeyDictionary()
+_Held = tuple[list[Tensor], list[Instruction], PixelGenerator]  # copies of the weights, and what was made of them
+_generators: WeakKeyDictionary[nn.Module, dict[object, _Held]] = WeakKeyDictionary()
 
 
 class PixelModel(nn.Module):
@@ -263,12 +264,14 @@ class PixelModel(nn.Module):
         program.finish()
         kept = _generators.setdefault(self, {})
         key = (dtype, resolve("pixelcnn_generate", backend, table.device), table.device, program.context)
-        held = kept.get(key)
+        weights = [*self.parameters(), *self.buffers()]
         # the values themselves are compared: version counters do not see what is written through `.data`
-        if held is not None and all(map(torch.equal, held[0], program.matrices)):
-            return held[1].updated(program, table), plane
+        if key in kept:
+            copies, instructions, generator = kept[key]
+            if instructions == program.instructions and _are_equal(copies, weights):
+                return generator.updated(program, table), plane
         generator = PixelGenerator(program, table, self.distribution, dtype=dtype, backend=key[1])
-        kept[key] = ([m.clone() for m in program.matrices], generator)
+        kept[key] = ([weight.detach().clone() for weight in weights], program.instructions, generator)
         return generator, plane
 
     def _table(self) -> Tensor:
@@ -361,6 +364,12 @@ class PixelModel(nn.Module):
 
 
 @torch.no_grad()
+def _are_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
+    )
+
+
 def sample_naive(
     model: PixelModel,
     batch_size: int,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ KINDS = (
     "conv", "gate", "glu", "relu", "elu", "add", "attention", "remember", "sample", "gelu", "norm", "previous", "lstm",
 )  # fmt: skip
 BLOCK = 16  # channels are padded to whole blocks
+AHEAD = 8  # pixels of an image that the CPU computes at once, at most
 NORM_EPS = 1e-5  # of layer norms
 Phase = Literal["row", "back", "pixel"]
 PHASES: tuple[Phase, ...] = ("row", "back", "pixel")  # in the order in which they run
@@ -91,19 +92,24 @@ class Cache(NamedTuple):
 class PixelProgram:
     """`features` channels of input for each pixel; `context_channels` of what is known of every pixel beforehand.
 
-    Methods return the index of the plane that they make. matrices: (O, taps, C) float32; biases: (O,), or (B, O) where
-    they differ between images.
+    Methods return the index of the plane that they make. biases: (O,), or (B, O) where they differ between images;
+    shapes: rows, halves, taps and channels of each matrix.
     """
 
     features: int
     context_channels: int = 0
     planes: list[Plane] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
-    matrices: list[Tensor] = field(default_factory=list)
-    matrix_halves: list[int] = field(default_factory=list)
+    shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
     biases: list[Tensor] = field(default_factory=list)
     caches: list[Cache] = field(default_factory=list)
     later: list[Callable[[], object]] = field(default_factory=list)
+    _matrices: list[Callable[[], Tensor]] = field(default_factory=list)
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """(O, taps, C) float32, made of the weights as they are now."""
+        return [make().contiguous() for make in self._matrices]
 
     def __post_init__(self) -> None:
         self.input = self._plane(self.features, "pixel")
@@ -137,10 +143,8 @@ class PixelProgram:
             )
         if add >= 0:
             self._check_alike(weight.shape[0], halves, add)
-        weight = F.pad(weight.detach().float(), (0, 0, 0, 0, offset, after))
         outs, _, height, width = weight.shape
         live = weight_mask(weight, mask, colors, halves)
-        weight = torch.where(live, weight, 0)
         above, left = height // 2, width // 2
         runs = [(dy, -left, width) for dy in range(-above, 0)]
         here = int(live[:, :, above].any(0).any(0).sum())  # live taps of the pixel's own row, from the left
@@ -165,8 +169,14 @@ class PixelProgram:
                 else:
                     number = -1
                 self._window(x, dy, dx, count)
-                matrix = weight[:, :, above + dy, left + dx : left + dx + count].permute(0, 2, 1)
-                self._emit("conv", phase, result, x, init, self._matrix(matrix, halves), number, dy, dx, count)
+                part = (..., above + dy, slice(left + dx, left + dx + count))
+
+                def matrix(part: tuple[Any, ...] = part) -> Tensor:
+                    masked = torch.where(live[part], weight[part].detach().float(), 0)
+                    return F.pad(masked.permute(0, 2, 1), (offset, after))
+
+                index = self._matrix(matrix, (outs, halves, count, self.planes[x].channels))
+                self._emit("conv", phase, result, x, init, index, number, dy, dx, count)
         if result < 0:
             raise ValueError(f"PixelProgram: no live tap in a kernel of {height} x {width} with mask {mask}")
         return result if add < 0 else self.add(result, add)
@@ -236,7 +246,8 @@ class PixelProgram:
             )
         result = self._plane(len(matrix), "back", self.planes[add].halves)
         self._window(x, 0, 1, 1)
-        number = self._matrix(matrix.detach().float()[:, None], self.planes[add].halves)
+        shape = (len(matrix), self.planes[add].halves, 1, matrix.shape[1])
+        number = self._matrix(lambda: matrix.detach().float()[:, None], shape)
         return self._emit("conv", "back", result, x, add, number, dx=1, extra=1)
 
     def lstm(self, gates: int, h: int, c: int, *, dy: int = 0, dx: int = 0) -> int:
@@ -352,10 +363,10 @@ class PixelProgram:
         phase = self.planes[x].phase
         return self._emit(kind, phase, self._plane(channels, phase), x)
 
-    def _matrix(self, matrix: Tensor, halves: int) -> int:
-        self.matrices.append(matrix.contiguous())
-        self.matrix_halves.append(halves)
-        return len(self.matrices) - 1
+    def _matrix(self, make: Callable[[], Tensor], shape: tuple[int, int, int, int]) -> int:
+        self._matrices.append(make)
+        self.shapes.append(shape)
+        return len(self.shapes) - 1
 
     def _bias(self, bias: Tensor) -> int:
         self.biases.append(bias.detach().float())

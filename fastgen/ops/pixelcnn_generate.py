@@ -20,7 +20,7 @@ from torch import Tensor
 from fastgen.backend import NO_ROOM, instead, lib, resolve
 from fastgen.checks import check_classes, check_positive, check_tensor, refused
 from fastgen.ops import distributions
-from fastgen.ops.pixel_program import BLOCK, KINDS, NORM_EPS, PHASES, Instruction, PixelProgram
+from fastgen.ops.pixel_program import AHEAD, BLOCK, KINDS, NORM_EPS, PHASES, Instruction, PixelProgram
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOO_LARGE = "(its weights or its context are too large)"
@@ -95,23 +95,21 @@ class PixelGenerator:
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"pixelcnn_generate: dtype must be float32 or bfloat16, got {dtype}")
-        _check_finite(program.matrices)
+        matrices = program.matrices
+        _check_finite(matrices)
         self.distribution, self.dtype = distribution, dtype
         self._use(program, table)
         self.backend = resolve("pixelcnn_generate", backend, table.device)
-        self._shapes = [
-            n
-            for matrix, halves in zip(program.matrices, program.matrix_halves, strict=True)
-            for n in (matrix.shape[0], halves, matrix.shape[1], matrix.shape[2])
-        ]
+        self._shapes = [n for shape in program.shapes for n in shape]
         if self.backend == "cuda" and not _on_cuda(program):
             reason = "the kernel has no LSTMs, and layer norms of single pixels alone"
             self.backend = instead("pixelcnn_generate", backend, "cuda", table.device, reason)
         if self.backend == "cuda":
-            matrices = [m.detach().cpu() for m in program.matrices]
-            packed = torch.ops.fastgen.pixelcnn_pack_cuda(matrices, self._shapes, dtype == torch.bfloat16)
+            packed = torch.ops.fastgen.pixelcnn_pack_cuda(
+                [m.cpu() for m in matrices], self._shapes, dtype == torch.bfloat16
+            )
             self._packed = packed.to(table.device)
-            planes, caches, _ = _layout(program, 1, 1)
+            planes, caches, _ = _layout(program, 1, 1, 1)
             instructions = _encoded(program, [0] * len(program.biases), caches)
             if not torch.ops.fastgen.pixelcnn_fits(
                 self._packed, self._shapes, planes, instructions, dtype == torch.bfloat16, distribution.outputs
@@ -119,12 +117,12 @@ class PixelGenerator:
                 self.backend = instead("pixelcnn_generate", backend, "cuda", table.device, NO_ROOM)
         elif self.backend == "cpu":
             bf16 = dtype == torch.bfloat16
-            self._packed = torch.ops.fastgen.pixelcnn_pack(program.matrices, self._shapes, bf16)
+            self._packed = torch.ops.fastgen.pixelcnn_pack(matrices, self._shapes, bf16)
         if self.backend == "reference":
-            self._matrices = [m.to(dtype).float() for m in program.matrices]
+            self._matrices = [m.to(dtype).float() for m in matrices]
 
     def updated(self, program: PixelProgram, table: Tensor) -> PixelGenerator:
-        """This generator with the biases and the table of a program whose matrices are the same."""
+        """This generator with the biases and the table of a program whose instructions and matrices are the same."""
         other = copy.copy(self)
         other._use(program, table)
         return other
@@ -200,9 +198,9 @@ class PixelGenerator:
                 if report is not None:
                     report(row + 1)
             return values, kept
-        planes, caches, size = _layout(self.program, height, width)
+        planes, caches, size = _layout(self.program, height, width, AHEAD if self.backend == "cpu" else 1)
         memory = uniforms.new_zeros(batch, size)
-        offsets, biases = _biases(self.program, batch)
+        offsets, biases = _biases(self.program, batch, uniforms.device)
         instructions = _encoded(self.program, offsets, caches)
         if context is not None:
             context = context.permute(0, 2, 3, 1).float().contiguous()
@@ -261,10 +259,10 @@ def _check_finite(tensors: list[Tensor]) -> None:
         raise ValueError("pixelcnn_generate: the model's weights must be finite, one holds NaN or infinity")
 
 
-def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], list[int], int]:
+def _layout(program: PixelProgram, height: int, width: int, ahead: int) -> tuple[list[int], list[int], int]:
     """How the kernel lays the planes of one image: their numbers, the offset of each cache, and floats in all.
 
-    Planes that live only within a row phase share memory where their lives do not overlap.
+    Planes that are read at their own pixel alone have room for `ahead` pixels. Planes that live only within a row phase share memory where their lives do not overlap.
     """
     lives: dict[int, list[int]] = {}
     by_pixel: set[int] = {program.input, program.context}
@@ -278,8 +276,8 @@ def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], 
     for index, plane in enumerate(program.planes):
         padded, row = plane.padded, (plane.left + width + plane.right) * plane.padded
         if plane.phase == "pixel" and not plane.apart and index != program.input:
-            numbers += [padded, plane.halves, 1, 0, 0, 0, end]
-            end += padded
+            numbers += [padded, plane.halves, 1, 0, 0, padded if ahead > 1 else 0, end]
+            end += padded * ahead
             continue
         size, life = plane.rows * row, lives.get(index, [0])
         offset = end
@@ -300,7 +298,7 @@ def _layout(program: PixelProgram, height: int, width: int) -> tuple[list[int], 
     return numbers, caches, -(-end // 32) * 32
 
 
-def _biases(program: PixelProgram, batch: int) -> tuple[list[int], Tensor]:
+def _biases(program: PixelProgram, batch: int, device: torch.device) -> tuple[list[int], Tensor]:
     """All biases, as they are stored with their planes: the offset of each, and (1 or B, floats) float32."""
     halves = {
         i.bias: 2 if i.kind == "norm" else program.planes[i.dst].halves for i in program.instructions if i.bias >= 0
@@ -315,7 +313,7 @@ def _biases(program: PixelProgram, batch: int) -> tuple[list[int], Tensor]:
         offsets.append(at)
         at += stored.shape[1]
         parts.append(stored)
-    return offsets, torch.cat(parts, 1).contiguous() if parts else program.matrices[0].new_zeros(1, 0)
+    return offsets, torch.cat(parts, 1).contiguous() if parts else torch.zeros(1, 0, device=device)
 
 
 def _encoded(program: PixelProgram, offsets: list[int], caches: list[int]) -> list[int]:

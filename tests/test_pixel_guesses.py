@@ -1,0 +1,68 @@
+"""Pixels that are computed at once, from guesses of their neighbors: each is drawn as if they had been known."""
+
+import pytest
+import torch
+from pixel_helpers import conditions, small
+
+import fastgen
+
+OP = "pixelcnn_generate"
+KINDS = {
+    "two levels": {"levels": 2},
+    "colors": {"levels": 3, "image_channels": 3},
+    "classes": {"levels": 4, "classes": 3},
+    "map": {"levels": 4, "cond_channels": 2},
+    "logistic": {"levels": 256, "distribution": "logistic", "mixtures": 3},
+    "codes": {"codes": 30},
+}
+
+
+@pytest.fixture(autouse=True)
+def _needs_cpu_kernels(need, one_thread):
+    need(OP, "cpu")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "PixelSNAIL"])
+def test_every_pixel_is_drawn_from_what_came_before_it(name, kind, scale):
+    """Whatever share of the guesses is right: scale 0 makes all alike, a large one few."""
+    model, size = small(name, **KINDS[kind]), (4, 27)
+    with torch.no_grad():
+        model.head.out.weight.mul_(scale)
+    for threads, batch in ((1, 1), (2, 1), (2, 2), (1, 5)):
+        torch.set_num_threads(threads)
+        check(model, batch, size)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("share", [0.3, 0.9, 1.0])
+def test_with_known_pixels(share, batch):
+    model, size = small("GatedPixelCNN", levels=5, image_channels=2), (6, 30)
+    seed = torch.Generator().manual_seed(0)
+    given = torch.randint(5, (batch, 2, *size), generator=seed)
+    known = torch.rand(given.shape, generator=seed) < share
+    values = check(model, batch, size, given=given, known=known)
+    assert torch.equal(values[known], given[known])
+
+
+def test_calls_for_each_row_give_the_same():
+    model, u = small("GatedPixelCNN", levels=2), torch.rand(2, 1, 9, 30)
+    by_rows = model.sample(2, (9, 30), uniforms=u, progress=lambda *_: None)
+    assert torch.equal(by_rows, model.sample(2, (9, 30), uniforms=u))
+
+
+def check(model, batch, size, **given):
+    """That the parameters are those of a forward pass over the values, and the values what the uniforms draw."""
+    kw = conditions(model, batch, size)
+    u = torch.rand(batch, model.image_channels, *size, generator=torch.Generator().manual_seed(batch))
+    with torch.no_grad():
+        context = model._context(batch, size, kw.get("labels"), kw.get("cond"))
+        loop, plane = model.generator(size, context)
+        values, out = loop.run(u, context=plane, parameters=True, **given)
+        with fastgen.use_backend("reference"):
+            exact = model(values[:, 0] if model.codes else values, **kw).movedim(2, -1)
+    torch.testing.assert_close(out, exact, atol=1e-4, rtol=1e-4)
+    drawn = model.distribution.sample(out, u, 1.0)
+    assert torch.equal(torch.where(given["known"], given["given"], drawn) if given else drawn, values)
+    return values
