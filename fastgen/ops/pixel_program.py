@@ -4,7 +4,7 @@ A plane holds a vector of channels for each pixel. Planes of the row phase are c
 pixel is drawn: they were made from what lies above. Planes of the pixel phase grow from left to right. A masked
 convolution over a pixel-phase plane falls into two parts: the taps above, which run once for the row as one large
 product, and those of the pixel's own row, which run for each pixel. Every multiply-add of the network is done once for
-each pixel; nothing is computed again.
+each pixel; nothing is computed again, but for wrong guesses where the CPU computes several pixels at once.
 
 Recurrent layers have states, planes that are read before they are written: a pixel reads them at the row above or at a
 pixel beside it. The back phase, between the other two, goes through the pixels of a row from right to left, for an LSTM

@@ -262,7 +262,8 @@ def _check_finite(tensors: list[Tensor]) -> None:
 def _layout(program: PixelProgram, height: int, width: int, ahead: int) -> tuple[list[int], list[int], int]:
     """How the kernel lays the planes of one image: their numbers, the offset of each cache, and floats in all.
 
-    Planes that are read at their own pixel alone have room for `ahead` pixels. Planes that live only within a row phase share memory where their lives do not overlap.
+    Planes that are read at their own pixel alone have room for `ahead` pixels. Planes that live only within a row phase
+    share memory where their lives do not overlap.
     """
     lives: dict[int, list[int]] = {}
     by_pixel: set[int] = {program.input, program.context}
