@@ -28,7 +28,8 @@ if platform.machine() == "aarch64":
     # GCC moves loads ahead of their products there, until sums leave their registers; Clang does not know of that
     ISAS = {"generic": ["-fno-schedule-insns", "-Wno-ignored-optimization-argument"]}
 elif platform.machine() in ("x86_64", "AMD64"):
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": [*AVX512, "-mavx512vnni"]}
+    ISAS |= {"avx2": AVX2, "avx2_vnni": [*AVX2, "-mavxvnni"]}
+    ISAS |= {"avx512": AVX512, "avx512_vnni": [*AVX512, "-mavx512vnni"]}
 
 
 def skip(why: str) -> None:

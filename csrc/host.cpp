@@ -12,8 +12,10 @@ namespace {
 std::map<std::string, bool> cpu_features() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return {
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"avx2", avx2},
+      {"avx2_vnni", avx2 && fastgen::adds_integer_products()},
       {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},

@@ -30,6 +30,17 @@ inline bool multiplies_pairs() {
 #endif
 }
 
+// Whether it has AVX-VNNI: multiplies pairs of 16-bit integers and adds both products, in vectors of AVX2.
+inline bool adds_integer_products() {
+#if defined(__x86_64__)
+  constexpr unsigned kAvxVnni = 1 << 4;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
+#else
+  return false;
+#endif
+}
+
 // Whether it multiplies tiles of bfloat16 (AMX) and the system lets it; Clang's __builtin_cpu_supports does not know.
 inline bool multiplies_tiles() {
 #if defined(__x86_64__)

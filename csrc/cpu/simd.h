@@ -152,6 +152,8 @@ inline PairSums add_pairs(PairSums sum, VecU a, VecU b) {
   return (VecU)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512BW__)
   return sum + (VecU)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (VecU)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
 #elif defined(__AVX2__)
   return sum + (VecU)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
