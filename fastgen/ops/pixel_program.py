@@ -144,10 +144,10 @@ class PixelProgram:
         if add >= 0:
             self._check_alike(weight.shape[0], halves, add)
         outs, _, height, width = weight.shape
-        live = weight_mask(weight, mask, colors, halves)
         above, left = height // 2, width // 2
         runs = [(dy, -left, width) for dy in range(-above, 0)]
-        here = int(live[:, :, above].any(0).any(0).sum())  # live taps of the pixel's own row, from the left
+        # live taps of the pixel's own row, from the left
+        here = {"A": left + (colors > 1), "B": left + 1, "vertical": 0, "vertical_B": width}[mask]
         if here > left + 1 and self.planes[x].phase == "pixel":
             raise ValueError(f"PixelProgram: mask {mask!r} sees pixels to the right, which plane {x} has not yet")
         if here and left and self.planes[x].phase == "back":
@@ -172,7 +172,8 @@ class PixelProgram:
                 part = (..., above + dy, slice(left + dx, left + dx + count))
 
                 def matrix(part: tuple[Any, ...] = part) -> Tensor:
-                    masked = torch.where(live[part], weight[part].detach().float(), 0)
+                    live = weight_mask(weight, mask, colors, halves)[part]
+                    masked = torch.where(live, weight[part].detach().float(), 0)
                     return F.pad(masked.permute(0, 2, 1), (offset, after))
 
                 index = self._matrix(matrix, (outs, halves, count, self.planes[x].channels))

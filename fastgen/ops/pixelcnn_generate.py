@@ -98,6 +98,8 @@ class PixelGenerator:
         matrices = program.matrices
         _check_finite(matrices)
         self.distribution, self.dtype = distribution, dtype
+        self._offsets, self._places = _bias_places(program, table.device)
+        self._laid: dict[tuple[int, int], tuple[list[int], list[int], int]] = {}
         self._use(program, table)
         self.backend = resolve("pixelcnn_generate", backend, table.device)
         self._shapes = [n for shape in program.shapes for n in shape]
@@ -110,7 +112,7 @@ class PixelGenerator:
             )
             self._packed = packed.to(table.device)
             planes, caches, _ = _layout(program, 1, 1, 1)
-            instructions = _encoded(program, [0] * len(program.biases), caches)
+            instructions = _encoded(program, self._offsets, caches)
             if not torch.ops.fastgen.pixelcnn_fits(
                 self._packed, self._shapes, planes, instructions, dtype == torch.bfloat16, distribution.outputs
             ):
@@ -128,7 +130,10 @@ class PixelGenerator:
         return other
 
     def _use(self, program: PixelProgram, table: Tensor) -> None:
-        _check_finite([*program.biases, table])
+        batch = max((len(bias) for bias in program.biases if bias.dim() == 2), default=1)
+        rows = [bias if bias.dim() == 2 else bias.expand(batch, -1) for bias in program.biases]
+        biases = torch.cat([*rows, table.new_zeros(batch, 1, dtype=torch.float32)], 1)
+        _check_finite([biases, table])
         if table.dim() != 2 or len(table) != self.distribution.levels or program.features % max(1, table.shape[1]):
             raise ValueError(
                 f"pixelcnn_generate: table must be ({self.distribution.levels}, a divisor of {program.features}), got "
@@ -147,7 +152,7 @@ class PixelGenerator:
                     f"pixelcnn_generate: program must sample from {self.distribution.outputs} parameters, got "
                     f"{program.planes[i.src].channels}"
                 )
-        self.program, self.table = program, table.detach().float().contiguous()
+        self.program, self.table, self._biases = program, table.detach().float().contiguous(), biases
 
     @torch.no_grad()
     def run(
@@ -198,10 +203,11 @@ class PixelGenerator:
                 if report is not None:
                     report(row + 1)
             return values, kept
-        planes, caches, size = _layout(self.program, height, width, AHEAD if self.backend == "cpu" else 1)
-        memory = uniforms.new_zeros(batch, size)
-        offsets, biases = _biases(self.program, batch, uniforms.device)
-        instructions = _encoded(self.program, offsets, caches)
+        if (height, width) not in self._laid:
+            planes, caches, size = _layout(self.program, height, width, AHEAD if self.backend == "cpu" else 1)
+            self._laid[height, width] = planes, _encoded(self.program, self._offsets, caches), size
+        planes, instructions, size = self._laid[height, width]
+        memory, biases = uniforms.new_zeros(batch, size), self._biases[:, self._places]
         if context is not None:
             context = context.permute(0, 2, 3, 1).float().contiguous()
         rows = 1 if report is not None else max(height, 1)
@@ -299,22 +305,21 @@ def _layout(program: PixelProgram, height: int, width: int, ahead: int) -> tuple
     return numbers, caches, -(-end // 32) * 32
 
 
-def _biases(program: PixelProgram, batch: int, device: torch.device) -> tuple[list[int], Tensor]:
-    """All biases, as they are stored with their planes: the offset of each, and (1 or B, floats) float32."""
+def _bias_places(program: PixelProgram, device: torch.device) -> tuple[list[int], Tensor]:
+    """How biases are stored, as their planes are: the offset of each, and where each number lies among all biases, one
+    after another and a zero behind them."""
     halves = {
         i.bias: 2 if i.kind == "norm" else program.planes[i.dst].halves for i in program.instructions if i.bias >= 0
     }
-    offsets, parts, at = [], [], 0
-    streams = batch if any(bias.dim() == 2 for bias in program.biases) else 1
-    for index, bias in enumerate(program.biases):
-        rows = bias if bias.dim() == 2 else bias[None]
-        rows = rows.expand(streams, -1).unflatten(1, (halves[index], -1))  # (streams, halves, channels)
-        padded = F.pad(rows, (0, -rows.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK))
-        stored = padded.transpose(1, 2).flatten(1)  # a gate's halves in alternating blocks
-        offsets.append(at)
-        at += stored.shape[1]
-        parts.append(stored)
-    return offsets, torch.cat(parts, 1).contiguous() if parts else torch.zeros(1, 0, device=device)
+    sizes = [bias.shape[-1] for bias in program.biases]
+    offsets, parts, begin = [], [torch.zeros(0, dtype=torch.int64)], 0
+    for index, size in enumerate(sizes):
+        places = torch.arange(begin, begin + size).unflatten(0, (halves[index], -1))
+        padded = F.pad(places, (0, -places.shape[1] % BLOCK), value=sum(sizes)).unflatten(1, (-1, BLOCK))
+        offsets.append(sum(map(len, parts)))
+        parts.append(padded.transpose(0, 1).flatten())  # a gate's halves in alternating blocks
+        begin += size
+    return offsets, torch.cat(parts).to(device)
 
 
 def _encoded(program: PixelProgram, offsets: list[int], caches: list[int]) -> list[int]:
