@@ -13,17 +13,52 @@ namespace {
 
 constexpr int64_t kAhead = 8;  // pixels of an image that are computed at once, at most
 
+// Moves what runs once a pixel's values are drawn, for an attention to remember, to where the next pixel attends to it,
+// which may be before they are. -> What a row's last pixel, which has no next one, runs itself; nothing where it cannot
+// be moved.
+inline std::vector<Instruction> run_late(std::vector<Instruction>& instructions, const std::vector<Plane>& planes) {
+  const auto all_rows = [&](int64_t plane) { return plane < 0 || planes[plane].row_size > 0; };
+  size_t drawn = 0;
+  for (size_t i = 0; i < instructions.size(); ++i)
+    if (instructions[i].kind == Kind::kSample) drawn = i + 1;
+  std::vector<Instruction> last(instructions.begin() + drawn, instructions.end()), moved;
+  std::vector<int64_t> made;
+  for (Instruction& i : last) {
+    i.late = true;
+    for (int64_t plane : {i.src, i.other})
+      if (!all_rows(plane) && !std::ranges::count(made, plane)) return {};
+    made.push_back(i.dst);
+  }
+  for (size_t i = 0; i < drawn; ++i) {
+    if (instructions[i].kind == Kind::kAttention && !instructions[i].matrix) {
+      const auto remembers = [&](const Instruction& r) {
+        return r.kind == Kind::kRemember && r.extra == instructions[i].extra;
+      };
+      auto begin = last.begin();
+      for (auto at = last.begin(); at != last.end(); ++at) {
+        if (remembers(*at)) moved.insert(moved.end(), begin, at + 1);
+        if (at->kind == Kind::kRemember) begin = at + 1;
+      }
+    }
+    moved.push_back(instructions[i]);
+  }
+  if (moved.size() != instructions.size()) return {};
+  instructions = moved;
+  return last;
+}
+
 // Whether a pixel may be computed before the one to its left is known, from a guess of its values: not where an
 // instruction reads at the left what a later one writes there.
-inline bool takes_guesses(const std::vector<Instruction>& instructions) {
-  std::vector<int64_t> left;  // planes that have been read there, and not been written
+inline bool takes_guesses(const std::vector<Instruction>& instructions, const std::vector<Plane>& planes) {
+  if (instructions.back().kind != Kind::kSample) return false;  // something wants values that are drawn
+  std::vector<int64_t> left;                                    // planes that have been read there
   for (const Instruction& i : instructions) {
     if (i.phase != Phase::kPixel || i.kind == Kind::kSample) continue;
-    if (i.kind == Kind::kAttention && !i.matrix) return false;  // of what is remembered once values are drawn
-    const bool conv = i.kind == Kind::kConv && i.dy == 0 && i.dx < 0;
     if (std::ranges::count(left, i.dst) || (i.kind == Kind::kLstm && std::ranges::count(left, i.other))) return false;
-    if (conv || i.kind == Kind::kPrevious) left.push_back(i.src);
+    if ((i.kind == Kind::kConv && i.dy == 0 && i.dx < 0) || i.kind == Kind::kPrevious) left.push_back(i.src);
     if (i.kind == Kind::kLstm && i.dx < 0) left.push_back(i.other);  // it writes there itself, pixel after pixel
+    for (int64_t plane : {i.src, i.other})
+      if (i.late && plane >= 0 && planes[plane].row_size > 0) left.push_back(plane);
   }
   return true;
 }

@@ -55,7 +55,7 @@ class Images {
     right_.resize(n_), guessed_.resize(n_);
     latest_.resize(n_ * job.width * job.colors * job.outputs);
     for (Side& side : sides_) {
-      side.pixels.resize(n_);
+      side.pixels.resize(n_), side.late.resize(n_);
       side.x.emplace(static_cast<int>(columns), static_cast<int>(most_k));
       side.init.resize(columns);
       side.out.resize(columns);
@@ -77,14 +77,15 @@ class Images {
 
   // What a thread works with.
   struct Side {
-    std::vector<Pixels> pixels;  // of each image, those that are computed at once
-    int64_t round = 0;           // counts how often they have been others
+    std::vector<Pixels> pixels, late;  // of each image, those that are computed at once, and those before each of them
+    const std::vector<Pixels>* now;    // one of the two
+    int64_t round = 0;                 // counts how often they have been others
     GuessRate rate;
     std::optional<Inputs<W>> x;
     OwnVector<const float*> init;
     OwnVector<float*> out;
     OwnVector<float> scratch;
-    std::array<int64_t, 5> windows{-1};  // what x holds: plane, row and column beside the pixels, taps, round
+    std::array<int64_t, 6> windows{-1};  // what x holds: plane, row and column beside the pixels, taps, late, round
     Flag met;
     int64_t meetings = 0;
   };
@@ -94,7 +95,7 @@ class Images {
     Side& side = sides_[begin];
     const auto run_for = [&](Phase phase, int64_t y, Pixels pixels) {
       std::ranges::fill(side.pixels, pixels);
-      run(phase, begin, end, y);
+      run(job_.instructions, phase, begin, end, y);
     };
     for (int64_t y = job_.first_row; y < job_.last_row; ++y) {
       if (begin == 0) copy_context(y);
@@ -120,7 +121,9 @@ class Images {
       for (Pixels& at : side.pixels) at.end = std::min(at.begin + count, job_.width);
       if (begin == 0 && job_.ahead > 1) guess(y);
       meet(begin, end);
-      run(Phase::kPixel, begin, end, y);
+      for (int64_t b = 0; b < n_; ++b)
+        side.late[b] = {std::max<int64_t>(side.pixels[b].begin - 1, 0), std::max<int64_t>(side.pixels[b].end - 1, 0)};
+      run(job_.instructions, Phase::kPixel, begin, end, y);
       left = 0;
       for (int64_t b = 0; b < n_; ++b) {
         Pixels& at = side.pixels[b];
@@ -131,6 +134,10 @@ class Images {
         left += at.begin < job_.width;
       }
     }
+    if (job_.last.empty()) return;
+    meet(begin, end);
+    std::ranges::fill(side.late, Pixels{job_.width - 1, job_.width});
+    run(job_.last, Phase::kPixel, begin, end, y);
   }
 
   // Guesses for pixels that have none yet: what their uniforms draw from the distribution of the pixel above, in the
@@ -146,22 +153,22 @@ class Images {
         }
   }
 
-  void run(Phase phase, int begin, int end, int64_t y) {
+  void run(const std::vector<Instruction>& instructions, Phase phase, int begin, int end, int64_t y) {
     ++sides_[begin].round;
-    for (const Instruction& i : job_.instructions)
+    for (const Instruction& i : instructions)
       if (i.phase == phase) execute(i, begin, end, y);
   }
 
   float* at(const Side& side, int64_t plane, int64_t b, int64_t y, int64_t x) const {
     const Plane& p = job_.planes[plane];
-    return p.at(image(b), y, p.row_size > 0 ? x : x - side.pixels[b].begin);
+    return p.at(image(b), y, p.row_size > 0 ? x : x - (*side.now)[b].begin);
   }
 
   // f(image, x) for all pixels that are computed at once.
   template <class F>
   void for_each_pixel(const Side& side, F&& f) const {
     for (int64_t b = 0; b < n_; ++b)
-      for (int64_t x = side.pixels[b].begin; x < side.pixels[b].end; ++x) f(b, x);
+      for (int64_t x = (*side.now)[b].begin; x < (*side.now)[b].end; ++x) f(b, x);
   }
 
   void meet(int begin, int end) {
@@ -193,6 +200,7 @@ class Images {
   void execute(const Instruction& i, int begin, int end, int64_t y) {
     if (i.meet) meet(begin, end);
     Side& side = sides_[begin];
+    side.now = i.late ? &side.late : &side.pixels;
     const int64_t held = side.windows[0];
     if (i.dst == held || (i.kind == Kind::kLstm && i.other == held)) side.windows = {-1};
     if (i.kind == Kind::kConv) return convolve(i, begin, end, y);
@@ -315,12 +323,12 @@ class Images {
 
   // The windows that a convolution multiplies, unless they are there already.
   void read_windows(const Instruction& i, Side& side, int64_t y) {
-    const std::array<int64_t, 5> windows{i.src, i.dy, i.dx, i.extra, side.round};
+    const std::array<int64_t, 6> windows{i.src, i.dy, i.dx, i.extra, i.late, side.round};
     if (windows == side.windows) return;
     side.windows = windows;
     int column = 0;
     for (int64_t b = 0; b < n_; ++b) {
-      const auto [begin, end] = side.pixels[b];
+      const auto [begin, end] = (*side.now)[b];
       const int count = static_cast<int>(end - begin), channels = static_cast<int>(job_.planes[i.src].channels);
       if (count > 0)
         side.x->set_windows(column, at(side, i.src, b, y + i.dy, begin + i.dx), count, static_cast<int>(i.extra),
@@ -342,7 +350,7 @@ class Images {
     Side& side = sides_[begin];
     const bool own = i.matrix > 0;
     for_each_head(i, begin, end, [&](const AttentionCache& cache, int64_t head, int64_t b) {
-      for (int64_t x = side.pixels[b].begin; x < side.pixels[b].end; ++x) {
+      for (int64_t x = (*side.now)[b].begin; x < (*side.now)[b].end; ++x) {
         const int64_t pixel = y * job_.width + x;
         const auto of = [&](int64_t plane) { return at(side, plane, b, y, x); };
         if (i.kind == Kind::kRemember)

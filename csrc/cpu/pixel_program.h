@@ -58,6 +58,7 @@ struct Instruction {
   Phase phase;
   int64_t dst, src, other, matrix, bias, dy, dx, extra;
   bool meet;  // before it, where two threads share the channels
+  bool late;  // for the pixel before
 };
 
 // A matrix in two parts of its rows, one for each of two threads.
@@ -115,7 +116,7 @@ void pack_program(const std::vector<Tensor>& weights, const std::vector<int64_t>
 // One call's arguments.
 struct PixelJob {
   std::vector<Plane> planes;
-  std::vector<Instruction> instructions;
+  std::vector<Instruction> instructions, last;  // last: of the pixel phase, for a row's last pixel, once it is drawn
   int64_t images, colors, height, width, first_row, last_row, memory_size, bias_size;
   bool goes_back;  // some instruction is of the back phase
   int64_t ahead;   // pixels in a row that may be computed at once

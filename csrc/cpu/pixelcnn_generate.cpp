@@ -49,12 +49,14 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   }
   for (size_t i = 0; i < instructions.size(); i += kInstructionInts) {
     const int64_t* p = instructions.data() + i;
-    job.instructions.push_back(
-        {static_cast<Kind>(p[0]), static_cast<Phase>(p[1]), p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], false});
+    job.instructions.push_back({static_cast<Kind>(p[0]), static_cast<Phase>(p[1]), p[2], p[3], p[4], p[5], p[6], p[7],
+                                p[8], p[9], false, false});
   }
+  job.last = run_late(job.instructions, job.planes);
   mark_meetings(job.instructions, job.planes);
+  mark_meetings(job.last, job.planes);
   job.goes_back = std::ranges::any_of(job.instructions, [](const Instruction& i) { return i.phase == Phase::kBack; });
-  job.ahead = takes_guesses(job.instructions) ? kAhead : 1;
+  job.ahead = takes_guesses(job.instructions, job.planes) ? kAhead : 1;
   job.input = std::ranges::find(job.instructions, Kind::kSample, &Instruction::kind)->dst;
   job.images = values.size(0);
   job.colors = values.size(1);

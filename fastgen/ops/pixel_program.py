@@ -322,9 +322,14 @@ class PixelProgram:
 
     def finish(self) -> None:
         """Append what runs when a pixel's values are drawn."""
+        drawn = len(self.instructions)
         for append in self.later:
             append()
         self.later.clear()
+        made = {i.dst for i in self.instructions[drawn:]}
+        for i in self.instructions[drawn:]:  # the next pixel may run them, with its own
+            for plane in {i.src, i.other} - made - {-1}:
+                self._window(plane, 0, -1, 1)
 
     def _plane(self, channels: int, phase: Phase, halves: int = 1) -> int:
         self.planes.append(Plane(channels, phase, halves))

@@ -130,7 +130,10 @@ class PixelGenerator:
         return other
 
     def _use(self, program: PixelProgram, table: Tensor) -> None:
-        batch = max((len(bias) for bias in program.biases if bias.dim() == 2), default=1)
+        batches = {len(bias) for bias in program.biases if bias.dim() == 2}
+        if len(batches) > 1:
+            raise ValueError(f"pixelcnn_generate: the program's biases are for {sorted(batches)} images at once")
+        batch = max(batches, default=1)
         rows = [bias if bias.dim() == 2 else bias.expand(batch, -1) for bias in program.biases]
         biases = torch.cat([*rows, table.new_zeros(batch, 1, dtype=torch.float32)], 1)
         _check_finite([biases, table])
