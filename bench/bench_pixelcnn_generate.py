@@ -21,7 +21,7 @@ MODELS = {
 }  # fmt: skip
 
 
-def cropped_reference(x, weight, bias=None, *, mask, colors=1, halves=1):
+def cropped_reference(x, weight, bias=None, *, mask, colors=1, halves=1, relu=False):
     """The reference on the smallest kernel that holds all live taps: the best that plain convolutions do."""
     live = weight_mask(weight, mask, colors, halves)
     weight = torch.where(live, weight, 0)
@@ -30,7 +30,8 @@ def cropped_reference(x, weight, bias=None, *, mask, colors=1, halves=1):
     columns = weight.shape[3] if above else here
     rows = above + (here > 0)
     padded = F.pad(x, (left, columns - 1 - left, above, 0))
-    return F.conv2d(padded, weight[:, :, :rows, :columns], bias)[:, :, :height]
+    y = F.conv2d(padded, weight[:, :, :rows, :columns], bias)[:, :, :height]
+    return F.relu(y) if relu else y
 
 
 @pytest.mark.parametrize("batch", [16, 1])
