@@ -83,8 +83,8 @@ class GuessRate {
   }
 
  private:
-  static constexpr double kKept = 0.9;   // of what was seen before, each time
-  static constexpr double kShare = 0.2;  // of the time for one pixel that a further one adds
+  static constexpr double kKept = 0.9;    // of what was seen before, each time
+  static constexpr double kShare = 0.35;  // of the time for one pixel that a further one adds
   double right_ = 0, all_ = 0;
 };
 
