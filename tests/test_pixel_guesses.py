@@ -5,6 +5,7 @@ import torch
 from pixel_helpers import conditions, small
 
 import fastgen
+from fastgen.ops import PixelDistribution, PixelGenerator, PixelProgram
 
 OP = "pixelcnn_generate"
 KINDS = {
@@ -66,3 +67,59 @@ def check(model, batch, size, **given):
     drawn = model.distribution.sample(out, u, 1.0)
     assert torch.equal(torch.where(given["known"], given["given"], drawn) if given else drawn, values)
     return values
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_call_gives_the_same_bits(threads):
+    torch.set_num_threads(threads)
+    model = small("GatedPixelCNN", levels=4)
+    for batch in (1, 2):
+        u = torch.rand(batch, 1, 6, 20)
+        loop, _ = model.generator((6, 20))
+        first = loop.run(u, parameters=True)[1]
+        for _ in range(100):
+            assert torch.equal(loop.run(u, parameters=True)[1], first)
+
+
+@pytest.mark.parametrize("key", ["1x1", "3x3", "row"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_remembered_may_be_made_in_any_phase(threads, key):
+    torch.set_num_threads(threads)
+    p = PixelProgram(features=1)
+    h = p.conv(p.input, torch.randn(8, 1, 3, 3), torch.randn(8), mask="A")
+    row = p.conv(p.input, torch.randn(8, 1, 3, 3), torch.randn(8), mask="vertical")
+    weight, last = torch.randn(8, 1, *((3, 3) if key == "3x3" else (1, 1))), torch.randn(6, 8)
+
+    def remember():
+        return p.relu(row) if key == "row" else p.conv(p.input, weight), p.linear(h, last)
+
+    attended = p.attention(p.linear(h, torch.randn(8, 8)), 6, 2, remember)
+    p.sample(p.linear(attended, torch.randn(4, 6), torch.randn(4), add=p.linear(h, torch.randn(4, 8))), 0)
+    p.finish()
+    make, u = (p, torch.randn(4, 1), PixelDistribution("categorical", 4, 4)), torch.rand(2, 1, 6, 11)
+    values, out = (PixelGenerator(*make, backend=which).run(u, parameters=True) for which in ("cpu", "reference"))
+    assert torch.equal(values[0], out[0])
+    torch.testing.assert_close(values[1], out[1], atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_are_no_parameters_and_options_that_change_are_current():
+    """Whatever a program is made of is compared, not only what the module lists."""
+    model, u = small("PixelSNAIL", levels=4), torch.rand(1, 1, 5, 9)
+    weight = model.head.out.weight.detach().clone()
+    del model.head.out.weight
+    model.head.out.weight = weight
+
+    def parameters(which):
+        loop, plane = model.generator((5, 9), None, torch.float32, which)
+        return loop.run(u, context=plane, parameters=True)[1]
+
+    def check_again():
+        torch.testing.assert_close(parameters("cpu"), parameters("reference"), atol=1e-4, rtol=1e-4)
+
+    check_again()
+    weight.mul_(-2)
+    check_again()
+    for module in model.modules():
+        if hasattr(module, "heads"):
+            module.heads = 1
+    check_again()

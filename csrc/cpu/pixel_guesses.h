@@ -24,6 +24,7 @@ inline std::vector<Instruction> run_late(std::vector<Instruction>& instructions,
   std::vector<Instruction> last(instructions.begin() + drawn, instructions.end()), moved;
   std::vector<int64_t> made;
   for (Instruction& i : last) {
+    if (i.phase != Phase::kPixel) return {};
     i.late = true;
     for (int64_t plane : {i.src, i.other})
       if (!all_rows(plane) && !std::ranges::count(made, plane)) return {};

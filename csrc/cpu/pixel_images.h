@@ -115,7 +115,7 @@ class Images {
   void draw_row(int begin, int end, int64_t y) {
     Side& side = sides_[begin];
     std::ranges::fill(side.pixels, Pixels{0, 0});
-    std::ranges::fill(guessed_, 0);
+    if (begin == 0) std::ranges::fill(guessed_, 0);
     for (int64_t left = n_; left > 0;) {
       const int64_t count = job_.ahead > 1 ? side.rate.pixels_at_once(left, job_.ahead) : 1;
       for (Pixels& at : side.pixels) at.end = std::min(at.begin + count, job_.width);

@@ -26,13 +26,12 @@ from fastgen.models.progress import Progress, reporter
 from fastgen.nn.pixel_context import PixelContext
 from fastgen.nn.pixel_head import PixelHead
 from fastgen.ops import distributions
-from fastgen.ops.pixel_program import Instruction, PixelProgram
+from fastgen.ops.pixel_program import PixelProgram
 from fastgen.ops.pixelcnn_generate import DISTRIBUTIONS, PixelDistribution, PixelGenerator
 
 MOST_LEVELS = 256
 
-_Held = tuple[list[Tensor], list[Instruction], PixelGenerator]  # copies of the weights, and what was made of them
-_generators: WeakKeyDictionary[nn.Module, dict[object, _Held]] = WeakKeyDictionary()
+_generators: WeakKeyDictionary[nn.Module, dict[object, PixelGenerator]] = WeakKeyDictionary()
 
 
 class PixelModel(nn.Module):
@@ -264,15 +263,10 @@ class PixelModel(nn.Module):
         program.finish()
         kept = _generators.setdefault(self, {})
         key = (dtype, resolve("pixelcnn_generate", backend, table.device), table.device, program.context)
-        weights = [*self.parameters(), *self.buffers()]
-        # the values themselves are compared: version counters do not see what is written through `.data`
-        if key in kept:
-            copies, instructions, generator = kept[key]
-            if instructions == program.instructions and _are_equal(copies, weights):
-                return generator.updated(program, table), plane
-        generator = PixelGenerator(program, table, self.distribution, dtype=dtype, backend=key[1])
-        kept[key] = ([weight.detach().clone() for weight in weights], program.instructions, generator)
-        return generator, plane
+        if key in kept and kept[key].is_of(program):
+            return kept[key].updated(program, table), plane
+        kept[key] = PixelGenerator(program, table, self.distribution, dtype=dtype, backend=key[1])
+        return kept[key], plane
 
     def _table(self) -> Tensor:
         """(levels, features): what the network sees of each value."""
@@ -364,12 +358,6 @@ class PixelModel(nn.Module):
 
 
 @torch.no_grad()
-def _are_equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
-    )
-
-
 def sample_naive(
     model: PixelModel,
     batch_size: int,

@@ -104,12 +104,20 @@ class PixelProgram:
     biases: list[Tensor] = field(default_factory=list)
     caches: list[Cache] = field(default_factory=list)
     later: list[Callable[[], object]] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)  # that matrices are made of
+    masks: list[tuple[object, ...]] = field(default_factory=list)
     _matrices: list[Callable[[], Tensor]] = field(default_factory=list)
 
     @property
     def matrices(self) -> list[Tensor]:
         """(O, taps, C) float32, made of the weights as they are now."""
         return [make().contiguous() for make in self._matrices]
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """All but weights and biases."""
+        sizes = [tuple(weight.shape) for weight in self.weights]
+        return self.planes, self.instructions, self.shapes, self.caches, self.masks, sizes
 
     def __post_init__(self) -> None:
         self.input = self._plane(self.features, "pixel")
@@ -144,6 +152,8 @@ class PixelProgram:
         if add >= 0:
             self._check_alike(weight.shape[0], halves, add)
         outs, _, height, width = weight.shape
+        self.weights.append(weight)
+        self.masks.append((mask, colors, offset))
         above, left = height // 2, width // 2
         runs = [(dy, -left, width) for dy in range(-above, 0)]
         # live taps of the pixel's own row, from the left
@@ -247,6 +257,7 @@ class PixelProgram:
             )
         result = self._plane(len(matrix), "back", self.planes[add].halves)
         self._window(x, 0, 1, 1)
+        self.weights.append(matrix)
         shape = (len(matrix), self.planes[add].halves, 1, matrix.shape[1])
         number = self._matrix(lambda: matrix.detach().float()[:, None], shape)
         return self._emit("conv", "back", result, x, add, number, dx=1, extra=1)

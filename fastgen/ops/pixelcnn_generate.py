@@ -98,6 +98,7 @@ class PixelGenerator:
         matrices = program.matrices
         _check_finite(matrices)
         self.distribution, self.dtype = distribution, dtype
+        self._structure, self._weights = program.structure, [w.detach().clone() for w in program.weights]
         self._offsets, self._places = _bias_places(program, table.device)
         self._laid: dict[tuple[int, int], tuple[list[int], list[int], int]] = {}
         self._use(program, table)
@@ -123,8 +124,16 @@ class PixelGenerator:
         if self.backend == "reference":
             self._matrices = [m.to(dtype).float() for m in matrices]
 
+    def is_of(self, program: PixelProgram) -> bool:
+        """Whether a program differs from this generator's in its biases at most."""
+        # the values themselves are compared: version counters do not see what is written through `.data`
+        return self._structure == program.structure and all(
+            copy.dtype == weight.dtype and torch.equal(copy, weight)
+            for copy, weight in zip(self._weights, program.weights, strict=True)
+        )
+
     def updated(self, program: PixelProgram, table: Tensor) -> PixelGenerator:
-        """This generator with the biases and the table of a program whose instructions and matrices are the same."""
+        """This generator with the table, and the biases of a program that it `is_of`."""
         other = copy.copy(self)
         other._use(program, table)
         return other
