@@ -15,7 +15,7 @@ std::map<std::string, bool> cpu_features() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return {
       {"avx2", avx2},
-      {"avx2_vnni", avx2 && fastgen::adds_integer_products()},
+      {"avx2_vnni", avx2 && fastgen::has_avx_vnni()},
       {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},

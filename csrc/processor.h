@@ -30,8 +30,8 @@ inline bool multiplies_pairs() {
 #endif
 }
 
-// Whether it has AVX-VNNI: multiplies pairs of 16-bit integers and adds both products, in vectors of AVX2.
-inline bool adds_integer_products() {
+// Products of pairs of 16-bit integers, added in the same instruction, in vectors of AVX2.
+inline bool has_avx_vnni() {
 #if defined(__x86_64__)
   constexpr unsigned kAvxVnni = 1 << 4;
   unsigned eax, ebx, ecx, edx;

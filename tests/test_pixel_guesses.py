@@ -123,3 +123,11 @@ def test_weights_that_are_no_parameters_and_options_that_change_are_current():
         if hasattr(module, "heads"):
             module.heads = 1
     check_again()
+
+
+def test_biases_for_other_numbers_of_images():
+    p = PixelProgram(features=1)
+    x = p.conv(p.input, torch.randn(4, 1, 1, 3), torch.randn(2, 4), mask="A")
+    p.sample(p.linear(x, torch.randn(3, 4), torch.randn(5, 3)), 0)
+    with pytest.raises(ValueError, match=r"biases are for \[2, 5\] images at once"):
+        PixelGenerator(p, torch.randn(3, 1), PixelDistribution("categorical", 3, 3))

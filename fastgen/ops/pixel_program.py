@@ -33,7 +33,7 @@ KINDS = (
     "conv", "gate", "glu", "relu", "elu", "add", "attention", "remember", "sample", "gelu", "norm", "previous", "lstm",
 )  # fmt: skip
 BLOCK = 16  # channels are padded to whole blocks
-AHEAD = 8  # pixels of an image that the CPU computes at once, at most
+AHEAD = 8  # pixels of an image that the CPU computes at once, at most (kAhead in csrc/cpu/pixel_guesses.h)
 NORM_EPS = 1e-5  # of layer norms
 Phase = Literal["row", "back", "pixel"]
 PHASES: tuple[Phase, ...] = ("row", "back", "pixel")  # in the order in which they run

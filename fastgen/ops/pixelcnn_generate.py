@@ -100,7 +100,7 @@ class PixelGenerator:
         self.distribution, self.dtype = distribution, dtype
         self._structure, self._weights = program.structure, [w.detach().clone() for w in program.weights]
         self._offsets, self._places = _bias_places(program, table.device)
-        self._laid: dict[tuple[int, int], tuple[list[int], list[int], int]] = {}
+        self._layouts: dict[tuple[int, int], tuple[list[int], list[int], int]] = {}
         self._use(program, table)
         self.backend = resolve("pixelcnn_generate", backend, table.device)
         self._shapes = [n for shape in program.shapes for n in shape]
@@ -215,11 +215,11 @@ class PixelGenerator:
                 if report is not None:
                     report(row + 1)
             return values, kept
-        if (height, width) not in self._laid:
+        if (height, width) not in self._layouts:
             planes, caches, size = _layout(self.program, height, width, AHEAD if self.backend == "cpu" else 1)
-            self._laid[height, width] = planes, _encoded(self.program, self._offsets, caches), size
-        planes, instructions, size = self._laid[height, width]
-        memory, biases = uniforms.new_zeros(batch, size), self._biases[:, self._places]
+            self._layouts[height, width] = planes, _encoded(self.program, self._offsets, caches), size
+        planes, instructions, size = self._layouts[height, width]
+        memory, biases = uniforms.new_zeros(batch, size), self._biases.index_select(1, self._places)
         if context is not None:
             context = context.permute(0, 2, 3, 1).float().contiguous()
         rows = 1 if report is not None else max(height, 1)
