@@ -29,10 +29,8 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, int]
 
-    def compile(self, architecture: int) -> Any:
-        """As Triton would for these arguments: what is divisible by 16 is known to be, and a 1 is a constant."""
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
+    def specialized(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+        """(types, constants, attributes), as Triton sees them: what is divisible by 16 is known to be, a 1 is a constant."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         signature, constants, attributes = {}, {}, {}
@@ -47,7 +45,7 @@ class Launch:
                 signature[parameter.name], divisible = f"tensordesc<{of}{value.block_shape}>", False
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
-                divisible = True  # as fresh tensors are
+                divisible = value.data_ptr() % 16 == 0
             elif isinstance(value, float):
                 signature[parameter.name], divisible = "fp32", False
             else:
@@ -55,6 +53,13 @@ class Launch:
                 divisible = value % 16 == 0
             if divisible:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        return signature, constants, attributes
+
+    def compile(self, architecture: int) -> Any:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature, constants, attributes = self.specialized()
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         return compiled_for(source, GPUTarget("cuda", architecture, 32), self.options)
 

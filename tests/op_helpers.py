@@ -14,8 +14,10 @@ from fastgen.backend import HAS_BFLOAT16, INTERPRETED, ON_X86
 
 DEVICE = os.environ.get("FASTGEN_TEST_DEVICE", "cpu")
 KERNELS = "triton" if DEVICE == "cuda" or INTERPRETED else "cpu"  # the backend that is tested
-if INTERPRETED:  # which computes nothing else rightly
-    DTYPES: tuple[torch.dtype, ...] = (torch.float32,)
+if "FASTGEN_TEST_PTX" in os.environ:  # tensors on the CPU, where float16 is not taken
+    DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+elif INTERPRETED:  # which computes nothing else rightly
+    DTYPES = (torch.float32,)
 elif DEVICE == "cuda":
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 else:
