@@ -110,8 +110,10 @@ def store_matrices(m: Machine, i: Instruction, mask: Mask) -> None:
     m.of_shared.store(addresses.reshape(-1), np.ascontiguousarray(stored).reshape(-1, 8))
 
 
-def described(m: Machine, descriptors: Array, rows: int, kind: str, along_rows: bool) -> Array:
-    """(fours of warps, rows, K) of what descriptors say of shared memory, K the 32 bytes of a row.
+def described(
+    m: Machine, descriptors: Array, block: Array, rows: int, kind: str, along_rows: bool
+) -> Array:
+    """(descriptors, rows, K) of what they say of their blocks' shared memory, K the 32 bytes of a row.
 
     along_rows: neighbors are those of one column, not of one row. Rows, or columns, come in eights, `stride` bytes apart,
     each of as many bytes as are swizzled; what is longer goes on `leading` bytes further.
@@ -129,7 +131,7 @@ def described(m: Machine, descriptors: Array, rows: int, kind: str, along_rows: 
         leading, stride = (stride, leading) if along_rows else (leading, stride)
     offset = (outer % 8) * (16 << mode) + (outer // 8) * stride + (inner // width) * leading + (inner % width) * size
     address = swizzled(first + offset, mode)
-    block = np.broadcast_to(m.block[::128, None, None], address.shape)
+    block = np.broadcast_to(block[:, None, None], address.shape)
     places = m.in_shared(block.reshape(-1), address.reshape(-1), size)
     values = m.of_shared.load(places, size).reshape(address.shape)
     return numbers(values, kind) if size == 4 else widened(values, kind).reshape(address.shape)
@@ -152,15 +154,21 @@ def product_of_warps(m: Machine, i: Instruction, mask: Mask) -> None:
         columns, kind = int(shape[4 : shape.index("k")]), i.modifiers[-1]
         sums, a, b, keeps, *flags = i.operands
         turned = [part.text != "0" for part in flags[2:]]  # after the signs
+        there = mask[::128]
+        block = m.block[::128][there]
         k = 8 if kind == "tf32" else 16
-        rows = rows_of(stacked(m, a), kind).reshape(-1, 64, k) if a.parts else np.broadcast_to(m.read(a, "u64"), m.lanes)[::128]
-        descriptors = np.broadcast_to(m.read(b, "u64"), m.lanes)[::128]
+        if a.parts:
+            rows = rows_of(stacked(m, a), kind).reshape(-1, 64, k)[there]
+        else:
+            rows = np.broadcast_to(m.read(a, "u64"), m.lanes)[::128][there]
+        others = np.broadcast_to(m.read(b, "u64"), m.lanes)[::128][there]
         kept = np.broadcast_to(m.read(keeps, "pred"), m.lanes)[::32, None, None]
 
         def finish() -> None:
-            left = rows if a.parts else described(m, rows, 64, kind, turned[0] if turned else False)
-            right = described(m, descriptors, columns, kind, turned[-1] if turned else False)
-            added = (left @ right.swapaxes(1, 2)).reshape(-1, 16, columns)
-            write_sums(m, sums, np.where(kept, sums_of(stacked(m, sums)), 0) + added, mask)
+            left = rows if a.parts else described(m, rows, block, 64, kind, turned[0] if turned else False)
+            right = described(m, others, block, columns, kind, turned[-1] if turned else False)
+            sum_of = np.where(kept, sums_of(stacked(m, sums)), 0).reshape(-1, 64, columns)
+            sum_of[there] += left @ right.swapaxes(1, 2)
+            write_sums(m, sums, sum_of.reshape(-1, 16, columns), mask)
 
         finish() if not m.late else m.products.append(finish)
