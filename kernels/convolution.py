@@ -14,24 +14,39 @@ from torch import Tensor
 
 from .functions import sigmoid, sigmoid_bf16, tanh, tanh_bf16
 from .launch import Plan, cdiv, planned, power_within, precision_of, shared_memory, sum_rows, tiles_of
-from .tiles import Shape, block_of, channels_last, is_last, is_short, is_spread, pixels_of, product, steps_of, tile_for
+from .tiles import (
+    Shape,
+    block_of,
+    channels_last,
+    cond_kind,
+    is_last,
+    is_short,
+    is_spread,
+    pixels_of,
+    product,
+    steps_of,
+    tile_for,
+)
 from .tuning import tuned
 
 
 @triton.jit
 def with_added(  # type: ignore[no-untyped-def]
-    a, b, bias, cond, image, row, index, beyond, rows, cond_stride, cond_step,
-    BIASED: tl.constexpr, CONDITIONED: tl.constexpr,
+    a, b, bias, cond, image, row, index, beyond, rows, size, BIASED: tl.constexpr, CONDITIONED: tl.constexpr
 ):  # fmt: skip
-    """Bias (2 rows) and cond [image][2 rows][pixel] added to both halves."""
+    """Bias (2 rows) and cond added to both halves: CONDITIONED 1, [image][2 rows]; 2, [image][2 rows][size pixels]."""
     if BIASED:
         a += tl.load(bias + row, row < rows, other=0.0).to(tl.float32)[:, None]
         b += tl.load(bias + rows + row, row < rows, other=0.0).to(tl.float32)[:, None]
-    if CONDITIONED:
-        at = cond + ((image.to(tl.int64) * 2 * rows + row) * cond_stride)[:, None] + index[None, :] * cond_step
+    if CONDITIONED == 1:
+        at = cond + image.to(tl.int64) * 2 * rows + row
+        a += tl.load(at, row < rows, other=0.0).to(tl.float32)[:, None]
+        b += tl.load(at + rows, row < rows, other=0.0).to(tl.float32)[:, None]
+    if CONDITIONED == 2:
+        at = cond + ((image.to(tl.int64) * 2 * rows + row) * size)[:, None] + index[None, :]
         known = (row < rows)[:, None] & (beyond[None, :] < 0)
         a += tl.load(at, known, other=0.0).to(tl.float32)
-        b += tl.load(at + tl.cast(rows, tl.int64) * cond_stride, known, other=0.0).to(tl.float32)
+        b += tl.load(at + tl.cast(rows, tl.int64) * size, known, other=0.0).to(tl.float32)
     return a, b
 
 
@@ -98,7 +113,7 @@ def _conv(  # type: ignore[no-untyped-def]
 @triton.jit
 def _gated_conv(  # type: ignore[no-untyped-def]
     x, weight, bias, cond, grad, out, kept, partial, channels, pairs, length, row_tiles, tiles, height, width,
-    cond_stride, cond_step, image_step, row_step, step, taps, pitch, above, left, kernel_width, dilation,
+    image_step, row_step, step, taps, pitch, above, left, kernel_width, dilation,
     PACKED: tl.constexpr, BIASED: tl.constexpr, CONDITIONED: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
     SHORT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -116,7 +131,8 @@ def _gated_conv(  # type: ignore[no-untyped-def]
     pair = first + tl.arange(0, ROWS)
     position = start + tl.arange(0, STEPS)
     index, beyond = pixels_of(position, height, width, pitch, PACKED)
-    a, b = with_added(a, b, bias, cond, image, pair, index, beyond, pairs, cond_stride, cond_step, BIASED, CONDITIONED)
+    size = height * width
+    a, b = with_added(a, b, bias, cond, image, pair, index, beyond, pairs, size, BIASED, CONDITIONED)
     if KEEP and not BACKWARD:
         store_halves(kept, a, b, image, pair, position, pairs, length, image_step, row_step, step)
     known = (pair < pairs)[:, None] & (beyond[None, :] < 0)
@@ -188,9 +204,9 @@ def gated_conv(
     """`conv` and the gate -> out (B, O/2, pixels); kept (B, O, length). With `grad`, that of out: kept is the gradient
     of what goes into the gate. Returns the sums of that, (O, programs) float32.
     """
-    pairs, every = weight.shape[1] // 2, is_spread(cond, shape)
+    pairs = weight.shape[1] // 2
     flags = {
-        "PACKED": not shape.margin, "BIASED": bias is not None, "CONDITIONED": cond is not None,
+        "PACKED": not shape.margin, "BIASED": bias is not None, "CONDITIONED": cond_kind(cond, shape),
         "KEEP": kept is not None, "BACKWARD": grad is not None, "SHORT": is_short(x), "LAST": is_last(x),
         "PRECISION": precision_of(x),
     }  # fmt: skip
@@ -198,19 +214,20 @@ def gated_conv(
     def plan() -> Plan:
         batch, channels, length = x.shape
         sizes = pairs, length, channels
-        heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), paired=True)
+        light = grad is None and kept is None and flags["CONDITIONED"] < 2
+        heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), paired=True, light=light)
         options = tuned("gated_conv" if grad is None else "gated_conv_backward", x, sizes, heuristic)
         side, steps, chunk = options["ROWS"], options["STEPS"], options["CHUNK"]
         # all of kept is written
         row_tiles, tiles = cdiv(pairs, side), cdiv(length if flags["KEEP"] else shape.height * shape.pitch, steps)
         numbers = (
-            channels, pairs, length, row_tiles, tiles, shape.height, shape.width,
-            shape.height * shape.width if every else 1, int(every), *steps_of(kept), *shape.tap_arguments(),
+            channels, pairs, length, row_tiles, tiles, shape.height, shape.width, *steps_of(kept),
+            *shape.tap_arguments(),
         )  # fmt: skip
         blocks = block_of(x, chunk, steps), (side, chunk)
         return Plan(_gated_conv, row_tiles * tiles * batch, numbers, flags | options, blocks, (batch * tiles,))
 
-    made = planned(_gated_conv, (x.shape, x.dtype, pairs, shape, every, steps_of(kept), *flags.values()), plan)
+    made = planned(_gated_conv, (x.shape, x.dtype, pairs, shape, steps_of(kept), *flags.values()), plan)
     partial = x.new_empty(2 * pairs, made.sizes[0] if grad is not None else 0, dtype=torch.float32)
     made.run(tiles_of(x), tiles_of(weight), bias, cond, grad, out, kept, partial)
     return partial

@@ -144,11 +144,15 @@ def shared_by(tile: dict[str, int], bits: int, limit: int, paired: bool = False)
 
 def tile_for(
     rows: int, columns: int, inner: int, bits: int, limit: int = MOST_SHARED, *, paired: bool = False,
-    across: str = "STEPS",
+    light: bool = False, across: str = "STEPS",
 ) -> dict[str, int]:  # fmt: skip
-    """Sides of a product's tile, and how it is run: what tensor cores want and shared memory holds."""
+    """Sides of a product's tile, and how it is run: what tensor cores want and shared memory holds.
+
+    light: what follows a paired product leaves registers for twice the rows. Four warps then have 64 rows of each half
+    for all columns, and read three quarters of the shared memory for a product; tiles do of the cache.
+    """
     exact, plain = bits == 32, limit < MOST_SHARED  # before Hopper a tile's addresses take registers
-    most = 32 if paired and exact else 64 if paired or plain else 128
+    most = 32 if paired and exact else 64 if plain or (paired and not light) else 128
     tile = {
         "ROWS": power_within(rows, 16, most), across: power_within(columns, 16, 64 if paired and exact else 128),
         "CHUNK": power_within(inner, 16, 1024 // bits),
@@ -207,6 +211,11 @@ def by_tap(weight: Tensor, taps: int) -> Tensor:
 def is_spread(cond: Tensor | None, shape: Shape) -> bool:
     """Whether cond (B, O, ...) has a value for each pixel, rather than one for an image."""
     return cond is not None and cond[0, 0].numel() == shape.height * shape.width
+
+
+def cond_kind(cond: Tensor | None, shape: Shape) -> int:
+    """Of cond (B, O, ...): 0, there is none; 1, a value for an image; 2, for each pixel."""
+    return 0 if cond is None else 1 + is_spread(cond, shape)
 
 
 def is_short(x: Tensor) -> bool:

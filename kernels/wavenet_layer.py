@@ -44,7 +44,7 @@ from .launch import (
     sum_rows,
     tiles_of,
 )
-from .tiles import Shape, arranged, block_of, by_tap, is_last, is_short, is_spread, product, steps_of, tile_of
+from .tiles import Shape, arranged, block_of, by_tap, cond_kind, is_last, is_short, product, steps_of, tile_of
 from .tuning import tuned
 
 MOST_GATES = 256  # of a sample, on chip
@@ -87,7 +87,7 @@ def _back(  # type: ignore[no-untyped-def]
 @triton.jit
 def _layer(  # type: ignore[no-untyped-def]
     x, source, weight, bias, cond, out_weight, out_bias, residual, skip, gate_grads, gates_out, partial,
-    steps, tiles, channels, gates, skips, cond_stride, cond_step, image_step, row_step, step, taps, pitch,
+    steps, tiles, channels, gates, skips, image_step, row_step, step, taps, pitch,
     above, left, kernel_width, dilation,
     BIASED: tl.constexpr, CONDITIONED: tl.constexpr, OUT_BIASED: tl.constexpr, BACKWARD: tl.constexpr,
     SHORT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, GATES: tl.constexpr, STEPS: tl.constexpr,
@@ -116,8 +116,7 @@ def _layer(  # type: ignore[no-untyped-def]
         True, False, LAST, PRECISION, GATES, STEPS, CHUNK,
     )  # fmt: skip
     a, b = with_added(
-        a, b, bias, cond, sequence, gate_row, position, position - steps, gates, cond_stride, cond_step, BIASED,
-        CONDITIONED,
+        a, b, bias, cond, sequence, gate_row, position, position - steps, gates, steps, BIASED, CONDITIONED
     )  # fmt: skip
     if BACKWARD:
         t, s = gate(a, b, SHORT)
@@ -172,10 +171,10 @@ def _run(
     gradients that come in, (2H + C + S, programs). live: weights by tap.
     """
     gates, (batch, channels, steps) = out_weight.shape[1], x.shape
-    skips, every = len(out_weight) - channels, is_spread(cond, shape)
+    skips = len(out_weight) - channels
     gate_grads, gates_out = backward or (None, None)
     flags = {
-        "BIASED": bias is not None, "CONDITIONED": cond is not None, "OUT_BIASED": out_bias is not None,
+        "BIASED": bias is not None, "CONDITIONED": cond_kind(cond, shape), "OUT_BIASED": out_bias is not None,
         "BACKWARD": backward is not None, "SHORT": is_short(x), "LAST": is_last(source), "PRECISION": precision_of(x),
     }  # fmt: skip
 
@@ -186,14 +185,13 @@ def _run(
         across, outs, chunk, columns = options["GATES"], options["OUTS"], options["CHUNK"], options["STEPS"]
         tiles = cdiv(steps, columns)
         numbers = (
-            steps, tiles, channels, gates, skips, steps if every else 1, int(every),
-            *steps_of(gate_grads), *shape.tap_arguments(),
+            steps, tiles, channels, gates, skips, *steps_of(gate_grads), *shape.tap_arguments(),
         )  # fmt: skip
         blocks = [block_of(source, chunk, columns), (across, chunk), (outs, across)]
         blocks += [(outs, columns)] * 2 if backward else []
         return Plan(_layer, batch * tiles, numbers, flags | options, tuple(blocks), (batch * tiles,))
 
-    key = x.shape, x.dtype, out_weight.shape, shape, every, steps_of(gate_grads), *flags.values()
+    key = x.shape, x.dtype, out_weight.shape, shape, steps_of(gate_grads), *flags.values()
     made = planned(_layer, key, plan)
     partial = x.new_empty(2 * gates + len(out_weight), made.sizes[0] if backward else 0, dtype=torch.float32)
     ends = [tiles_of(t) if backward else t for t in (residual, skip)]

@@ -21,21 +21,9 @@ import pytest
 import torch
 from hypothesis import register_random, settings
 
-EMULATED = os.environ.get("FASTGEN_TEST_PTX")  # "90", or "90 late": Triton's code for sm_90 is carried out on the CPU
-if EMULATED:
-    import triton  # noqa: F401  of its own functions it decides at import whether they are interpreted
-
-    os.environ["TRITON_INTERPRET"] = "1"  # which fastgen takes as leave to launch kernels on the CPU
-
 import fastgen.backend
 
 sys.path.append(str(Path(__file__).parent))  # for the helpers that several tests import
-
-if EMULATED:
-    del os.environ["TRITON_INTERPRET"]
-    from ptx.launches import emulate
-
-    emulate(int(EMULATED.split()[0]), "late" in EMULATED)
 
 from op_helpers import DEVICE, KERNELS
 

@@ -30,7 +30,7 @@ class Launch:
     options: dict[str, int]
 
     def specialized(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-        """(types, constants, attributes), as Triton sees them: what is divisible by 16 is known to be, a 1 is a constant."""
+        """(types, constants, attributes) as Triton has them: a 1 is a constant, what 16 divides is known to be so."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         signature, constants, attributes = {}, {}, {}

@@ -18,7 +18,14 @@ UNARY: dict[str, Callable[[Array], Array]] = {
 BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
 }  # fmt: skip
-COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+COMPARE = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 ORDER = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}  # other names for unsigned numbers
 FLOATS = {"f16", "f32", "f64"}
 
@@ -88,7 +95,7 @@ def product(a: Array, b: Array, i: Instruction) -> Array:
 
 @handles("mul")
 def multiply(m: Machine, i: Instruction, mask: Mask) -> None:
-    if i.type in FLOATS or "16" in i.type and "f" in i.type:
+    if i.type in FLOATS or ("16" in i.type and "f" in i.type):
         computed(m, i, mask, np.multiply)
     else:
         m.write(i.operands[0], product(*arguments(m, i, i.type), i), mask)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from gpu_code import Launch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import arithmetic, memory, tensor_cores
 from .machine import Machine, Memory
 from .memory import TensorMap
 from .program import Program, parse
 
-assert arithmetic and memory and tensor_cores  # type: ignore[truthy-function]  # they name their instructions
 AT_ONCE = 4096  # threads in lockstep
 
 
@@ -45,8 +43,6 @@ class Compiled:
                 arguments.append(value.data_ptr())
                 tensors.append(value)
             elif kind.startswith("tensordesc"):
-                sides = re.search(r"\[(.*)\]", kind)
-                assert sides
                 arguments += tensor_map(value, next(maps, None))
                 tensors.append(value.base)
             else:
@@ -57,16 +53,16 @@ class Compiled:
         blocks = max(1, AT_ONCE // self.program.threads)
         for first in range(0, grid, blocks):
             part = range(first, min(first + blocks, grid))
-            Machine(
-                self.program, arguments, part, grid, self.compiled.metadata.shared, Memory(ranges), self.late
-            ).run()
+            Machine(self.program, arguments, part, grid, self.compiled.metadata.shared, Memory(ranges), self.late).run()
 
 
 def tensor_map(tiles: Any, known: dict[str, Any] | None) -> list[Any]:
     """The arguments that Triton makes of a descriptor of a tensor: before Hopper its pointer, then a map of it."""
     sizes = [*tiles.shape, *tiles.strides]
     if known is None:
-        return [tiles.base.data_ptr(), *sizes, tiles.padding == "nan", *sizes]
+        # later Tritons than 3.6 ask one thing more
+        more = [tiles.round_f32_to_tf32] if hasattr(TensorDescriptor, "round_f32_to_tf32") else []
+        return [tiles.base.data_ptr(), *sizes, tiles.padding == "nan", *more, *sizes]
     described = TensorMap(
         tiles.base.data_ptr(), tuple(tiles.shape), tuple(tiles.strides), tuple(known["block_size"]),
         known["elem_size"], known["swizzle"], tiles.padding == "nan",

@@ -1,14 +1,15 @@
 """Carries out a kernel's PTX on the CPU: all threads of some blocks in lockstep, a register an array of theirs.
 
-Threads that part go on one place of the program at a time, the first place first, and so meet again where their ways do.
-What a GPU would punish raises: addresses outside of tensors and of shared memory, those that are not aligned, barriers
-and exchanges between threads that have parted, waiting for what never comes. What starts a copy or a product that ends
-later is carried out at the latest moment that the waits leave (`late`), or at once: a missing wait shows in one of both.
+Threads that part are carried on where they are least far in the program, and so meet again where their ways do. What
+a GPU would punish raises a Fault: addresses outside of tensors or of shared memory, or not aligned; barriers, exchanges
+between threads that have parted; waiting for what never comes. Copies and products that end later than they start are
+carried out at once, or with `late` when they are waited for: where a wait is missing, one of both shows it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,6 +30,12 @@ UNWRITTEN = np.full(1, (1 << 64) - 1, np.uint64)  # what a register holds before
 PATIENCE = 1000  # turns of a loop that waits
 Handler = Callable[["Machine", Instruction, Mask], None]
 HANDLERS: dict[str, Handler] = {}
+
+
+def load_handlers() -> None:
+    """The modules that say what instructions do, by `handles`."""
+    for name in ("arithmetic", "memory", "tensor_cores"):
+        importlib.import_module(f"{__package__}.{name}")
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
@@ -105,6 +112,7 @@ class Machine:
     def __init__(
         self, program: Program, arguments: list[Any], blocks: range, grid: int, shared: int, memory: Memory, late: bool
     ) -> None:
+        load_handlers()
         self.program, self.arguments, self.memory, self.late = program, arguments, memory, late
         threads, self.grid, self.shared_bytes = program.threads, grid, -(-shared // 16) * 16
         self.lanes = len(blocks) * threads
@@ -121,8 +129,7 @@ class Machine:
         self.of_shared = Memory([(self.shared.ctypes.data, self.shared.ctypes.data + self.shared.nbytes)])
         self.registers: dict[str, Array] = {}
         self.constants: dict[tuple[str, str], Array] = {}
-        self.place = np.zeros(self.lanes, np.int64)
-        self.alive = np.ones(self.lanes, np.bool_)
+        self.place = np.zeros(self.lanes, np.int64)  # in the program, where threads have parted
         self.started: list[Callable[[], None]] = []  # asynchronous copies that belong to no group yet
         self.groups: list[list[Callable[[], None]]] = []
         self.products: list[Callable[[], None]] = []  # asynchronous ones, likewise
@@ -131,30 +138,26 @@ class Machine:
         self.waited = 0
 
     def run(self) -> None:
-        code, here, together = self.program.instructions, 0, self.alive
-        parted = False
+        code, everyone = self.program.instructions, np.ones(self.lanes, np.bool_)
+        here, parted = 0, False
         with np.errstate(all="ignore"):
             while here < len(code):
-                mask = together
-                if parted:
-                    here = int(self.place[self.alive].min())
-                    mask = self.alive & (self.place == here)
-                    if here == len(code):
-                        return
+                present = self.place == here if parted else everyone
                 instruction = code[here]
+                mask = present
                 if instruction.guard:
                     asked = self.registers[instruction.guard]
-                    mask = mask & (~asked if instruction.negated else asked)
+                    mask = present & (~asked if instruction.negated else asked)
+                going = here + 1  # where those go on that do not branch
                 if instruction.name in ("bra", "ret"):
-                    to = self.program.labels[instruction.operands[0].text] if instruction.name == "bra" else len(code)
-                    going = together if not parted else self.alive & (self.place == here)
-                    if not parted and (not mask.any() or mask.all()):
-                        here = to if mask.any() else here + 1
-                        continue
-                    if not parted:
-                        self.place[:] = here
+                    end = len(code)
+                    to = self.program.labels[instruction.operands[0].text] if instruction.name == "bra" else end
+                    if not parted and mask.any() and not mask.all():
                         parted = True
-                    self.place[going] = here + 1
+                    if not parted:
+                        here = to if mask.any() else going
+                        continue
+                    self.place[present] = going
                     self.place[mask] = to
                 else:
                     try:
@@ -162,11 +165,11 @@ class Machine:
                     except Exception as error:
                         raise Fault(f"{instruction.text}: {error}") from error
                     if not parted:
-                        here += 1
+                        here = going
                         continue
-                    self.place[self.alive & (self.place == here)] = here + 1
-                if parted and (self.place == self.place[0]).all():
-                    parted, here = False, int(self.place[0])
+                    self.place[present] = going
+                here = int(self.place.min())
+                parted = bool((self.place != here).any())
 
     def whole(self, mask: Mask, of: int) -> None:
         """Groups of `of` threads take part as a whole or not at all."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from .machine import KINDS, PATIENCE, Array, Fault, Machine, Mask, handles
+from .machine import KINDS, PARAMETERS, PATIENCE, Array, Fault, Machine, Mask, handles
 from .program import Instruction, Operand
 
 
@@ -19,7 +21,7 @@ def places(m: Machine, i: Instruction, operand: Operand, mask: Mask) -> Array:
 @handles("ld")
 def load(m: Machine, i: Instruction, mask: Mask) -> None:
     if "param" in i.modifiers:
-        value = m.arguments[int(i.operands[1].address.text.rpartition("_")[2])]  # type: ignore[union-attr]
+        value = m.arguments[int(i.operands[1].address.text.rpartition("_")[2])]
         if isinstance(value, float):
             bits = np.array([value], "f4").view("u4")
         else:
@@ -154,7 +156,7 @@ class Barrier:
     missing: int
     bytes: int = 0
     phase: int = 0
-    copies: list[object] | None = None
+    copies: list[Callable[[], None]] = field(default_factory=list)  # that are put off until they are waited for
 
     def turn(self) -> None:
         if self.missing == 0 and self.bytes == 0:
@@ -177,7 +179,7 @@ def mbarrier(m: Machine, i: Instruction, mask: Mask) -> None:
     for key in barriers_of(m, place, mask):
         if what == "init":
             count = int(i.operands[1].text)
-            m.barriers[key] = Barrier(count, count, copies=[])
+            m.barriers[key] = Barrier(count, count)
         elif what == "inval":
             if m.barriers.pop(key).bytes:
                 raise Fault("a barrier ends before its bytes have come")
@@ -197,7 +199,7 @@ def wait(m: Machine, i: Instruction, mask: Mask) -> None:
     for n, key in zip(np.flatnonzero(mask), barriers_of(m, i.operands[1], mask), strict=True):
         barrier = m.barriers[key]
         if barrier.phase == parity[n]:
-            while barrier.copies:  # what was put off until it is waited for
+            while barrier.copies:
                 barrier.copies.pop(0)()
         done[n] = barrier.phase != parity[n]
     m.waited = 0 if done[mask].all() else m.waited + 1
@@ -213,7 +215,7 @@ def swizzled(address: Array, mode: int) -> Array:
 
 @dataclass
 class TensorMap:
-    """What the copy engine knows of a tensor (n, R, C): bytes between rows, the box of a copy, how it lies in shared."""
+    """What the copy engine knows of a tensor: where it lies, the box of a copy, the rows of that in shared memory."""
 
     base: int
     shape: tuple[int, ...]
@@ -241,19 +243,13 @@ def tensor_copy(m: Machine, i: Instruction, mask: Mask) -> None:
     tensor = m.read(source.address, "u64")
     at = [np.broadcast_to(m.read(part, "s32"), m.lanes) for part in reversed(source.parts)]
     for n, key in zip(np.flatnonzero(mask), barriers_of(m, signal, mask), strict=True):
-        tensor_map = m.arguments[int(tensor[n] - (1 << 60)) // 256]
-        block, first, begin = int(m.block[n]), int(to[n]), [int(a[n]) for a in at]
+        tensor_map = m.arguments[(int(tensor[n]) - PARAMETERS) // 256]
         barrier = m.barriers[key]
-
-        def finish(tensor_map=tensor_map, block=block, first=first, begin=begin, barrier=barrier) -> None:  # type: ignore[no-untyped-def]  # noqa: E501
-            box(m, tensor_map, block, first, begin)
-            barrier.bytes -= int(np.prod(tensor_map.box)) * tensor_map.itemsize
-            barrier.turn()
-
+        finish = partial(box, m, tensor_map, int(m.block[n]), int(to[n]), [int(a[n]) for a in at], barrier)
         barrier.copies.append(finish) if m.late else finish()
 
 
-def box(m: Machine, tensor: TensorMap, block: int, first: int, begin: list[int]) -> None:
+def box(m: Machine, tensor: TensorMap, block: int, first: int, begin: list[int], barrier: Barrier) -> None:
     tensor.check()
     if first % 128:
         raise Fault("a box begins at no multiple of 128 bytes")
@@ -265,3 +261,5 @@ def box(m: Machine, tensor: TensorMap, block: int, first: int, begin: list[int])
     values[inside] = m.memory.load(tensor.base + offset[inside] * tensor.itemsize, tensor.itemsize)
     to = swizzled(first + np.arange(len(inside)) * tensor.itemsize, tensor.swizzle)
     m.of_shared.store(m.in_shared(np.full(len(to), block), to, tensor.itemsize), values)
+    barrier.bytes -= values.nbytes
+    barrier.turn()

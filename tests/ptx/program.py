@@ -90,7 +90,7 @@ def parse(text: str) -> Program:
 
 def _add(program: Program, statement: str, scopes: list[str]) -> None:
     if statement.startswith(".reg"):
-        kind, names = re.fullmatch(r"\.reg \.(\w+) (.*)", statement).groups()  # type: ignore[union-attr]
+        kind, names = re.fullmatch(r"\.reg \.(\w+) (.*)", statement).groups()
         for name in split(names):
             if "<" in name:
                 program.families[name[: name.index("<")]] = kind

@@ -110,13 +110,11 @@ def store_matrices(m: Machine, i: Instruction, mask: Mask) -> None:
     m.of_shared.store(addresses.reshape(-1), np.ascontiguousarray(stored).reshape(-1, 8))
 
 
-def described(
-    m: Machine, descriptors: Array, block: Array, rows: int, kind: str, along_rows: bool
-) -> Array:
+def described(m: Machine, descriptors: Array, block: Array, rows: int, kind: str, along_rows: bool) -> Array:
     """(descriptors, rows, K) of what they say of their blocks' shared memory, K the 32 bytes of a row.
 
-    along_rows: neighbors are those of one column, not of one row. Rows, or columns, come in eights, `stride` bytes apart,
-    each of as many bytes as are swizzled; what is longer goes on `leading` bytes further.
+    along_rows: neighbors in memory are those of a column, not of a row. Rows, or columns, come in eights `stride` bytes
+    apart, each of as many bytes as are swizzled; what is longer goes on `leading` bytes further.
     """
     size = 4 if kind == "tf32" else 2
     mode = (0, 3, 2, 1)[int(descriptors[0]) >> 62]

@@ -1,0 +1,19 @@
+"""A plugin of pytest, to be named in PYTEST_PLUGINS: Triton's kernels take tensors on the CPU, by the code for a GPU.
+
+FASTGEN_TEST_PTX=90 carries out what is compiled for sm_90, and asynchronous copies and products at once; "90 late" at
+the last moment.
+"""
+
+import importlib
+import os
+
+
+def start(architecture: str, *late: str) -> None:
+    importlib.import_module("triton")  # at import it decides whether its own functions are interpreted: they are not
+    os.environ["TRITON_INTERPRET"] = "1"  # which fastgen takes as leave to launch kernels on the CPU
+    importlib.import_module("fastgen.backend")
+    del os.environ["TRITON_INTERPRET"]
+    importlib.import_module("ptx.launches").emulate(int(architecture), bool(late))
+
+
+start(*os.environ["FASTGEN_TEST_PTX"].split())
