@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_helpers import DEVICE, DTYPES, KERNELS, compare
+from op_helpers import DEVICE, DTYPES, FLOOR, KERNELS, compare, error
 from test_masked_conv2d import arguments as image_arguments
 from test_nearest_code import exact_distances
 from test_wavenet_layer import arguments, gate_arguments
@@ -85,6 +85,20 @@ def test_images_of_more_channels_than_a_tile_has(mask, cond):
     compare(gated_masked_conv2d, args, torch.float32, mask=mask)
     args.pop("cond", None)
     compare(masked_conv2d, args, torch.float32, mask=mask)
+
+
+@pytest.mark.parametrize("cond", ["none", "position", "image"])
+@pytest.mark.parametrize("dtype", DTYPES[-1:], ids=str)
+def test_a_gate_whose_sums_nobody_keeps(dtype, cond):
+    """More rows of it fit a tile then."""
+    args = {
+        k: v if v is None else v.to(DEVICE, dtype) for k, v in image_arguments(2, 70, 5, 6, 140, (3, 3), cond).items()
+    }
+    with torch.no_grad():
+        out = gated_masked_conv2d(**args, mask="B", backend="triton")
+        exact = {k: v if v is None else v.double() for k, v in args.items()}
+        expected = gated_masked_conv2d(**exact, mask="B", backend="reference")
+    assert error(out, expected) < FLOOR[dtype]
 
 
 @pytest.mark.parametrize("which", range(5))
