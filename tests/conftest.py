@@ -31,7 +31,8 @@ if DEVICE == "cuda":
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # its products are then deterministic
 
 REQUIRED = {name.strip() for name in os.environ.get("FASTGEN_REQUIRE", "").split(",") if name.strip()}
-INTEGER_PRODUCTS = {"nearest_code", "wavenet_generate", "pixelcnn_generate"}
+INTEGER_PRODUCTS = {"nearest_code", "wavenet_generate", "pixelcnn_generate"}  # in which VNNI is all of a difference
+PAIRS = INTEGER_PRODUCTS | {"wavenet_layer", "masked_conv2d", "conv2d"}  # ... and instructions for bfloat16
 CPU_FEATURE = {"generic": None} | {isa: isa for isa in fastgen.backend.ISAS[1:]}
 
 _counts: Counter[str] = Counter()
@@ -186,6 +187,8 @@ def run_under(need_isa: Callable[[str], None], again: Callable[..., None]) -> Ca
         need_isa(isa)
         if isa == "avx2_vnni" and INTEGER_PRODUCTS.isdisjoint(names):
             pytest.skip("avx2_vnni differs from avx2 where integers are multiplied, which is not here")
+        if (isa, fastgen.backend.cpu_isa) == ("avx512", "avx512_vnni") and PAIRS.isdisjoint(names):
+            pytest.skip("avx512 differs from this process's own where pairs are multiplied, which is not here")
         if isa == fastgen.backend.cpu_isa and os.environ.get("FASTGEN_TEST_DEVICE", "cpu") == "cpu":
             pytest.skip(f"{isa} is this process's own: the tests run here as they are")
         code = f"import fastgen.backend as b; assert b.cpu_isa == {isa!r}, b.cpu_isa"

@@ -11,20 +11,22 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="starts what is nested itsel
 
 RESULTS = {  # files of tests, and which of them
     "layers": (
-        ["wavenet_layer", "masked_conv2d", "triton_paths"],
-        "(matches_reference and local and 64) or (vertical_stacks and bfloat16) or nobody_keeps or (channels_first and "
-        "48-16-local-True)",
+        ["wavenet_layer", "masked_conv2d"],
+        "(matches_reference and local and 64) or saturated or (vertical_stacks and bfloat16)",
     ),
     "codes": (
         ["nearest_code", "code_statistics", "vector_quantize"],
         "(float32_answer and gaussian) or update_matches or (matches_reference and 211 and rotation) or 1000",
     ),
     "elements": (["affine_coupling", "actnorm"], "values_and_gradients and (exp or actnorm) and sizes5"),
+    "paths": (["triton_paths"], "gate or layer or images or memory"),
+    "paths of single elements": (["triton_paths"], "sizes_of_one"),
+    "paths of the search": (["triton_paths"], "long or undecided"),
 }
+TARGETS = {what: ("90",) if "paths" in what else ("80", "90", "90 late") for what in RESULTS}
 
 
-@pytest.mark.parametrize("target", ["80", "90", "90 late"])
-@pytest.mark.parametrize("what", RESULTS)
+@pytest.mark.parametrize(("what", "target"), [(what, target) for what in RESULTS for target in TARGETS[what]])
 def test_results_by_the_code_for_a_gpu(what, target, again):
     pytest.importorskip("triton", reason="pip install triton")
     files, selection = RESULTS[what]

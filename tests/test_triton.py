@@ -12,26 +12,17 @@ from fastgen import backend
 pytest.importorskip("triton", reason="pip install triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in the interpreter")
 
-OPS = {  # the test file of each, and which of its tests
-    "affine_coupling": (
-        "affine_coupling",
-        "values_and_gradients or layouts or masks or halves or behind or large_scales or overflow or one_gradient",
-    ),
-    "actnorm": ("actnorm", "values_and_gradients"),
-    "nearest_code": ("nearest_code", "float32_answer and not (sphere or clusters or integers or dominates or uniform)"),
-    "vector_quantize": ("vector_quantize", "matches_reference and not anywhere"),
-    "code_statistics": ("code_statistics", "(matches_reference and not anywhere) or without_coordinates"),
+OPS = {  # the test file of each, and a few of its tests: test_ptx.py runs more, faster than the interpreter
+    "affine_coupling": ("affine_coupling", "(values_and_gradients and sizes5) or overflow"),
+    "actnorm": ("actnorm", "values_and_gradients and sizes4"),
+    "nearest_code": ("nearest_code", "float32_answer and gaussian"),
+    "vector_quantize": ("vector_quantize", "matches_reference and 31"),
+    "code_statistics": ("code_statistics", "(matches_reference and 1000) or without_coordinates"),
     "update_codebook": ("code_statistics", "update_matches or codes_stay"),
-    "gated_causal_conv1d": ("wavenet_layer", "gate_alone and local"),
-    "masked_conv2d": (
-        "masked_conv2d",
-        "(matches_reference and not anywhere and not 64) or behind or nan_reaches or live_tap",
-    ),
-    "gated_masked_conv2d": ("masked_conv2d", "colors or empty or two_runs or strided or without_bias"),
-    "wavenet_layer": (
-        "wavenet_layer",
-        "(matches_reference and local) or without_biases or poison or causal or stays or saturated",
-    ),
+    "gated_causal_conv1d": ("wavenet_layer", "gate_alone and local and 64"),
+    "masked_conv2d": ("masked_conv2d", "(weights_behind and 3) or nan_reaches or live_tap"),
+    "gated_masked_conv2d": ("masked_conv2d", "vertical_stacks or empty"),
+    "wavenet_layer": ("wavenet_layer", "(matches_reference and local and 64) or without_biases"),
 }
 
 
@@ -40,11 +31,6 @@ def test_results_in_the_interpreter(op, again):
     check = f"from fastgen import backend; assert backend.why_not({op!r}, 'triton') is None"
     file, selection = OPS[op]
     again(selection, file, check=check, TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
-
-
-@pytest.mark.parametrize("paths", ["memory or gate", "layer or gates or images or sizes", "long or undecided"])
-def test_paths_in_the_interpreter(paths, again):
-    again(paths, "triton_paths", check="pass", TRITON_INTERPRET="1", FASTGEN_BACKEND="triton")
 
 
 @pytest.mark.parametrize("op", OPS)

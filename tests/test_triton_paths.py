@@ -1,4 +1,4 @@
-"""Paths through the Triton kernels that the ops' own tests do not take: in the interpreter, and on a GPU."""
+"""Paths through the Triton kernels that the ops' own tests do not take: by test_ptx.py, and on a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from fastgen.ops import gated_causal_conv1d, gated_masked_conv2d, masked_conv2d,
 
 pytest.importorskip("triton", reason="pip install triton")
 pytestmark = [
-    pytest.mark.skipif(KERNELS != "triton", reason="test_triton.py runs these in Triton's interpreter"),
+    pytest.mark.skipif(KERNELS != "triton", reason="test_ptx.py runs these"),
     pytest.mark.on_device,
 ]
 CONDITIONS = ("none", "local", "constant")
