@@ -204,9 +204,9 @@ def gated_conv(
     """`conv` and the gate -> out (B, O/2, pixels); kept (B, O, length). With `grad`, that of out: kept is the gradient
     of what goes into the gate. Returns the sums of that, (O, programs) float32.
     """
-    pairs = weight.shape[1] // 2
+    pairs, conditioned = weight.shape[1] // 2, cond_kind(cond, shape)
     flags = {
-        "PACKED": not shape.margin, "BIASED": bias is not None, "CONDITIONED": cond_kind(cond, shape),
+        "PACKED": not shape.margin, "BIASED": bias is not None, "CONDITIONED": conditioned,
         "KEEP": kept is not None, "BACKWARD": grad is not None, "SHORT": is_short(x), "LAST": is_last(x),
         "PRECISION": precision_of(x),
     }  # fmt: skip
@@ -214,9 +214,10 @@ def gated_conv(
     def plan() -> Plan:
         batch, channels, length = x.shape
         sizes = pairs, length, channels
-        light = grad is None and kept is None and flags["CONDITIONED"] < 2
+        light = grad is None and kept is None and conditioned < 2
         heuristic = tile_for(*sizes, 8 * x.element_size(), shared_memory(x), paired=True, light=light)
-        options = tuned("gated_conv" if grad is None else "gated_conv_backward", x, sizes, heuristic)
+        kind = "gated_conv" if light else "gated_conv_kept" if grad is None else "gated_conv_backward"
+        options = tuned(kind, x, sizes, heuristic)
         side, steps, chunk = options["ROWS"], options["STEPS"], options["CHUNK"]
         # all of kept is written
         row_tiles, tiles = cdiv(pairs, side), cdiv(length if flags["KEEP"] else shape.height * shape.pitch, steps)

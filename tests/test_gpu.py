@@ -12,6 +12,7 @@ from fastgen.ops import (
     code_statistics,
     gated_causal_conv1d,
     gated_masked_conv2d,
+    image_lstm,
     masked_conv2d,
     nearest_code,
     vector_quantize,
@@ -43,6 +44,7 @@ CALLS = {
     "wavenet_layer": lambda *a: wavenet_layer(*a, dilation=4, backend="triton"),
     "masked_conv2d": lambda *a: masked_conv2d(*a, mask="B", backend="triton"),
     "gated_masked_conv2d": lambda *a: gated_masked_conv2d(*a, mask="B", backend="triton"),
+    "image_lstm": lambda *a: image_lstm(*a, backend="triton"),
 }
 SIZES = {
     "affine_coupling": [(3, 6, 33, 7), (3, 6, 33, 7)],
@@ -54,6 +56,7 @@ SIZES = {
     "wavenet_layer": [(2, 16, 61), (32, 16, 2), (32,), (24, 16), (24,), (2, 32, 1)],
     "masked_conv2d": [(2, 16, 6, 8), (32, 16, 3, 3), (32,)],
     "gated_masked_conv2d": [(2, 16, 6, 8), (32, 16, 3, 3), (32,), (2, 32, 6, 8)],
+    "image_lstm": [(2, 64, 6, 8), (64, 16, 3)],
 }
 LONG = (1 << 31) // 48 // 16 * 16 + 16  # of 3 x 16 channels
 SIDE = 6690  # of an image with a bit more pixels than that

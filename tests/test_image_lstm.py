@@ -1,10 +1,10 @@
-"""image_lstm: values and gradients against the float64 reference, for every ISA."""
+"""image_lstm: values and gradients against the float64 reference, for every ISA and for Triton."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_helpers import DTYPES, compare, run
+from op_helpers import DEVICE, DTYPES, EXACT, EXAMPLES, KERNELS, compare, cpu_only, run
 
 import fastgen
 from fastgen import backend
@@ -37,7 +37,7 @@ def arguments(batch, states, height, width, taps=3, seed=0):
 
 
 def floats(args):
-    return {k: v.float() for k, v in args.items()}
+    return {k: v.to(DEVICE, torch.float32) for k, v in args.items()}
 
 
 def explicit(gates, weight, diagonal):
@@ -59,17 +59,18 @@ def explicit(gates, weight, diagonal):
 
 @pytest.fixture(autouse=True)
 def _needs_kernels(need, one_thread):
-    need("image_lstm", "cpu")
+    need("image_lstm", KERNELS)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_definition(shape, ran):
-    args, diagonal = arguments(*shape), not shape[4]
+    diagonal, close = not shape[4], 1e-12 if KERNELS == "cpu" else 1e-5
+    args = {k: v.to(DEVICE, EXACT) for k, v in arguments(*shape).items()}
     exact = explicit(**args, diagonal=diagonal)
-    for which in ("cpu", "reference"):
+    for which in (KERNELS, "reference"):
         with ran("image_lstm", which):
             got = image_lstm(**args, diagonal=diagonal, backend=which)
-        torch.testing.assert_close(got, exact, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(got, exact, atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,7 +79,7 @@ def test_matches_reference(shape, dtype):
     compare(image_lstm, arguments(*shape), dtype, diagonal=not shape[4])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(0, 3), states=st.integers(1, 40), height=st.integers(1, 20), width=st.integers(1, 20),
     taps=st.sampled_from([0, 1, 3, 5]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
@@ -92,6 +93,7 @@ def test_every_instruction_set(isa, run_under):
     run_under(isa, "matches or definition or bits", "image_lstm")
 
 
+@cpu_only("threads")
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_any_number_of_threads(threads, batch):
@@ -103,16 +105,16 @@ def test_any_number_of_threads(threads, batch):
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_strided_and_expanded_inputs(diagonal):
     args = floats(arguments(3, 6, 8, 9, 0 if diagonal else 3))
-    plain = image_lstm(**args, diagonal=diagonal, backend="cpu")
+    plain = image_lstm(**args, diagonal=diagonal, backend=KERNELS)
     gates = args["gates"].contiguous(memory_format=torch.channels_last)
     weight = args["weight"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert not gates.is_contiguous()
-    assert torch.equal(plain, image_lstm(gates, weight, diagonal=diagonal, backend="cpu"))
+    assert torch.equal(plain, image_lstm(gates, weight, diagonal=diagonal, backend=KERNELS))
     one = args["gates"][:1].expand(3, -1, -1, -1)
-    assert torch.equal(image_lstm(one, args["weight"], diagonal=diagonal, backend="cpu")[2], plain[0])
+    assert torch.equal(image_lstm(one, args["weight"], diagonal=diagonal, backend=KERNELS)[2], plain[0])
 
 
-@pytest.mark.parametrize("which", ["cpu", "reference"])
+@pytest.mark.parametrize("which", [KERNELS, "reference"])
 @pytest.mark.parametrize("sizes", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)])
 def test_empty(sizes, which):
     for taps in (0, 3):
@@ -126,11 +128,11 @@ def test_empty(sizes, which):
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_two_runs_give_the_same_bits(diagonal):
     args = arguments(3, 20, 9, 11, 0 if diagonal else 3)
-    runs = [run(image_lstm, args, torch.float32, "cpu", diagonal=diagonal) for _ in range(3)]
+    runs = [run(image_lstm, args, torch.float32, KERNELS, diagonal=diagonal) for _ in range(3)]
     for other in runs[1:]:
         for name, value in other.items():
             assert torch.equal(value, runs[0][name]), name
-    alone = image_lstm(args["gates"][1:2].float(), args["weight"].float(), diagonal=diagonal)
+    alone = image_lstm(floats(args)["gates"][1:2], floats(args)["weight"], diagonal=diagonal)
     assert torch.equal(alone, runs[0]["out[0]"][1:2]), "an image in a batch is the image alone"
 
 
@@ -140,10 +142,10 @@ def test_gates_that_are_out_of_range(diagonal):
     args = floats(arguments(1, 4, 6, 7, 0 if diagonal else 3))
     args["gates"] *= 1e4
     torch.testing.assert_close(
-        image_lstm(**args, diagonal=diagonal, backend="cpu"), image_lstm_reference(**args, diagonal=diagonal)
+        image_lstm(**args, diagonal=diagonal, backend=KERNELS), image_lstm_reference(**args, diagonal=diagonal)
     )
     args["gates"][0, :, 3, 3] = float("nan")
-    seen = image_lstm(**args, diagonal=diagonal, backend="cpu").isnan().any(1)
+    seen = image_lstm(**args, diagonal=diagonal, backend=KERNELS).isnan().any(1)
     expected = image_lstm_reference(**args, diagonal=diagonal).isnan().any(1)
     if not diagonal:  # whose reference makes NaN of what is multiplied by nothing
         assert torch.equal(seen, expected)
@@ -151,12 +153,14 @@ def test_gates_that_are_out_of_range(diagonal):
     assert not seen[0, :3].any()
 
 
+@cpu_only("float64")
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_gradcheck(diagonal):
     args = tuple(v.requires_grad_() for v in arguments(1, 2, 3, 4, 0 if diagonal else 3).values())
-    assert torch.autograd.gradcheck(lambda *v: image_lstm(*v, diagonal=diagonal, backend="cpu"), args)
+    assert torch.autograd.gradcheck(lambda *v: image_lstm(*v, diagonal=diagonal, backend=KERNELS), args)
 
 
+@cpu_only("the schemas are the same")
 def test_opcheck():
     for taps in (0, 3):
         gates, weight = floats(arguments(2, 3, 5, 6, taps)).values()
@@ -167,6 +171,7 @@ def test_opcheck():
         torch.library.opcheck(ops.image_lstm_backward.default, (h, weight, kept, not taps))
 
 
+@cpu_only("traces on the CPU")
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_compile_fullgraph_forward_backward_and_dynamic(diagonal):
     torch._dynamo.reset()
@@ -180,6 +185,7 @@ def test_compile_fullgraph_forward_backward_and_dynamic(diagonal):
                 torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@cpu_only("autocast of the CPU")
 def test_meta_autocast_and_functional_grad():
     gates, weight = floats(arguments(2, 3, 5, 6)).values()
     assert image_lstm(gates.to("meta"), weight.to("meta")).shape == (2, 3, 5, 6)
@@ -216,6 +222,7 @@ BAD = {
 }
 
 
+@cpu_only("errors name what the CPU takes")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     change, kind, message = BAD[case]

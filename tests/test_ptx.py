@@ -18,6 +18,7 @@ RESULTS = {  # files of tests, and which of them
         ["nearest_code", "code_statistics", "vector_quantize"],
         "(float32_answer and gaussian) or update_matches or (matches_reference and 211 and rotation) or 1000",
     ),
+    "images": (["image_lstm"], "matches_reference and bfloat16 and not (anywhere or 28)"),
     "elements": (["affine_coupling", "actnorm"], "values_and_gradients and (exp or actnorm) and sizes5"),
     "paths": (["triton_paths"], "gate or layer or images or memory"),
     "paths of single elements": (["triton_paths"], "sizes_of_one"),

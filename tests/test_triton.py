@@ -23,6 +23,7 @@ OPS = {  # the test file of each, and a few of its tests: test_ptx.py runs more,
     "masked_conv2d": ("masked_conv2d", "(weights_behind and 3) or nan_reaches or live_tap"),
     "gated_masked_conv2d": ("masked_conv2d", "vertical_stacks or empty"),
     "wavenet_layer": ("wavenet_layer", "(matches_reference and local and 64) or without_biases"),
+    "image_lstm": ("image_lstm", "matches_reference and 2 and 3 and 5 and 6 and not anywhere"),
 }
 
 

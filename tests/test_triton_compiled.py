@@ -25,6 +25,7 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 SPILLS = {("3.7", "_grad_weight", 80), ("3.7", "_prepare", 80)}  # versions of Triton that spill what others do not
 STACK = 20  # stores to it: a few numbers are put there by ptxas even where registers are free, of a tile hundreds
 PRODUCTS = ("_conv", "_gated_conv", "_grad_weight", "_layer", "_search")
+LINES = ("_lstm", "_lstm_backward")  # of images, which begin anywhere
 SAME_IN_ALL = ("_sum_rows", "_settle", "_summarize", "_sizes", "_codes")  # whatever the dtype, they see the same
 
 
@@ -142,6 +143,17 @@ def masked_conv2d(dtype, gated=False, channels=0) -> list[Launch]:
     return launches
 
 
+def image_lstm(dtype, diagonal=False, states=64) -> list[Launch]:
+    from fastgen.kernels import image_lstm as module
+
+    gates, weight = torch.empty(2, 4 * states, 28, 28, dtype=dtype), torch.empty(4 * states, states, 3, dtype=dtype)
+    weight = weight[:, :, :2].contiguous() if diagonal else weight
+    with recorded(module) as launches:
+        h, kept = module.image_lstm(gates, weight, diagonal, True)
+        module.image_lstm_backward(h, weight, kept, diagonal)
+    return launches
+
+
 def sums(dtype) -> list[Launch]:
     from fastgen.kernels import launch
 
@@ -164,6 +176,7 @@ CASES = {  # compiled for every architecture in every dtype
     "gated_causal_conv1d": gated_causal_conv1d,
     "wavenet_layer": wavenet_layer,
     "gated_masked_conv2d": lambda dtype: masked_conv2d(dtype, gated=True)[:3],  # the rest is as above
+    "image_lstm": image_lstm,
     "sums": sums,
 }
 VARIANTS = {  # each for some, since what differs is not what differs between those
@@ -184,6 +197,7 @@ VARIANTS = {  # each for some, since what differs is not what differs between th
     },
     "wavenet_layer 256": (partial(wavenet_layer, channels=256), F16, 90),
     "masked_conv2d": (masked_conv2d, BF16, 90),
+    "image_lstm diagonal": (partial(image_lstm, diagonal=True, states=128), BF16, 90),
     **{
         f"{name} of 1": (partial(case, channels=1), BF16, 90)  # Triton makes a constant of an argument that is 1
         for name, case in (
@@ -256,7 +270,9 @@ def test_machine_code(name, monkeypatch):
             assert compiled.metadata.shared <= expected_shared(launch, SHARED_MEMORY[architecture]), what
         if name.endswith((" of 1", " 8")):
             continue
-        if kernel in PRODUCTS and kernel != "_search":
+        if kernel in LINES:
+            assert dtype == F32 or "HMMA" in text, f"{what}: no tensor cores"
+        elif kernel in PRODUCTS and kernel != "_search":
             # before Hopper there is no copy engine, and loads of a tile that may begin anywhere are narrow
             assert architecture < 90 or "UTMALDG.3D" in text, f"{what}: no tile comes by the copy engine"
         elif kernel in PRODUCTS:

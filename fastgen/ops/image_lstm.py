@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import autocast, check, check_tensor, differentiates, first_order, quick_apply
 
 CHANNELS = 16  # the kernel stores a multiple of
@@ -70,6 +70,13 @@ def unskewed(x: Tensor, width: int) -> Tensor:
     return flat.view(batch, channels, height, width + height)[..., :width]
 
 
+def kept_values(weight: Tensor, height: int, width: int, diagonal: bool) -> int:
+    """How many numbers the backward needs of an image: four gates, h and c, with margins."""
+    margin = 1 if diagonal else weight.shape[2] // 2
+    places = (height + 1) * (width + 2 * margin) + 2 * margin
+    return places * 6 * (-(-weight.shape[1] // CHANNELS) * CHANNELS)
+
+
 lib.define("image_lstm(Tensor gates, Tensor weight, bool diagonal, bool keep) -> (Tensor, Tensor)")
 lib.define("image_lstm_backward(Tensor grad, Tensor weight, Tensor kept, bool diagonal) -> (Tensor, Tensor)")
 
@@ -77,9 +84,7 @@ lib.define("image_lstm_backward(Tensor grad, Tensor weight, Tensor kept, bool di
 @torch.library.register_fake("fastgen::image_lstm", lib=lib)
 def _(gates: Tensor, weight: Tensor, diagonal: bool, keep: bool) -> tuple[Tensor, Tensor]:
     batch, _, height, width = gates.shape
-    margin = 1 if diagonal else weight.shape[2] // 2
-    places = (height + 1) * (width + 2 * margin) + 2 * margin
-    values = places * 6 * (-(-weight.shape[1] // CHANNELS) * CHANNELS)  # four gates, h and c
+    values = kept_values(weight, height, width, diagonal)
     kind = torch.promote_types(gates.dtype, torch.float32)
     return gates.new_empty(batch, weight.shape[1], height, width), gates.new_empty(batch, values * keep, dtype=kind)
 
@@ -88,6 +93,9 @@ def _(gates: Tensor, weight: Tensor, diagonal: bool, keep: bool) -> tuple[Tensor
 def _(grad: Tensor, weight: Tensor, kept: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
     batch, _, height, width = grad.shape
     return grad.new_empty(batch, weight.shape[0], height, width), weight.new_empty(weight.shape)
+
+
+has_triton_kernels("image_lstm", "image_lstm_backward")
 
 
 @quick_apply

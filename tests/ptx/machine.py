@@ -25,7 +25,7 @@ KINDS = {
     **{f"{k}{8 * n}": np.dtype(f"{'i' if k == 's' else 'u'}{n}") for k in "bsu" for n in (1, 2, 4, 8)},
 }  # fmt: skip
 KINDS |= {"bf16": KINDS["u16"], "bf16x2": KINDS["u32"], "f16x2": KINDS["u32"], "tf32": KINDS["f32"]}
-PARAMETERS = 1 << 60  # addresses of parameters, 256 bytes apart
+PARAMETERS = 7 << 28  # addresses of parameters, 256 bytes apart, which some take for numbers of 32 bits
 UNWRITTEN = np.full(1, (1 << 64) - 1, np.uint64)  # what a register holds before: NaN, whatever it is taken for
 PATIENCE = 1000  # turns of a loop that waits
 Handler = Callable[["Machine", Instruction, Mask], None]

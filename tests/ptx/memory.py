@@ -148,6 +148,14 @@ def vote(m: Machine, i: Instruction, mask: Mask) -> None:
     m.write(i.operands[0], np.repeat(out, 32), mask)
 
 
+@handles("redux")
+def reduce(m: Machine, i: Instruction, mask: Mask) -> None:
+    m.whole(mask, 32)
+    warps = np.broadcast_to(m.read(i.operands[1], i.type), m.lanes).reshape(-1, 32)
+    of = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
+    m.write(i.operands[0], np.repeat(of[i.modifiers[1]].reduce(warps, 1, dtype=warps.dtype), 32), mask)
+
+
 @dataclass
 class Barrier:
     """Of mbarrier: it turns to the next phase when all have arrived and all bytes have come."""
