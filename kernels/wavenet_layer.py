@@ -182,6 +182,10 @@ def _run(
         kernel = "layer" if backward is None else "layer_backward"
         heuristic = options_for(gates, channels, 8 * x.element_size(), shared_memory(x), backward=backward is not None)
         options = tuned(kernel, x, (gates, channels, skips), heuristic)
+        if backward and options["num_stages"] == 2 and shared_memory(x) >= MOST_SHARED:
+            # with two stages Triton has one place for the gradient that is summed too: the copy engine would write the
+            # next tile there while tensor cores still read this one
+            options = options | {"num_stages": 3}
         across, outs, chunk, columns = options["GATES"], options["OUTS"], options["CHUNK"], options["STEPS"]
         tiles = cdiv(steps, columns)
         numbers = (

@@ -70,6 +70,12 @@ def test_a_layer_with_channels_first(steps, dilation, taps, cond):
     assert [(run["LAST"], run["BACKWARD"]) for run in launches] == [(False, False), (False, True)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_whose_tiles_are_as_large_as_they_get(dtype):
+    """Its backward has several tiles of the gradients that come in, which are summed and multiplied."""
+    compare(wavenet_layer, arguments(1, 3, 16, 130, 2, 65, "constant"), dtype, dilation=2)
+
+
 @pytest.mark.parametrize("cond", CONDITIONS)
 @pytest.mark.parametrize("biased", [False, True])
 def test_more_gates_than_are_held_on_chip(cond, biased):
