@@ -23,7 +23,9 @@ def check(x, indices, num_codes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(0, 1, 1), (1, 1, 1), (7, 3, 5), (1000, 33, 17), (300, 1000, 8), (20000, 2, 3)])
+@pytest.mark.parametrize(
+    "size", [(0, 1, 1), (1, 1, 1), (7, 3, 5), (1000, 33, 17), (300, 1000, 8), (20000, 2, 3)], ids=str
+)
 def test_matches_reference(size, dtype, ran):
     n, k, d = size
     indices = torch.randint(-1, k, (n,))

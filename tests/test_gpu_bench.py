@@ -46,7 +46,7 @@ def test_a_rehearsal_of_tuning(python, tmp_path):
     printed = rehearsed(python, "tune.py", "--out", str(tmp_path / "table.json"))
     tried = {line.split(": ")[1].split()[0] for line in printed.splitlines() if "x by " in line}
     assert tried == {
-        "scan", "conv", "gated_conv", "gated_conv_backward", "grad_weight", "layer", "layer_backward"
+        "scan", "conv", "gated_conv", "gated_conv_kept", "gated_conv_backward", "grad_weight", "layer", "layer_backward"
     }  # fmt: skip
     assert {key.split()[0] for key in json.loads((tmp_path / "table.json").read_text())} <= tried
 

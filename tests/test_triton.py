@@ -19,10 +19,10 @@ OPS = {  # the test file of each, and a few of its tests: test_ptx.py runs more,
     "vector_quantize": ("vector_quantize", "matches_reference and 31"),
     "code_statistics": ("code_statistics", "(matches_reference and 1000) or without_coordinates"),
     "update_codebook": ("code_statistics", "update_matches or codes_stay"),
-    "gated_causal_conv1d": ("wavenet_layer", "gate_alone and local and 64"),
+    "gated_causal_conv1d": ("wavenet_layer", "gate_alone and (local or constant) and 64"),
     "masked_conv2d": ("masked_conv2d", "(weights_behind and 3) or nan_reaches or live_tap"),
     "gated_masked_conv2d": ("masked_conv2d", "vertical_stacks or empty"),
-    "wavenet_layer": ("wavenet_layer", "(matches_reference and local and 64) or without_biases"),
+    "wavenet_layer": ("wavenet_layer", "(matches_reference and (local or constant) and 64) or without_biases"),
     "image_lstm": ("image_lstm", "matches_reference and 2 and 3 and 5 and 6 and not anywhere"),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .machine import KINDS, Array, Machine, Mask, handles
+from .machine import KINDS, Array, Fault, Machine, Mask, handles
 from .program import Instruction
 
 UNARY: dict[str, Callable[[Array], Array]] = {
@@ -53,6 +53,8 @@ def arguments(m: Machine, i: Instruction, kind: str) -> list[Array]:
 
 def computed(m: Machine, i: Instruction, mask: Mask, function: Callable[..., Array]) -> None:
     """The function of the operands in the instruction's type; narrow floats are computed in float32 and rounded."""
+    if "sat" in i.modifiers:
+        raise Fault("results that are clamped")
     kind = i.type
     values = arguments(m, i, kind)
     if kind in ("bf16", "bf16x2", "f16", "f16x2"):
@@ -253,7 +255,7 @@ def convert(m: Machine, i: Instruction, mask: Mask) -> None:
             out = rounded(value.astype("f4"), to)
         elif to == "tf32":
             bits = np.broadcast_to(value, m.lanes).copy().view("u4")
-            out = (bits + 0x1000) & 0xFFFFE000
+            out = np.where(np.isnan(value), bits, (bits + 0x1000) & 0xFFFFE000).astype("u4")
         elif value.dtype.kind == "f" and np.dtype(KINDS[to]).kind != "f":
             how = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
             whole = next(how[part] for part in i.modifiers if part in how)(value.astype("f8"))

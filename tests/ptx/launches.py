@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from gpu_code import Launch
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .machine import Machine, Memory
 from .memory import TensorMap
 from .program import Program, parse
 
-AT_ONCE = 4096  # threads in lockstep
+AT_ONCE = 4096  # threads that a machine has
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 
 
 class Compiled:
@@ -23,6 +26,8 @@ class Compiled:
         self.launch, self.late = launch, late
         self.compiled = launch.compile(architecture)
         self.program: Program = parse(self.compiled.asm["ptx"])
+        if self.compiled.metadata.shared > SHARED_MEMORY[architecture]:
+            raise OutOfResources(self.compiled.metadata.shared, SHARED_MEMORY[architecture], "shared memory")
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*args: Any) -> None:
@@ -70,11 +75,16 @@ def tensor_map(tiles: Any, known: dict[str, Any] | None) -> list[Any]:
     return [described, *sizes]
 
 
+codes: dict[Any, Compiled] = {}  # what has been carried out, by kernel and what it was compiled for
+
+
 def emulate(architecture: int, late: bool) -> None:
     """From now on Triton's kernels take tensors on the CPU, and are carried out there."""
     from triton.runtime.jit import JITFunction
 
-    codes: dict[Any, Compiled] = {}
+    for name in ("convolution", "grad_weight", "nearest_code", "wavenet_layer"):  # which choose tiles by it
+        module = importlib.import_module(f"fastgen.kernels.{name}")
+        module.shared_memory = lambda x: SHARED_MEMORY[architecture]
 
     def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> Compiled:
         names = [p.name for p in kernel.params]

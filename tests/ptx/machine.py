@@ -2,8 +2,11 @@
 
 Threads that part are carried on where they are least far in the program, and so meet again where their ways do. What
 a GPU would punish raises a Fault: addresses outside of tensors or of shared memory, or not aligned; barriers, exchanges
-between threads that have parted; waiting for what never comes. Copies and products that end later than they start are
-carried out at once, or with `late` when they are waited for: where a wait is missing, one of both shows it.
+between threads that have parted; waiting for what never comes.
+
+A GPU may do things sooner or later. Here copies and products that end later than they start are carried out at once;
+or, `late`, when they are waited for, and then threads do not go in lockstep: a group of a block's warps goes on to the
+next barrier before the group in front of it sets out. Where a wait or a barrier is missing, one of both shows it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -103,6 +107,19 @@ class Memory:
                 words[index[:, None] + np.arange(count)] = values[which]
 
 
+@dataclass
+class Group:
+    """Threads that go in lockstep, of every block, and what they have started: in no group of copies or products yet,
+    and in those.
+    """
+
+    lanes: Mask
+    started: list[Callable[[], None]] = field(default_factory=list)
+    copies: list[list[Callable[[], None]]] = field(default_factory=list)
+    products: list[Callable[[], None]] = field(default_factory=list)
+    product_groups: list[list[Callable[[], None]]] = field(default_factory=list)
+
+
 class Machine:
     """Some blocks of a grid.
 
@@ -130,46 +147,66 @@ class Machine:
         self.registers: dict[str, Array] = {}
         self.constants: dict[tuple[str, str], Array] = {}
         self.place = np.zeros(self.lanes, np.int64)  # in the program, where threads have parted
-        self.started: list[Callable[[], None]] = []  # asynchronous copies that belong to no group yet
-        self.groups: list[list[Callable[[], None]]] = []
-        self.products: list[Callable[[], None]] = []  # asynchronous ones, likewise
-        self.product_groups: list[list[Callable[[], None]]] = []
+        self.held = np.zeros(self.lanes, np.bool_)  # at a barrier
+        four = threads > 128 or any(i.name == "wgmma" for i in program.instructions)  # warps, that multiply together
+        size = threads if not late else 128 if four else 32
+        first = range(threads - size, -1, -size)  # the last threads go first
+        self.groups = [Group((self.thread >= n) & (self.thread < n + size)) for n in first]
+        self.group = self.groups[0]
         self.barriers: dict[tuple[int, int], Any] = {}
-        self.waited = 0
+        self.waits, self.waited = False, 0  # whether the group must wait for another; how often it has
 
     def run(self) -> None:
-        code, everyone = self.program.instructions, np.ones(self.lanes, np.bool_)
-        here, parted = 0, False
+        end, threads = len(self.program.instructions), self.program.threads
         with np.errstate(all="ignore"):
-            while here < len(code):
-                present = self.place == here if parted else everyone
+            while (self.place < end).any():
+                for group in self.groups:
+                    self.group = group
+                    self._carry_on(group.lanes & ~self.held & (self.place < end))
+                places, held = self.place.reshape(-1, threads), self.held.reshape(-1, threads)
+                stopped = (held | (places == end)).all(1) & held.any(1)
+                if (places[stopped] != places[stopped, :1]).any():
+                    raise Fault("threads have parted at a barrier")
+                released = np.repeat(stopped, threads)
+                self.place[released] += 1
+                self.held[released] = False
+
+    def _carry_on(self, going: Mask) -> None:
+        """The threads that are going, to the next barrier, or to where they wait for others."""
+        code, labels, self.waits = self.program.instructions, self.program.labels, False
+        while going.any() and not self.waits:
+            here = int(self.place[going].min())
+            if here == len(code):
+                return
+            present = going & (self.place == here)
+            together = bool((present == going).all())
+            while True:
                 instruction = code[here]
                 mask = present
                 if instruction.guard:
-                    asked = self.registers[instruction.guard]
+                    asked = self.registers.get(instruction.guard, np.ones(1, np.bool_))
                     mask = present & (~asked if instruction.negated else asked)
-                going = here + 1  # where those go on that do not branch
+                if instruction.name == "bar" and "warp" not in instruction.modifiers:
+                    self.place[present] = here
+                    self.held |= present
+                    going = going & ~present
+                    break
                 if instruction.name in ("bra", "ret"):
-                    end = len(code)
-                    to = self.program.labels[instruction.operands[0].text] if instruction.name == "bra" else end
-                    if not parted and mask.any() and not mask.all():
-                        parted = True
-                    if not parted:
-                        here = to if mask.any() else going
-                        continue
-                    self.place[present] = going
-                    self.place[mask] = to
+                    target = labels[instruction.operands[0].text] if instruction.name == "bra" else len(code)
+                    if mask.any() and (mask != present).any():
+                        self.place[present] = here + 1
+                        self.place[mask] = target
+                        break
+                    here = target if mask.any() else here + 1
                 else:
                     try:
                         HANDLERS[instruction.name](self, instruction, mask)
                     except Exception as error:
                         raise Fault(f"{instruction.text}: {error}") from error
-                    if not parted:
-                        here = going
-                        continue
-                    self.place[present] = going
-                here = int(self.place.min())
-                parted = bool((self.place != here).any())
+                    here += 1
+                if here == len(code) or not together or self.waits:
+                    self.place[present] = here
+                    break
 
     def whole(self, mask: Mask, of: int) -> None:
         """Groups of `of` threads take part as a whole or not at all."""
@@ -207,8 +244,10 @@ class Machine:
 
     def write(self, operand: Operand, value: Array, mask: Mask) -> None:
         """To the register in the threads of the mask; of fewer bits than it has: extended as its type says."""
-        if not operand.register:
+        if operand.text == "_":
             return
+        if not operand.register:
+            raise Fault(f"{operand.text} is no register")
         kind = self.program.type_of(operand.register)
         dtype = np.dtype(KINDS[kind]) if kind == "pred" else np.dtype(f"u{SIZES[kind]}")
         if value.itemsize != dtype.itemsize:
@@ -216,7 +255,8 @@ class Machine:
         value = np.broadcast_to(value.view(dtype), self.lanes)
         if not mask.all():
             before = self.registers.get(operand.register)
-            value = np.where(mask, value, np.zeros(1, dtype) if before is None else before)
+            unwritten = np.ones(1, dtype) if kind == "pred" else UNWRITTEN.astype(dtype)
+            value = np.where(mask, value, unwritten if before is None else before)
         self.registers[operand.register] = np.array(value) if not value.flags.owndata else value
 
     def address(self, operand: Operand, kind: str) -> Array:

@@ -77,12 +77,15 @@ def copy(m: Machine, i: Instruction, mask: Mask) -> None:
     if what == "bulk":
         tensor_copy(m, i, mask)
     elif what == "commit_group":
-        m.groups.append(m.started)
-        m.started = []
+        m.group.copies.append(m.group.started)
+        m.group.started = []
     elif what in ("wait_group", "wait_all"):
+        if what == "wait_all":
+            m.group.copies.append(m.group.started)
+            m.group.started = []
         left = int(i.operands[0].text) if what == "wait_group" else 0
-        while len(m.groups) > left:
-            for finish in m.groups.pop(0):
+        while len(m.group.copies) > left:
+            for finish in m.group.copies.pop(0):
                 finish()
     else:
         size = int(i.operands[2].text, 0)
@@ -98,16 +101,13 @@ def copy(m: Machine, i: Instruction, mask: Mask) -> None:
             values[taken > 0] = m.memory.load(of[taken > 0], 4, size // 4)
             m.of_shared.store(to, values)
 
-        finish() if not m.late else m.started.append(finish)
+        finish() if not m.late else m.group.started.append(finish)
 
 
 @handles("bar")
-def barrier(m: Machine, i: Instruction, mask: Mask) -> None:
-    """All threads come to it at once, since they are in lockstep, or have parted."""
-    if "warp" in i.modifiers:
-        m.whole(mask, 32)
-    else:
-        m.whole(mask, m.program.threads)
+def warp_barrier(m: Machine, i: Instruction, mask: Mask) -> None:
+    """bar.warp.sync; those of a whole block are the machine's."""
+    m.whole(mask, 32)
 
 
 @handles("fence", "membar", "prefetch", "griddepcontrol")
@@ -120,13 +120,13 @@ def shuffle(m: Machine, i: Instruction, mask: Mask) -> None:
     m.whole(mask, 32)
     value = np.broadcast_to(m.read(i.operands[1], "u32"), m.lanes)
     by, clamp = (np.broadcast_to(m.read(operand, "u32"), m.lanes).astype(np.int64) for operand in i.operands[2:4])
-    if ((clamp >> 8) & 31).any():
+    if ((clamp >> 8) & 31).any() or (clamp & 31 != (0 if i.modifiers[1] == "up" else 31)).any():
         raise Fault("exchange within a part of a warp")
     lane = m.thread % 32
-    of = {"bfly": lane ^ by, "idx": by & 31, "up": lane - by, "down": lane + by}[i.modifiers[1]]
+    of = {"bfly": lane ^ (by & 31), "idx": by & 31, "up": lane - by, "down": lane + by}[i.modifiers[1]]
     of = np.where((of >= 0) & (of < 32), of, lane)
     out = np.take_along_axis(value.reshape(-1, 32), of.reshape(-1, 32), 1).reshape(-1)
-    m.write(i.operands[0].parts[0] if i.operands[0].parts else i.operands[0], out, mask)
+    m.write(i.operands[0], out, mask)
 
 
 @handles("elect")
@@ -210,7 +210,8 @@ def wait(m: Machine, i: Instruction, mask: Mask) -> None:
             while barrier.copies:
                 barrier.copies.pop(0)()
         done[n] = barrier.phase != parity[n]
-    m.waited = 0 if done[mask].all() else m.waited + 1
+    m.waits = not done[mask].all()
+    m.waited = m.waited + 1 if m.waits else 0
     if m.waited > PATIENCE:
         raise Fault("waits for what never comes")
     m.write(i.operands[0], done, mask)
@@ -265,6 +266,8 @@ def box(m: Machine, tensor: TensorMap, block: int, first: int, begin: list[int],
     place = [i.reshape(-1) + b for i, b in zip(index, begin, strict=True)]
     inside = np.logical_and.reduce([(p >= 0) & (p < n) for p, n in zip(place, tensor.shape, strict=True)])
     offset = sum(p * s for p, s in zip(place, tensor.strides, strict=True))
+    if tensor.filled_with_nan:
+        raise Fault("a tensor map that fills with NaN")
     values = np.zeros((len(inside), 1), f"u{tensor.itemsize}")
     values[inside] = m.memory.load(tensor.base + offset[inside] * tensor.itemsize, tensor.itemsize)
     to = swizzled(first + np.arange(len(inside)) * tensor.itemsize, tensor.swizzle)

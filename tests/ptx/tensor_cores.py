@@ -141,11 +141,11 @@ def product_of_warps(m: Machine, i: Instruction, mask: Mask) -> None:
     m.whole(mask, 128)
     what = i.modifiers[0]
     if what == "commit_group":
-        m.product_groups.append(m.products)
-        m.products = []
+        m.group.product_groups.append(m.group.products)
+        m.group.products = []
     elif what == "wait_group":
-        while len(m.product_groups) > int(i.operands[0].text):
-            for finish in m.product_groups.pop(0):
+        while len(m.group.product_groups) > int(i.operands[0].text):
+            for finish in m.group.product_groups.pop(0):
                 finish()
     elif what == "mma_async":
         shape = next(part for part in i.modifiers if part.startswith("m64n"))
@@ -169,4 +169,4 @@ def product_of_warps(m: Machine, i: Instruction, mask: Mask) -> None:
             sum_of[there] += left @ right.swapaxes(1, 2)
             write_sums(m, sums, sum_of.reshape(-1, 16, columns), mask)
 
-        finish() if not m.late else m.products.append(finish)
+        finish() if not m.late else m.group.products.append(finish)
