@@ -137,7 +137,8 @@ def test_threads_part_and_meet_again():
         ("unheard.of.b32 %r1, %r2;", "unheard"),
     ],
     ids=[
-        "behind", "before", "unaligned", "half behind", "shared", "barrier", "waits", "clamped", "undeclared", "unknown",
+        "behind", "before", "unaligned", "half behind", "shared", "barrier", "waits", "clamped", "undeclared",
+        "unknown",
     ],
 )  # fmt: skip
 def test_faults(body, message):
