@@ -80,7 +80,7 @@ def test_heuristics_of_products():
     from fastgen.kernels.nearest_code import chunk_for, splits_for
     from fastgen.kernels.tiles import tile_for
     from fastgen.kernels.vector_quantize import rows_for
-    from fastgen.kernels.wavenet_layer import options_for
+    from fastgen.kernels.wavenet_layer import options_for, shared_by
 
     assert [rows_for(d) for d in (1, 64, 65, 2048, 5000)] == [2048, 32, 16, 1, 1]
     assert [shares_for(*size) for size in ((1, 1 << 20), (256, 65536), (8192, 65536), (1, 3))] == [64, 8, 4, 1]
@@ -94,6 +94,8 @@ def test_heuristics_of_products():
             tile = options_for(gates, 256, bits, backward=backward)
             assert gates <= tile["GATES"]
             assert tile["STEPS"] * tile["GATES"] <= (most if bits == 16 else 4096)
+            three = tile | {"num_stages": max(3, tile["num_stages"])}  # what a backward takes at least, on Hopper
+            assert shared_by(three, bits, launch.MOST_SHARED) + launch.BARRIERS <= launch.MOST_SHARED
     for programs in (1, 8, 1000):
         for tiles in (1, 7, 5000):
             for wanted in (64, 1000):

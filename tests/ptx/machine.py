@@ -173,7 +173,7 @@ class Machine:
 
     def _carry_on(self, going: Mask) -> None:
         """The threads that are going, to the next barrier, or to where they wait for others."""
-        code, labels, self.waits = self.program.instructions, self.program.labels, False
+        code, self.waits = self.program.instructions, False
         while going.any() and not self.waits:
             here = int(self.place[going].min())
             if here == len(code):
@@ -192,7 +192,7 @@ class Machine:
                     going = going & ~present
                     break
                 if instruction.name in ("bra", "ret"):
-                    target = labels[instruction.operands[0].text] if instruction.name == "bra" else len(code)
+                    target = instruction.target if instruction.name == "bra" else len(code)
                     if mask.any() and (mask != present).any():
                         self.place[present] = here + 1
                         self.place[mask] = target

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from .machine import KINDS, PARAMETERS, PATIENCE, Array, Fault, Machine, Mask, handles
 from .program import Instruction, Operand
+
+ATOMIC: dict[str, Any] = {
+    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+    "exch": lambda before, value: value,
+}  # fmt: skip
 
 
 def places(m: Machine, i: Instruction, operand: Operand, mask: Mask) -> Array:
@@ -50,7 +56,7 @@ def store(m: Machine, i: Instruction, mask: Mask) -> None:
 @handles("atom", "red")
 def atomic(m: Machine, i: Instruction, mask: Mask) -> None:
     """One thread after another, in their order."""
-    operation = next(part for part in i.modifiers if part in ("add", "min", "max", "exch", "and", "or"))
+    operation = next(ATOMIC[part] for part in i.modifiers if part in ATOMIC)
     to = i.operands[0] if i.name == "atom" else Operand("_")
     place, value = i.operands[1:3] if i.name == "atom" else i.operands
     addresses = places(m, i, place, mask)
@@ -60,10 +66,7 @@ def atomic(m: Machine, i: Instruction, mask: Mask) -> None:
     for n in range(len(values)):
         at = addresses[n : n + 1]
         before[n] = memory.load(at, values.itemsize).view(values.dtype)[0, 0]
-        a, b = before[n], values[n]
-        after = {"add": a + b, "min": min(a, b), "max": max(a, b), "exch": b, "and": a, "or": a}[operation]
-        if operation in ("and", "or"):
-            after = a & b if operation == "and" else a | b
+        after = operation(before[n], values[n])
         memory.store(at, np.array([[after]], values.dtype).view(f"u{values.itemsize}"))
     full = np.zeros(m.lanes, values.dtype)
     full[mask] = before
@@ -152,8 +155,7 @@ def vote(m: Machine, i: Instruction, mask: Mask) -> None:
 def reduce(m: Machine, i: Instruction, mask: Mask) -> None:
     m.whole(mask, 32)
     warps = np.broadcast_to(m.read(i.operands[1], i.type), m.lanes).reshape(-1, 32)
-    of = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
-    m.write(i.operands[0], np.repeat(of[i.modifiers[1]].reduce(warps, 1, dtype=warps.dtype), 32), mask)
+    m.write(i.operands[0], np.repeat(ATOMIC[i.modifiers[1]].reduce(warps, 1, dtype=warps.dtype), 32), mask)
 
 
 @dataclass

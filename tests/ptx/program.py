@@ -22,7 +22,7 @@ class Operand:
 
 @dataclass
 class Instruction:
-    """`@guard name.modifier.type a, b, c`; a guard's third part is whether it is negated."""
+    """`@guard name.modifier.type a, b, c`, the guard negated or not; `target` is where a branch goes."""
 
     name: str
     modifiers: tuple[str, ...]
@@ -30,6 +30,7 @@ class Instruction:
     guard: str
     negated: bool
     text: str
+    target: int = 0
 
     @cached_property
     def type(self) -> str:
@@ -42,6 +43,9 @@ class Program:
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[str, str] = field(default_factory=dict)  # the type of each that was declared by name
     families: dict[str, str] = field(default_factory=dict)  # of those declared as %r<20>
+    branches: list[tuple[Instruction, list[str]]] = field(
+        default_factory=list
+    )  # names of their target, innermost first
     threads: int = 0
 
     def type_of(self, register: str) -> str:
@@ -84,7 +88,8 @@ def parse(text: str) -> Program:
             program.labels[statement[:-1] + scopes[-1]] = len(program.instructions)
         else:
             _add(program, " ".join(statement[:-1].split()), scopes)
-    _name_targets(program)
+    for branch, names in program.branches:
+        branch.target = next(program.labels[name] for name in names if name in program.labels)
     return program
 
 
@@ -107,17 +112,8 @@ def _add(program: Program, statement: str, scopes: list[str]) -> None:
     kinds = tuple(m for m in re.split(r"\.", modifiers.replace("::", ":")) if m)
     program.instructions.append(Instruction(name, kinds, tuple(operands), guard, bool(negated), statement))
     if name == "bra":
-        program.instructions[-1].operands = (Operand(operands[0].text, offset=len(scopes)),)
-        program.instructions[-1].text = "\0".join(operands[0].text + scope for scope in reversed(scopes))
-
-
-def _name_targets(program: Program) -> None:
-    """The innermost label of that name that the branch is in the scope of."""
-    for instruction in program.instructions:
-        if instruction.name == "bra":
-            found = [name for name in instruction.text.split("\0") if name in program.labels]
-            instruction.text = f"bra {found[0]}"
-            instruction.operands = (Operand(found[0]),)
+        names = [operands[0].text + scope for scope in reversed(scopes)]
+        program.branches.append((program.instructions[-1], names))
 
 
 def _register(program: Program, name: str, scopes: list[str]) -> str:
