@@ -12,7 +12,7 @@ from gpu_peers import DEVICE
 from torch import Tensor, nn
 
 from fastgen.backend import use_backend, why_not
-from fastgen.models import GatedPixelCNN, WaveNet
+from fastgen.models import GatedPixelCNN, PixelRNN, WaveNet
 from fastgen.ops.masked_conv2d import weight_mask
 
 STEPS, EAGER_STEPS, RATE = 1000, 50, 16000
@@ -75,10 +75,12 @@ def live_weights(model: nn.Module) -> int:
 
 
 def image_cases(
-    name: str, dtype: torch.dtype, channels: int, layers: int, size: tuple[int, int], batches: tuple[int, ...]
-) -> Iterator[Case]:
-    """Beside one forward pass of eager PyTorch's; a loop over pixels makes one for each."""
-    model = GatedPixelCNN(channels=channels, layers=layers).to(DEVICE)
+    name: str, dtype: torch.dtype, make: Callable[[], GatedPixelCNN | PixelRNN], meetings: int, size: tuple[int, int],
+    batches: tuple[int, ...],
+) -> Iterator[Case]:  # fmt: skip
+    """Beside one forward pass of eager PyTorch's; a loop over pixels makes one for each. meetings: of the blocks, for a
+    pixel."""
+    model = make().to(DEVICE)
     few = torch.rand(32, 1, 5, 6)
 
     def draw(model: nn.Module, device: str, backend: str) -> Tensor:
@@ -92,10 +94,9 @@ def image_cases(
             model.sample, images, size, uniforms=uniforms, dtype=dtype, backend=sampler("pixelcnn_generate")
         )
         ways = {"fastgen": draw_all, "one eager forward pass": partial(forward_pass, model, (uniforms < 0.5).long())}
-        barriers = 2 * layers + 4
         yield Case(
             f"{name}, {images} image{'s' * (images > 1)}", ways, operations=2.0 * live_weights(model) * images * pixels,
-            chain=pixels * barriers * 1e-6, facts={"images": images},
+            chain=pixels * meetings * 1e-6, facts={"images": images},
         )  # fmt: skip
 
 
@@ -109,6 +110,7 @@ def generation_listing(tiny: bool) -> list[tuple[str, Callable[[], Iterator[Case
     networks = [(3, 8, 8, 2)] if tiny else [(20, 64, 128, 2), (30, 128, 256, 2), (20, 64, 128, 3)]
     streams, steps = ((1, 5), 8) if tiny else ((1, 16, 64, 256, 1024), STEPS)
     channels, layers, size, batches = (8, 2, (3, 4), (1, 3)) if tiny else (128, 10, (28, 28), (1, 16, 256))
+    width, lstms = (8, 1) if tiny else (64, 7)
     entries: list[tuple[str, Callable[[], Iterator[Case]]]] = []
     for dtype in (torch.bfloat16, torch.float32):
         kind = str(dtype).removeprefix("torch.")
@@ -116,7 +118,19 @@ def generation_listing(tiny: bool) -> list[tuple[str, Callable[[], Iterator[Case
             name = "wavenet_generate L{} R{} S{} K{} {}".format(*n, kind)
             few = streams if n[3] == 2 else streams[:1]
             entries.append((name, partial(wavenet_cases, name, dtype, *n, few, steps)))
-        of = f"{layers} x {channels}, {size[0]}x{size[1]} {kind}"
-        name = f"pixelcnn_generate {of}"
-        entries.append((name, partial(image_cases, name, dtype, channels, layers, size, batches)))
+        of = f"{size[0]}x{size[1]} {kind}"
+        models: dict[str, tuple[Callable[[], GatedPixelCNN | PixelRNN], int]] = {
+            f"{layers} x {channels}": (partial(GatedPixelCNN, channels=channels, layers=layers), 2 * layers + 4),
+            f"PixelRNN, {lstms} row LSTMs x {width}": (
+                partial(PixelRNN, channels=width, layers=lstms, kind="row"),
+                2 * lstms + 4,
+            ),
+            f"PixelRNN, {lstms} diagonal BiLSTMs x {width}": (
+                partial(PixelRNN, channels=width, layers=lstms, kind="diagonal"),
+                4 * lstms + 4,
+            ),
+        }
+        for network, (make, meetings) in models.items():
+            name = f"pixelcnn_generate {network}, {of}"
+            entries.append((name, partial(image_cases, name, dtype, make, meetings, size, batches)))
     return entries

@@ -9,7 +9,7 @@ from op_helpers import DEVICE
 from wavenet_helpers import network
 
 from fastgen.backend import why_not
-from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelSNAIL, WaveNet
+from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelRNN, PixelSNAIL, WaveNet
 from fastgen.ops import WaveNetWeights, initial_state
 from fastgen.ops.wavenet_generate import Generator
 
@@ -130,7 +130,9 @@ def test_history_beyond_32_bits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 5, 200])
-@pytest.mark.parametrize("model", ["gated", "colors", "attention", "plain", "logistic", "transformer"])
+@pytest.mark.parametrize(
+    "model", ["gated", "colors", "attention", "plain", "logistic", "transformer", "row", "diagonal"]
+)
 def test_images(model, batch, dtype):
     models = {
         "gated": lambda: GatedPixelCNN(channels=32, layers=3, levels=4),
@@ -139,6 +141,8 @@ def test_images(model, batch, dtype):
         "plain": lambda: PixelCNN(channels=16, layers=2),
         "logistic": lambda: GatedPixelCNN(channels=16, layers=2, levels=16, distribution="logistic", mixtures=3),
         "transformer": lambda: GPTPrior(20, (7, 9), channels=48, layers=2),
+        "row": lambda: PixelRNN(channels=48, layers=3, kind="row", levels=4),
+        "diagonal": lambda: PixelRNN(channels=48, layers=3, kind="diagonal", levels=4),
     }
     torch.manual_seed(0)
     network = models[model]()
@@ -165,5 +169,7 @@ def test_generation_smallest():
     for dtype in (torch.float32, torch.bfloat16):  # a cluster with its weights on the chips
         generated("cuda", dtype, 1, 2, layers=20, width=64)
     generated("cuda", torch.float32, 1, 2, layers=600, width=32)
-    for model in (GatedPixelCNN(channels=8, layers=2), PixelSNAIL(channels=8, levels=4)):
+    for model in (
+        GatedPixelCNN(channels=8, layers=2), PixelSNAIL(channels=8, levels=4), PixelRNN(channels=8, layers=2),
+    ):  # fmt: skip
         model.cuda().sample(3, (2, 3), backend="cuda")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cuda_helpers import ORDERS, built, run
 
-from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelSNAIL
+from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelRNN, PixelSNAIL
 
 NAMES = (
     "packed", "shapes", "planes", "instructions", "bf16", "biases", "context", "context_plane", "table", "distribution",
@@ -100,6 +100,11 @@ def gpt(**options):
     return model
 
 
+def rnn(kind, **options):
+    torch.manual_seed(0)
+    return PixelRNN(channels=40, layers=2, kind=kind, levels=4, first_kernel_size=3, **options)
+
+
 MODELS = {
     "gated": lambda: (gated(), {}),
     "gated, classes": lambda: (gated(classes=3), {"labels": torch.tensor([0, 2, 1])}),
@@ -110,6 +115,12 @@ MODELS = {
     "transformer": lambda: (gpt(), {}),
     "transformer, bfloat16, classes": lambda: (
         gpt(classes=3),
+        {"labels": torch.tensor([0, 2, 1]), "dtype": torch.bfloat16},
+    ),
+    "row LSTM": lambda: (rnn("row"), {}),
+    "diagonal LSTM": lambda: (rnn("diagonal"), {}),
+    "diagonal LSTM, bfloat16, classes": lambda: (
+        rnn("diagonal", classes=3),
         {"labels": torch.tensor([0, 2, 1]), "dtype": torch.bfloat16},
     ),
     "logistic": lambda: (gated(levels=16, distribution="logistic", mixtures=3), {"temperature": 0.7}),
@@ -132,7 +143,7 @@ def test_draws_what_the_cpu_draws(name, how, monkeypatch, tmp_path):
     check(tmp_path, seen, "address", **HOW[how])
 
 
-@pytest.mark.parametrize("name", ["gated, colors", "attention", "transformer"])
+@pytest.mark.parametrize("name", ["gated, colors", "attention", "transformer", "row LSTM", "diagonal LSTM"])
 def test_from_a_row_on(name, monkeypatch, tmp_path):
     model, options = MODELS[name]()
     check(
@@ -149,7 +160,7 @@ def test_in_any_order_of_threads(order, monkeypatch, tmp_path):
     check(tmp_path, seen, order=order, cluster=2, images_each=2, fill=0x41)
 
 
-@pytest.mark.parametrize("name", ["gated, colors", "attention", "transformer", "logistic"])
+@pytest.mark.parametrize("name", ["gated, colors", "attention", "transformer", "row LSTM", "diagonal LSTM", "logistic"])
 @pytest.mark.parametrize("spilled", [False, True])
 def test_no_races(name, spilled, monkeypatch, tmp_path):
     model, options = MODELS[name]()

@@ -292,14 +292,50 @@ def test_draws_from_the_whole_distribution_after_a_cast(name):
     assert torch.equal(drawn.flatten(), torch.arange(codes))
 
 
-def test_cuda_kernels_lack_some_instructions(monkeypatch):
+def normed_above(p):
+    above = p.conv(p.input, torch.randn(3, 1, 3, 3), mask="vertical")
+    return p.norm(above, torch.ones(3), torch.zeros(3))
+
+
+def shared_cell(p):
+    c = p.state(3)
+    h = p.lstm(p.linear(p.previous(p.input), torch.randn(12, 1), halves=4), p.state(3), c, dx=-1)
+    return p.add(h, c)
+
+
+def right_of_row(p):
+    above = p.conv(p.input, torch.randn(12, 1, 3, 3), mask="vertical", halves=4)
+    x = p.conv(p.input, torch.randn(3, 1, 3, 3), mask="vertical")
+    return p.lstm(p.right(x, torch.randn(12, 3), above), p.state(3, "back"), p.state(3, "back"), dx=1)
+
+
+def masked_behind(p):
+    return p.conv(p.relu(p.conv(p.input, torch.randn(3, 1, 1, 3), mask="A")), torch.randn(3, 3, 1, 3), mask="A")
+
+
+def not_yet_whole(p):
+    h = p.state(3)
+    gates = p.linear(p.previous(p.input), torch.randn(12, 1), halves=4)
+    return p.lstm(p.conv(h, torch.randn(12, 3, 1, 3), add=gates, halves=4), h, p.state(3), dx=-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (normed_above, "layer norms are of single pixels"),
+        (shared_cell, "LSTMs have cells of their own"),
+        (right_of_row, "convolutions are of planes that grow there"),
+        (masked_behind, "beside the pixel before it makes it"),
+        (not_yet_whole, "windows end at a pixel that is whole"),
+    ],
+)
+def test_cuda_kernels_lack_some_programs(make, reason, monkeypatch):
     """They are refused, not misread."""
     monkeypatch.setattr("fastgen.ops.pixelcnn_generate.resolve", lambda *_: "cuda")
     program = PixelProgram(1)
-    gates = program.linear(program.previous(program.input), torch.randn(12, 1), halves=4)
-    program.sample(program.lstm(gates, program.state(3), program.state(3), dx=-1), 0)
-    make = (program, torch.randn(3, 1), PixelDistribution("categorical", 3, 3))
-    with pytest.raises(fastgen.BackendError, match="the kernel has no LSTMs"):
-        PixelGenerator(*make, backend="cuda")
-    with pytest.warns(RuntimeWarning, match="the kernel has no LSTMs"):
-        assert PixelGenerator(*make).backend == "reference"
+    program.sample(make(program), 0)
+    arguments = (program, torch.randn(3, 1), PixelDistribution("categorical", 3, 3))
+    with pytest.raises(fastgen.BackendError, match=reason):
+        PixelGenerator(*arguments, backend="cuda")
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert PixelGenerator(*arguments).backend == "reference"

@@ -31,11 +31,43 @@ bool pixelcnn_fits(Tensor packed, std::vector<int64_t> shapes, std::vector<int64
   const OnDevice restored;
   Device device{};
   check(device_of(packed.get_device_index(), &device), "pixelcnn_generate", "the device");
-  Program program = program_of(planes, instructions, shapes, outputs);
-  Job job{};
-  job.images = 1;
-  return arrange(&program, largest_of(device), device.shared_bytes, bf16, &job);
+  for (const Phase phase : {Phase::kPixel, Phase::kBack}) {
+    Program program = program_of(planes, instructions, shapes, outputs, phase);
+    Job job{};
+    job.images = 1;
+    if (!arrange(&program, largest_of(device), device.shared_bytes, bf16, &job)) return false;
+  }
+  return true;
 }
+
+// A job, and what it has on the GPU.
+struct Launched {
+  Job job;
+  Tensor program = {}, scratch = {};
+
+  // like: tensors of whole numbers and of floats there.
+  void take(const Program& of, const Tensor& like, const Tensor& like_floats, void* stream) {
+    std::vector<int64_t> numbers;  // they go there in one piece: planes, instructions, matrices
+    const auto append = [&](const auto& items) {
+      const auto* from = reinterpret_cast<const int64_t*>(items.data());
+      numbers.insert(numbers.end(), from, from + items.size() * sizeof(items[0]) / 8);
+      return static_cast<int64_t>(numbers.size());
+    };
+    const int64_t instructions_at = append(of.planes), matrices_at = append(of.instructions),
+                  size = append(of.matrices);
+    program = torch::stable::new_empty(like, std::vector<int64_t>{size}, ScalarType::Long);
+    check(copy_to_device(program.data_ptr(), numbers.data(), size * 8, stream), "pixelcnn_generate", "the program");
+    const auto* start = static_cast<const int64_t*>(program.data_ptr());
+    job.planes = reinterpret_cast<const Plane*>(start);
+    job.instructions = reinterpret_cast<const Instruction*>(start + instructions_at);
+    job.matrices = reinterpret_cast<const Matrix*>(start + matrices_at);
+    if (const int64_t each = job.scratch_floats(kPixelThreads)) {
+      const int64_t blocks = (job.images + job.images_each - 1) / job.images_each * job.cluster;
+      scratch = torch::stable::new_empty(like_floats, std::vector<int64_t>{blocks * each});
+      job.scratch = static_cast<float*>(scratch.data_ptr());
+    }
+  }
+};
 
 void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<int64_t> planes,
                        std::vector<int64_t> instructions, bool bf16, Tensor biases, std::optional<Tensor> context,
@@ -54,28 +86,8 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   Device device{};
   check(device_of(packed.get_device_index(), &device), op, "the device");
   void* stream = current_stream(packed.get_device_index());
-  Program program = program_of(planes, instructions, shapes, outputs);
-  FASTGEN_CHECK(packed.numel() == program.matrices.back().at * (bf16 ? 2 : 4), op, ": packed weights of another size");
-  for (const Instruction& i : program.instructions)
-    if (static_cast<Kind>(i.kind) == Kind::kAttention) job.scores = job.height * job.width;
-  FASTGEN_CHECK(arrange(&program, largest_of(device), device.shared_bytes, bf16, &job), op,
-                ": this network needs more than the ", device.shared_bytes,
-                " bytes of shared memory that a block of this GPU has; use backend='reference'");
-  // it goes to the GPU in one piece: planes, instructions, matrices
-  std::vector<int64_t> numbers;
-  const auto append = [&](const auto& items) {
-    const auto* from = reinterpret_cast<const int64_t*>(items.data());
-    numbers.insert(numbers.end(), from, from + items.size() * sizeof(items[0]) / 8);
-    return static_cast<int64_t>(numbers.size());
-  };
-  const int64_t instructions_at = append(program.planes), matrices_at = append(program.instructions),
-                size = append(program.matrices);
-  Tensor there = torch::stable::new_empty(values, std::vector<int64_t>{size}, ScalarType::Long);
-  check(copy_to_device(there.data_ptr(), numbers.data(), size * 8, stream), op, "the program");
-  const auto* start = static_cast<const int64_t*>(there.data_ptr());
-  job.planes = reinterpret_cast<const Plane*>(start);
-  job.instructions = reinterpret_cast<const Instruction*>(start + instructions_at);
-  job.matrices = reinterpret_cast<const Matrix*>(start + matrices_at);
+  const int64_t weights = matrices_of(shapes).back().at;
+  FASTGEN_CHECK(packed.numel() == weights * (bf16 ? 2 : 4), op, ": packed weights of another size");
   job.memory_size = memory.size(1);
   FASTGEN_CHECK(job.memory_size % kGroup == 0, op, ": memory's rows must be multiples of ", kGroup, " floats");
   job.bias_size = biases.size(1);
@@ -98,15 +110,23 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.memory = static_cast<float*>(memory.data_ptr());
   job.values = static_cast<int64_t*>(values.data_ptr());
   job.parameters = parameters ? static_cast<float*>(parameters->data_ptr()) : nullptr;
-  Tensor scratch;
-  if (const int64_t each = job.scratch_floats(kPixelThreads)) {
-    const int64_t blocks = (job.images + job.images_each - 1) / job.images_each * job.cluster;
-    scratch = torch::stable::new_empty(memory, std::vector<int64_t>{blocks * each});
-    job.scratch = static_cast<float*>(scratch.data_ptr());
-  }
-  for (job.y = first_row; job.y < last_row; ++job.y) {
-    if (job.row_count || job.context) check(launch(job, bf16, true, stream), op, "the launch");
-    check(launch(job, bf16, false, stream), op, "the launch");
+  const auto prepared = [&](Phase phase) {
+    Launched of{job};
+    Program program = program_of(planes, instructions, shapes, outputs, phase);
+    for (const Instruction& i : program.instructions)
+      if (i.in(phase) && i.is(Kind::kAttention)) of.job.scores = job.height * job.width;
+    FASTGEN_CHECK(arrange(&program, largest_of(device), device.shared_bytes, bf16, &of.job), op,
+                  ": this network needs more than the ", device.shared_bytes,
+                  " bytes of shared memory that a block of this GPU has; use backend='reference'");
+    of.take(program, values, memory, stream);
+    return of;
+  };
+  Launched pixels = prepared(Phase::kPixel), back = prepared(Phase::kBack);
+  for (int64_t y = first_row; y < last_row; ++y) {
+    pixels.job.y = back.job.y = y;
+    if (pixels.job.row_count || job.context) check(launch(pixels.job, bf16, true, stream), op, "the launch");
+    if (y > 0 && back.job.begin < back.job.end) check(launch(back.job, bf16, false, stream), op, "the launch");
+    check(launch(pixels.job, bf16, false, stream), op, "the launch");
   }
 }
 

@@ -5,7 +5,7 @@
 // `Rows`: what is above a row is multiplied for the whole row. A block has a share of its pixels, or of the rows of a
 // matrix where pixels are few; planes lie in global memory, and all blocks meet after each instruction.
 //
-// `Pixels`: one pixel after the other. A block has a share of the rows of each matrix, in its shared memory if they
+// `Pixels`: one pixel after the other, for LSTMs from the end of the row above first from right to left. A block has a share of the rows of each matrix, in its shared memory if they
 // fit, and so has every block the vectors of the current pixel: a convolution's result is sent to all, and its arrival
 // is what the next waits for. The halves of a block take turns with these, so that one prepares the next, and
 // multiplies what a pixel gives to later ones of its row, while the other has the turn.
@@ -74,6 +74,18 @@ class Images {
       a = a != a ? a : 1 - e;
     }
     return quick_divide(a, part * (1 + quick_exp(-b)));
+  }
+
+  // Of channel c, one of an LSTM's four gates, whose blocks alternate.
+  FASTGEN_DEVICE static int place_of_gate(int c, int nth) {
+    return (c / kChannelBlock * 4 + nth) * kChannelBlock + c % kChannelBlock;
+  }
+  struct Lstm {
+    float h, cell;
+  };
+  FASTGEN_DEVICE static Lstm lstm(float cell, float o, float f, float i, float g) {
+    cell = activated(Kind::kGlu, cell, f) + activated(Kind::kGate, g, i);
+    return {activated(Kind::kGate, cell, o), cell};
   }
 
   const Job& job_;

@@ -17,22 +17,42 @@ constexpr int kShare = 4;  // images that a warp multiplies at once, for one pix
 constexpr int kMostShare = 2;
 constexpr int kTaskBytes = 128;
 
-enum class Kind { kConv, kGate, kGlu, kRelu, kElu, kAdd, kAttention, kRemember, kSample, kGelu, kNorm, kPrevious };
+enum class Phase { kRow, kBack, kPixel };
+enum class Kind {
+  kConv,
+  kGate,
+  kGlu,
+  kRelu,
+  kElu,
+  kAdd,
+  kAttention,
+  kRemember,
+  kSample,
+  kGelu,
+  kNorm,
+  kPrevious,
+  kLstm
+};
 
 struct Plane {
   int64_t channels, halves, rows, row_size, start, step, offset;
   int64_t slot;  // where the current pixel's vector lies in shared memory, or -1: in numbers of an image
-  int64_t kept;  // whether later rows read it: it lies in global memory too
+  int64_t kept;  // whether another kernel reads it, or the next row: it lies in global memory too
 
   FASTGEN_HOST_DEVICE int64_t length() const { return round_up(channels, kTileInputs); }  // of that vector
 };
 
 // What the fields mean depends on the kind: see fastgen/ops/pixel_program.py.
 struct Instruction {
-  int64_t kind, per_pixel, dst, src, other, matrix, bias, dy, dx, extra;
+  int64_t kind, phase, dst, src, other, matrix, bias, dy, dx, extra;
   int64_t then;  // the kind of an activation of the convolution's result, or -1
   int64_t weights,
       old;  // where a block keeps its tiles, -1 in global memory; and sums of earlier pixels for later ones
+
+  bool is(Kind k) const { return static_cast<Kind>(kind) == k; }
+  bool in(Phase p) const { return static_cast<Phase>(phase) == p; }
+  // Where an LSTM's cell comes from the pixel before, it is in shared memory.
+  FASTGEN_HOST_DEVICE bool cell_beside() const { return static_cast<Kind>(kind) == Kind::kLstm && dx != 0; }
 };
 
 struct Matrix {
@@ -53,6 +73,7 @@ struct Job {
   int64_t y;  // the row to draw
   int64_t plane_count, instruction_count, matrix_count;
   int64_t row_count;    // instructions for whole rows, which come first
+  int64_t begin, end;   // those that run pixel by pixel
   int64_t most_inputs;  // of a matrix, padded
   int64_t slots;        // numbers of an image in shared memory
   int64_t weights;      // that a block has in shared memory
@@ -61,6 +82,7 @@ struct Job {
   bool far;             // those sums lie in global memory, at `scratch`
   bool spilled;         // the scores lie in global memory, at `scratch`
   bool meets;           // after each pixel all blocks wait for each other
+  bool back;            // from right to left
   bool logistic, own_biases, own_context;
   int64_t outputs, levels, features, context_plane, context_channels;
   float temperature, log_scale_min;
@@ -95,7 +117,7 @@ struct Job {
     return program_bytes(row_count) + columns * (most_inputs * 4 + 16) + columns / 4 * 2 * threads * 4;
   }
   int64_t pixel_bytes(int threads, int weight_bytes) const {
-    const int64_t instructions = instruction_count - row_count;
+    const int64_t instructions = end - begin;
     return program_bytes(instructions) + 32 + round_up(instructions * kTaskBytes, 16) + round_up(cluster * 8, 16) +
            round_up(weights * weight_bytes, 16) + (far ? 0 : round_up(old_floats() * 4, 16)) +
            round_up(room() * slots * 4, 16) + round_up(outputs_of_block(threads) * 4, 16) +
@@ -105,7 +127,7 @@ struct Job {
 
 // shapes: of each matrix its rows, halves, taps, and channels of a tap.
 inline std::vector<Matrix> matrices_of(const std::vector<int64_t>& shapes) {
-  std::vector<Matrix> matrices;
+  std::vector<Matrix> matrices = {};
   int64_t at = 0;
   for (size_t i = 0; i < shapes.size(); i += kMatrixInts) {
     const int64_t rows = stored_rows(shapes[i], shapes[i + 1]);
@@ -137,7 +159,7 @@ inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const
     const Instruction& next = all[i + 1];
     const Kind kind = static_cast<Kind>(next.kind);
     const bool of_pairs = kind == Kind::kGate || kind == Kind::kGlu, of_one = kind == Kind::kRelu || kind == Kind::kElu;
-    bool joins = next.src == all[i].dst && next.per_pixel == all[i].per_pixel &&
+    bool joins = next.src == all[i].dst && next.phase == all[i].phase &&
                  (matrices[all[i].matrix].pairs ? of_pairs : of_one) && apart(next.dst, all[i].src) &&
                  apart(next.dst, all[i].other);
     for (size_t j = 0; j < all.size(); ++j)
@@ -151,16 +173,17 @@ inline std::vector<Instruction> fused(const std::vector<int64_t>& numbers, const
   return kept;
 }
 
-// What the blocks of a cluster run.
+// What the blocks of a cluster run: one of the phases that go from pixel to pixel, and what is above a row.
 struct Program {
-  std::vector<Plane> planes;
-  std::vector<Matrix> matrices;
-  std::vector<Instruction> instructions;  // first those for whole rows
-  int64_t row_count = 0, most_inputs = 0, slots = 0, outputs = 0;
+  Phase phase;
+  std::vector<Plane> planes = {};
+  std::vector<Matrix> matrices = {};
+  std::vector<Instruction> instructions = {};  // by their phases
+  int64_t row_count = 0, begin = 0, end = 0, most_inputs = 0, slots = 0, outputs = 0;
   bool meets = false, fits = true;
 };
 
-// Gives the planes that are drawn pixel by pixel their places in shared memory. A convolution's result goes to all
+// Gives the planes that are made pixel by pixel their places in shared memory. A convolution's result goes to all
 // blocks, in one message: a stage. A block sends what a stage gives when all of the stage before has come. Then another
 // block may still read what it needed two stages before: so a place is free for others from kApart stages after its
 // last use on. Pixels follow each other without a pause, hence the stages of the next pixel count too; where they are
@@ -169,18 +192,21 @@ inline void place_planes(Program* program) {
   constexpr int64_t kApart = 3;
   struct Life {
     int64_t from = -1, to = -1;
-    bool sent = false, waits = false;  // from another block; for the next pixel
+    bool sent = false, waits = false;  // by another block; for the next pixel
   };
   std::vector<Life> lives(program->planes.size());
   std::vector<int64_t> order;
   int64_t stage = 0;
-  for (const Instruction& i : program->instructions)
-    if (i.per_pixel && i.dst >= 0) program->planes[i.dst].slot = 0;
+  for (const Instruction& i : program->instructions) {
+    if (!i.in(program->phase)) continue;
+    if (i.dst >= 0) program->planes[i.dst].slot = 0;
+    if (i.cell_beside()) program->planes[i.other].slot = 0;
+  }
   for (const Instruction& i : program->instructions) {
     for (const int64_t plane : {i.src, i.other}) {
       if (plane < 0 || program->planes[plane].slot < 0) continue;
-      if (!i.per_pixel || static_cast<Kind>(i.kind) == Kind::kPrevious) program->planes[plane].kept = 1;
-      if (!i.per_pixel) continue;
+      if (!i.in(program->phase) || i.is(Kind::kPrevious)) program->planes[plane].kept = 1;
+      if (!i.in(program->phase)) continue;
       Life& life = lives[plane];
       if (life.from < 0) {
         order.push_back(plane);
@@ -188,8 +214,8 @@ inline void place_planes(Program* program) {
       }
       life.to = stage;
     }
-    if (!i.per_pixel) continue;
-    const bool sends = static_cast<Kind>(i.kind) == Kind::kConv;
+    if (!i.in(program->phase)) continue;
+    const bool sends = i.is(Kind::kConv);
     if (i.dst >= 0) {
       Life& life = lives[i.dst];
       if (life.from < 0) {
@@ -225,9 +251,10 @@ inline void place_planes(Program* program) {
   }
 }
 
+// phase: kPixel, or kBack for what runs before it from right to left.
 inline Program program_of(const std::vector<int64_t>& planes, const std::vector<int64_t>& instructions,
-                          const std::vector<int64_t>& shapes, int64_t outputs) {
-  Program program;
+                          const std::vector<int64_t>& shapes, int64_t outputs, Phase phase = Phase::kPixel) {
+  Program program{phase};
   program.outputs = outputs;
   for (size_t i = 0; i < planes.size(); i += kPlaneInts) {
     const int64_t* n = planes.data() + i;
@@ -235,10 +262,11 @@ inline Program program_of(const std::vector<int64_t>& planes, const std::vector<
   }
   program.matrices = matrices_of(shapes);
   program.instructions = fused(instructions, program.matrices, program.planes);
-  std::stable_partition(program.instructions.begin(), program.instructions.end(),
-                        [](const Instruction& i) { return i.per_pixel == 0; });
+  std::ranges::stable_sort(program.instructions, {}, &Instruction::phase);
   for (const Instruction& i : program.instructions) {
-    if (i.per_pixel) continue;
+    program.begin += i.phase < static_cast<int64_t>(phase);
+    program.end += i.phase <= static_cast<int64_t>(phase);
+    if (!i.in(Phase::kRow)) continue;
     ++program.row_count;
     if (i.matrix >= 0) program.most_inputs = std::max(program.most_inputs, program.matrices[i.matrix].tiles().padded());
   }
@@ -253,13 +281,16 @@ inline void use(Program* program, int cluster, Job* job) {
   job->instruction_count = static_cast<int64_t>(program->instructions.size());
   job->matrix_count = static_cast<int64_t>(program->matrices.size());
   job->row_count = program->row_count;
+  job->begin = program->begin;
+  job->end = program->end;
+  job->back = program->phase == Phase::kBack;
   job->most_inputs = program->most_inputs;
   job->slots = program->slots;
   job->outputs = program->outputs;
   job->meets = program->meets;
   job->weights = job->old = 0;
   for (Instruction& i : program->instructions) {
-    if (!i.per_pixel || static_cast<Kind>(i.kind) != Kind::kConv) continue;
+    if (!i.in(program->phase) || !i.is(Kind::kConv)) continue;
     const int64_t tiles = program->matrices[i.matrix].tiles().count(), own = (tiles + cluster - 1) / cluster;
     i.weights = -1;
     i.old = job->old;
@@ -270,7 +301,7 @@ inline void use(Program* program, int cluster, Job* job) {
 // Gives weights the shared memory that is left.
 inline void keep_weights(Program* program, int64_t shared_bytes, int threads, int weight_bytes, Job* job) {
   for (Instruction& i : program->instructions) {
-    if (!i.per_pixel || static_cast<Kind>(i.kind) != Kind::kConv) continue;
+    if (!i.in(program->phase) || !i.is(Kind::kConv)) continue;
     const Tiles tiles = program->matrices[i.matrix].tiles();
     const int64_t before = job->weights;
     job->weights += (tiles.count() + job->cluster - 1) / job->cluster * tiles.padded() * kTileRows;

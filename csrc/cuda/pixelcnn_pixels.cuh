@@ -29,7 +29,7 @@ class Pixels : Steps<W> {
   }
 
   FASTGEN_DEVICE void draw() {
-    for (int x = 0; x < width_; ++x) {
+    for (int x = job_.back ? width_ - 1 : 0; x >= 0 && x < width_; x += job_.back ? -1 : 1) {
       for (int i = 0; i < instruction_count_; ++i) draw_pixel(i, x);
       if (job_.meets) {
         receive();

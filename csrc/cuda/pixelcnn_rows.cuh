@@ -77,6 +77,14 @@ class Rows : Images {
          e += own.sharers * threads()) {
       const int column = own.begin + e / channels, c = e % channels, image = column / width_, x = column % width_;
       const float* from = at(src, image, x);
+      if (kind == Kind::kLstm) {
+        const auto gate_of = [&](int nth) { return from[place_of_gate(static_cast<int>(c), nth)]; };
+        const float before = at(i.other, image, y + i.dy, x)[c];
+        const Lstm state = lstm(before, gate_of(0), gate_of(1), gate_of(2), gate_of(3));
+        at(i.other, image, y, x)[c] = state.cell;
+        at(dst, image, x)[c] = state.h;
+        continue;
+      }
       at(dst, image, x)[c] = kind == Kind::kAdd ? from[c] + at(other, image, x)[c] : activated_of(kind, from, c);
     }
   }

@@ -11,8 +11,7 @@ template <class W>
 class Steps : protected Images {
  protected:
   FASTGEN_DEVICE Steps(const Job& job, Shared& shared)
-      : Images(job, shared, job.cluster, job.images_each, job.row_count, job.instruction_count),
-        room_(static_cast<int>(job.room())) {
+      : Images(job, shared, job.cluster, job.images_each, job.begin, job.end), room_(static_cast<int>(job.room())) {
     slots_ = shared.take<float>(room_ * job.slots);
     outputs_ = shared.take<float>(job.outputs_of_block(threads()));
     scores_ =
@@ -35,6 +34,8 @@ class Steps : protected Images {
       normalize(i, x);
     else if (kind == Kind::kPrevious)
       look_back(i, x);
+    else if (kind == Kind::kLstm)
+      remember_cell(i, x);
     else
       activate(i, x);
   }
@@ -74,6 +75,27 @@ class Steps : protected Images {
           v.v[k] = gelu(a);
         else
           v.v[k] = activated(kind, a, pairs ? number(i.src, image, x, row + kChannelBlock) : 0);
+      }
+      put(i.dst, image, begin, x, v);
+    }
+    sync_block();
+  }
+
+  // h and the cell, of four gates. A cell that came from the pixel before stays here, in float32; one that came from
+  // the row above goes to memory.
+  FASTGEN_DEVICE void remember_cell(const Instruction& i, int x) {
+    const Plane &h = planes_[i.dst], &c = planes_[i.other];
+    const int each = static_cast<int>(h.channels) / kGroup;
+    for (int e = thread(); e < count_ * each; e += threads()) {
+      const int image = e / each, begin = e % each * kGroup;
+      float* cell = i.cell_beside() ? slots_ + room_ * c.slot + image * c.length() : at(i.other, image, job_.y, x);
+      const float* before = i.cell_beside() ? cell : at(i.other, image, job_.y + i.dy, x);
+      Group<float> v;
+      for (int k = 0; k < kGroup; ++k) {
+        const auto gate_of = [&](int nth) { return number(i.src, image, x, place_of_gate(begin + k, nth)); };
+        const Lstm state = lstm(before[begin + k], gate_of(0), gate_of(1), gate_of(2), gate_of(3));
+        if (i.cell_beside() || image % ranks_ == rank_) cell[begin + k] = state.cell;
+        v.v[k] = state.h;
       }
       put(i.dst, image, begin, x, v);
     }

@@ -104,8 +104,7 @@ class PixelGenerator:
         self._use(program, table)
         self.backend = resolve("pixelcnn_generate", backend, table.device)
         self._shapes = [n for shape in program.shapes for n in shape]
-        if self.backend == "cuda" and not _on_cuda(program):
-            reason = "the kernel has no LSTMs, and layer norms of single pixels alone"
+        if self.backend == "cuda" and (reason := _not_on_cuda(program)):
             self.backend = instead("pixelcnn_generate", backend, "cuda", table.device, reason)
         if self.backend == "cuda":
             packed = torch.ops.fastgen.pixelcnn_pack_cuda(
@@ -267,9 +266,28 @@ class PixelGenerator:
                 raise ValueError(f"{op}: the program's biases are for {len(bias)} images, uniforms for {batch}")
 
 
-def _on_cuda(program: PixelProgram) -> bool:
-    """Whether the CUDA kernel has all instructions."""
-    return not any(i.kind == "lstm" or (i.kind, i.phase) == ("norm", "row") for i in program.instructions)
+def _not_on_cuda(program: PixelProgram) -> str:
+    """Why the CUDA kernel cannot run a program; "" where it can."""
+    run = program.instructions
+    if any((i.kind, i.phase) == ("norm", "row") for i in run):
+        return "the kernel's layer norms are of single pixels"
+    cells = {i.other for i in run if i.kind == "lstm"}
+    if any(sum(c in (i.src, i.other) for i in run) > 1 for c in cells):
+        return "the kernel's LSTMs have cells of their own"
+    for n, i in enumerate(run):
+        if i.phase == "row" or i.kind not in ("conv", "previous"):
+            continue
+        if program.planes[i.src].phase == "row":
+            return "along a row the kernel's convolutions are of planes that grow there"
+        # a pixel's planes lie where those of the last one did, and take their part in later pixels' sums when they are
+        # read: each is to be whole then
+        beside = i.kind == "previous" or (i.dx if i.phase == "back" else i.dx + i.extra - 1) != 0
+        makes = [m for m, j in enumerate(run) if j.phase == i.phase and j.dst == i.src]
+        if beside and any(m < n for m in makes):
+            return "the kernel reads a plane beside the pixel before it makes it there"
+        if not beside and i.extra > 1 and any(m > n for m in makes):
+            return "the kernel's windows end at a pixel that is whole"
+    return ""
 
 
 def _check_finite(tensors: list[Tensor]) -> None:

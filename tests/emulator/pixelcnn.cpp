@@ -25,11 +25,8 @@ void run() {
   auto memory = read<float>("memory");
   Job job{};
   const auto planes = read<int64_t>("planes"), instructions = read<int64_t>("instructions");
-  Program program = program_of(planes, instructions, shapes, option("outputs"));
-  use(&program, option<int>("cluster"), &job);
   job.columns = option<int>("columns");
   job.far = !option("resident");
-  job.meets |= option("meets") != 0;
   job.images_each = option<int>("images_each");
   job.row_cluster = option<int>("row_cluster");
   job.row_images = option<int>("row_images");
@@ -39,7 +36,6 @@ void run() {
   job.width = option("width");
   job.memory_size = option("memory_size");
   job.bias_size = option("bias_size");
-  if (!job.far) keep_weights(&program, 1 << 30, threads, sizeof(W), &job);
   job.scores = job.height * job.width;
   job.spilled = option("spilled");
   job.logistic = option("logistic");
@@ -51,9 +47,6 @@ void run() {
   job.context_channels = option("context_channels");
   job.temperature = option<float>("temperature");
   job.log_scale_min = option<float>("log_scale_min");
-  job.planes = program.planes.data();
-  job.instructions = program.instructions.data();
-  job.matrices = program.matrices.data();
   job.weights_at = packed.data();
   job.biases = biases.data();
   job.table = table.data();
@@ -63,25 +56,44 @@ void run() {
   job.known = data_or_null(known);
   job.memory = memory.data();
   const int64_t pixels = job.images * job.colors * job.height * job.width;
-  std::vector<float> parameters(pixels * job.outputs);
+  std::vector<float> parameters(pixels * option("outputs"));
   std::vector<int64_t> values(pixels);
   job.parameters = parameters.data();
   job.values = values.data();
   const auto blocks = [&](int cluster, int images) {
     return static_cast<int>((job.images + images - 1) / images) * cluster;
   };
-  std::vector<float> scratch(blocks(job.cluster, job.images_each) * job.scratch_floats(threads), NAN);
-  job.scratch = scratch.data();
-  fastgen::emulator::Launch for_rows{}, for_pixels{};
-  for_rows = {blocks(job.row_cluster, job.row_images), job.row_cluster, threads};
-  for_rows.shared_bytes = job.row_bytes(threads);
-  for_pixels = {blocks(job.cluster, job.images_each), job.cluster, threads};
-  for_pixels.shared_bytes = job.pixel_bytes(threads, sizeof(W));
+  struct Phased {
+    Program program;
+    Job job;
+    std::vector<float> scratch = {};
+    fastgen::emulator::Launch how = {};
+  };
+  const auto prepared = [&](Phase phase) {
+    Phased of{program_of(planes, instructions, shapes, option("outputs"), phase), job};
+    use(&of.program, option<int>("cluster"), &of.job);
+    of.job.meets |= option("meets") != 0;
+    if (!job.far) keep_weights(&of.program, 1 << 30, threads, sizeof(W), &of.job);
+    of.job.planes = of.program.planes.data();
+    of.job.instructions = of.program.instructions.data();
+    of.job.matrices = of.program.matrices.data();
+    of.how = {blocks(of.job.cluster, job.images_each), of.job.cluster, threads};
+    of.how.shared_bytes = of.job.pixel_bytes(threads, sizeof(W));
+    of.scratch.assign(of.how.blocks * of.job.scratch_floats(threads), NAN);
+    of.job.scratch = of.scratch.data();
+    set_order(of.how);
+    return of;
+  };
+  Phased drawn = prepared(Phase::kPixel), back = prepared(Phase::kBack);
+  fastgen::emulator::Launch for_rows{blocks(job.row_cluster, job.row_images), job.row_cluster, threads};
+  for_rows.shared_bytes = drawn.job.row_bytes(threads);
   set_order(for_rows);
-  set_order(for_pixels);
-  for (job.y = option("first_row"); job.y < option("last_row"); ++job.y) {
-    fastgen::emulator::launch(for_rows, [&] { Rows<W>(job).draw(); });
-    fastgen::emulator::launch(for_pixels, [&] { Pixels<W>(job).draw(); });
+  for (int64_t y = option("first_row"); y < option("last_row"); ++y) {
+    drawn.job.y = back.job.y = y;
+    fastgen::emulator::launch(for_rows, [&] { Rows<W>(drawn.job).draw(); });
+    if (y > 0 && back.job.begin < back.job.end)
+      fastgen::emulator::launch(back.how, [&] { Pixels<W>(back.job).draw(); });
+    fastgen::emulator::launch(drawn.how, [&] { Pixels<W>(drawn.job).draw(); });
   }
   write("out.values", values);
   write("out.parameters", parameters);
