@@ -5,10 +5,11 @@
 // `Rows`: what is above a row is multiplied for the whole row. A block has a share of its pixels, or of the rows of a
 // matrix where pixels are few; planes lie in global memory, and all blocks meet after each instruction.
 //
-// `Pixels`: one pixel after the other, for LSTMs from the end of the row above first from right to left. A block has a share of the rows of each matrix, in its shared memory if they
-// fit, and so has every block the vectors of the current pixel: a convolution's result is sent to all, and its arrival
-// is what the next waits for. The halves of a block take turns with these, so that one prepares the next, and
-// multiplies what a pixel gives to later ones of its row, while the other has the turn.
+// `Pixels`: one pixel after the other, from left to right, and before that from right to left what begins at the end of
+// the row above. A block has a share of the rows of each matrix, in its shared memory if they fit, and so has every
+// block the vectors of the current pixel: a convolution's result is sent to all, and its arrival is what the next waits
+// for. The halves of a block take turns with these, so that one prepares the next, and multiplies what a pixel gives to
+// later ones of its row, while the other has the turn.
 #pragma once
 
 #include "pixelcnn_product.cuh"
