@@ -27,6 +27,8 @@ from fastgen.ops import (
     gated_masked_conv2d,
     image_lstm,
     masked_conv2d,
+    nade,
+    nade_sample,
     nearest_code,
     vector_quantize,
     wavenet_layer,
@@ -38,6 +40,7 @@ from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d_reference
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d_reference
 from fastgen.ops.image_lstm import image_lstm_reference
 from fastgen.ops.masked_conv2d import mask_2d, masked_conv2d_reference
+from fastgen.ops.nade import nade_reference
 from fastgen.ops.vector_quantize import quantize_given, quantize_reference
 from fastgen.ops.wavenet_layer import wavenet_layer_reference
 
@@ -219,6 +222,30 @@ def lstm_cases(name: str, dtype: torch.dtype, batch: int, states: int, side: int
     return op_cases(name, image_lstm, image_lstm_reference, args, options, *works, compiles=False)
 
 
+def nade_cases(name: str, batch: int, inputs: int, hidden: int) -> Iterator[Case]:
+    """Of binary vectors: training, and sampling beside the loop over inputs."""
+    x, uniforms = torch.randint(2, (batch, inputs), device=DEVICE), torch.rand(batch, inputs, device=DEVICE)
+    args: list[Tensor | None] = [
+        normal(*size, scale=scale, dtype=torch.float32)
+        for size, scale in (
+            ((inputs, 1, hidden), 0.05),
+            ((hidden,), 1.0),
+            ((inputs, 1, hidden), 0.05),
+            ((inputs, 1), 1.0),
+        )
+    ]
+    weights, numbers, products = 8 * inputs * hidden, batch * inputs, 4.0 * batch * inputs * hidden
+    works = (weights + 12 * numbers, products), (2 * weights + 24 * numbers, 4 * products)
+    yield from op_cases(name, partial(nade, x), partial(nade_reference, x), args, {}, *works)
+    ways = {
+        way: partial(nade_sample, *args, uniforms, backend=backend)
+        for way, backend in (("fastgen", "triton"), ("eager", "reference"))
+    }
+    if float((ways["fastgen"]() == ways["eager"]()).all(1).float().mean()) < 0.9:
+        raise AssertionError(f"{name}: other samples than the loop's")
+    yield Case(f"{name} sampling", dict(ways), weights + 20 * numbers, products, chain=inputs * 0.4e-6)
+
+
 def expanded(x: Tensor, codebook: Tensor) -> Tensor:
     return (x.square().sum(1, keepdim=True) - 2 * x @ codebook.T + codebook.square().sum(1)).argmin(1)
 
@@ -332,6 +359,8 @@ def listing(tiny: bool) -> list[Entry]:
     for diagonal in (False, True):
         of = "{} B{} H{} {}x{}".format("diagonal" if diagonal else "row", *lines, lines[2])
         makers.append((f"image_lstm {of}", lstm_cases, (dtype, *lines, diagonal)))
+    vectors = (3, 7, 20) if tiny else (100, 784, 500)
+    makers.append(("nade B{} D{} H{}".format(*vectors), nade_cases, vectors))
     for scale, inverse in (("exp", False), ("tanh", False), ("sigmoid", False), ("tanh", True)):
         of = f"{'inverse, ' * inverse}{scale} {'x'.join(map(str, size))}"
         makers.append((f"affine_coupling {of}", coupling_cases, (size, dtype, scale, inverse)))

@@ -14,6 +14,7 @@ from fastgen.ops import (
     gated_masked_conv2d,
     image_lstm,
     masked_conv2d,
+    nade,
     nearest_code,
     vector_quantize,
     wavenet_layer,
@@ -34,6 +35,11 @@ def statistics(x, codebook):
     return code_statistics(x, indices, len(codebook), backend="triton")
 
 
+def of_bits(in_weight, *weights):
+    x = torch.arange(9 * len(in_weight), device=in_weight.device).view(9, -1) % 2
+    return nade(x, in_weight, *weights, backend="triton")
+
+
 CALLS = {
     "affine_coupling": lambda *a: affine_coupling(*a, scale="tanh", backend="triton"),
     "actnorm": lambda *a: actnorm(*a, backend="triton"),
@@ -45,6 +51,7 @@ CALLS = {
     "masked_conv2d": lambda *a: masked_conv2d(*a, mask="B", backend="triton"),
     "gated_masked_conv2d": lambda *a: gated_masked_conv2d(*a, mask="B", backend="triton"),
     "image_lstm": lambda *a: image_lstm(*a, backend="triton"),
+    "nade": of_bits,
 }
 SIZES = {
     "affine_coupling": [(3, 6, 33, 7), (3, 6, 33, 7)],
@@ -57,6 +64,7 @@ SIZES = {
     "masked_conv2d": [(2, 16, 6, 8), (32, 16, 3, 3), (32,)],
     "gated_masked_conv2d": [(2, 16, 6, 8), (32, 16, 3, 3), (32,), (2, 32, 6, 8)],
     "image_lstm": [(2, 64, 6, 8), (64, 16, 3)],
+    "nade": [(70, 1, 40), (40,), (70, 1, 40), (70, 1)],
 }
 LONG = (1 << 31) // 48 // 16 * 16 + 16  # of 3 x 16 channels
 SIDE = 6690  # of an image with a bit more pixels than that

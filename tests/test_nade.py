@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from op_helpers import DTYPES, compare
+from op_helpers import DEVICE, DTYPES, KERNELS, compare, cpu_only
 
 from fastgen.ops import nade, nade_sample
 from fastgen.ops.nade import nade_reference
@@ -18,6 +18,8 @@ SIZES = [  # batch, inputs, hidden units, rows of an input, outputs
     (4, 9, 33, 3, 3),
     (40, 65, 17, 5, 5),
     (2, 3, 200, 2, 7),
+    (3, 4, 600, 1, 1),
+    (20, 34, 70, 4, 70),
     (0, 4, 3, 1, 1),
     (3, 0, 4, 1, 1),
 ]
@@ -33,7 +35,11 @@ def arguments(steps, hidden, columns, outputs):
 
 
 def values(batch, steps, columns):
-    return torch.randint(max(2, columns), (batch, steps))
+    return torch.randint(max(2, columns), (batch, steps)).to(DEVICE)
+
+
+def floats(*sizes):
+    return {k: v.to(DEVICE, torch.float32) for k, v in arguments(*sizes).items()}
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -54,6 +60,7 @@ def test_reference_is_a_loop():
     torch.testing.assert_close(nade_reference(x, **args), torch.stack(rows, 1))
 
 
+@cpu_only("in float64")
 @pytest.mark.parametrize("columns", [1, 3])
 def test_gradcheck(columns):
     x = values(3, 5, columns)
@@ -62,41 +69,42 @@ def test_gradcheck(columns):
 
 
 def test_an_output_sees_the_inputs_before_it():
-    args = {k: v.float() for k, v in arguments(9, 20, 1, 1).items()}
+    args = floats(9, 20, 1, 1)
     x = values(2, 9, 1)
-    before = nade(x, **args, backend="cpu")
+    before = nade(x, **args, backend=KERNELS)
     for d in range(9):
         other = x.clone()
         other[:, d] = 1 - other[:, d]
-        after = nade(other, **args, backend="cpu")
+        after = nade(other, **args, backend=KERNELS)
         assert torch.equal(after[:, : d + 1], before[:, : d + 1])
         assert d == 8 or not torch.equal(after[:, d + 1], before[:, d + 1])
 
 
 def test_same_bits_whatever_the_threads():
-    args = {k: v.float().requires_grad_() for k, v in arguments(40, 150, 1, 1).items()}
+    args = {k: v.requires_grad_() for k, v in floats(40, 150, 1, 1).items()}
     x = values(37, 40, 1)
     results = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        out = nade(x, **args, backend="cpu")
+        out = nade(x, **args, backend=KERNELS)
         results.append((out, *torch.autograd.grad(out.square().sum(), list(args.values()))))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
 
 def test_opcheck_compile_export_autocast(ran):
-    args = {k: v.float() for k, v in arguments(5, 7, 1, 1).items()}
+    args = floats(5, 7, 1, 1)
     x = values(3, 5, 1)
     torch.library.opcheck(torch.ops.fastgen.nade.default, (x, *args.values()))
-    grad = torch.randn(3, 5, 1)
+    grad = torch.randn(3, 5, 1, device=DEVICE)
     torch.library.opcheck(torch.ops.fastgen.nade_backward.default, (grad, x, *list(args.values())[:3]))
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, **a: nade(x, **a), fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(x, **args), nade_reference(x, **args))
-    with pytest.raises(RuntimeError, match=r"x must lie in \[0, 1\], got 2"):
-        compiled(x + 2 - x, **args)
-    with torch.autocast("cpu", torch.bfloat16), ran("nade", "cpu"):
+    if KERNELS == "cpu":
+        with pytest.raises(RuntimeError, match=r"x must lie in \[0, 1\], got 2"):
+            compiled(x + 2 - x, **args)
+    with torch.autocast(DEVICE, torch.bfloat16), ran("nade", KERNELS):
         mixed = nade(x, args["in_weight"], args["in_bias"].bfloat16(), args["out_weight"], args["out_bias"])
     assert mixed.dtype == torch.float32
     with ran("nade", "reference"):
@@ -104,23 +112,24 @@ def test_opcheck_compile_export_autocast(ran):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-@pytest.mark.parametrize(("steps", "hidden", "columns"), [(1, 1, 1), (9, 33, 1), (31, 70, 1), (7, 20, 5)])
+@pytest.mark.parametrize(("steps", "hidden", "columns"), [(1, 1, 1), (9, 33, 1), (31, 70, 1), (7, 20, 5), (3, 600, 70)])
 def test_samples_of_every_backend(steps, hidden, columns, temperature):
-    args = {k: v.float() for k, v in arguments(steps, hidden, columns, columns).items()}
-    uniforms = torch.rand(50, steps)
-    given = torch.full((50, steps), -1)
+    args = floats(steps, hidden, columns, columns)
+    uniforms = torch.rand(50, steps, device=DEVICE)
+    given = torch.full((50, steps), -1, device=DEVICE)
     given[:, ::3] = 1
     for known in (None, given):
         got, expected = (
             nade_sample(**args, uniforms=uniforms, given=known, temperature=temperature, backend=which)
-            for which in ("cpu", "reference")
+            for which in (KERNELS, "reference")
         )
         assert torch.equal(got, expected)
         assert known is None or bool((got[:, ::3] == 1).all())
 
 
+@cpu_only("many draws")
 def test_samples_have_the_probabilities_of_the_outputs():
-    args = {k: v.float() for k, v in arguments(3, 6, 1, 1).items()}
+    args = floats(3, 6, 1, 1)
     drawn = nade_sample(**args, uniforms=torch.rand(200_000, 3), backend="cpu")
     everything = torch.tensor(list(itertools.product([0, 1], repeat=3)))
     logits = nade(everything, **args)[..., 0]
@@ -130,7 +139,7 @@ def test_samples_have_the_probabilities_of_the_outputs():
     torch.testing.assert_close(counts, p, atol=6e-3, rtol=0)
 
 
-GOOD = {k: v.float() for k, v in arguments(4, 3, 1, 1).items()}
+GOOD = floats(4, 3, 1, 1)
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
@@ -163,11 +172,11 @@ def test_bad_input_of_sampling(changes, error, message):
         nade_sample(**GOOD | {"uniforms": torch.rand(2, 4)} | changes)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [KERNELS, "reference"])
 def test_a_uniform_of_zero_draws_nothing_impossible(backend):
     bias = torch.tensor([[-300.0, -torch.inf, 0.0, 1.0]])
-    weights = torch.zeros(1, 4, 2), torch.zeros(2), torch.zeros(1, 4, 2), bias
-    assert nade_sample(*weights, torch.zeros(1, 1), backend=backend).item() == 2
+    weights = [w.to(DEVICE) for w in (torch.zeros(1, 4, 2), torch.zeros(2), torch.zeros(1, 4, 2), bias)]
+    assert nade_sample(*weights, torch.zeros(1, 1, device=DEVICE), backend=backend).item() == 2
 
 
 def test_temperatures_that_float32_cannot_divide_by():
@@ -180,11 +189,11 @@ def test_temperatures_that_float32_cannot_divide_by():
 def test_sums_over_many_rows_keep_their_digits():
     """All of one sign: a running float32 sum of so many would lose the last ones."""
     rows, generator = 40000, torch.Generator().manual_seed(0)
-    x = torch.randint(2, (rows, 6), generator=generator)
-    weights = [torch.rand(shape, generator=generator) for shape in ((6, 1, 4), (4,), (6, 1, 4), (6, 1))]
+    x = torch.randint(2, (rows, 6), generator=generator).to(DEVICE)
+    weights = [torch.rand(shape, generator=generator).to(DEVICE) for shape in ((6, 1, 4), (4,), (6, 1, 4), (6, 1))]
     grads = {}
-    for dtype in (torch.float32, torch.float64):
+    for dtype, which in ((torch.float32, KERNELS), (torch.float64, "reference")):
         leaves = [w.to(dtype).requires_grad_() for w in weights]
-        grads[dtype] = torch.autograd.grad(nade(x, *leaves, backend="cpu").sum(), leaves)
+        grads[dtype] = torch.autograd.grad(nade(x, *leaves, backend=which).sum(), leaves)
     for got, exact in zip(grads[torch.float32], grads[torch.float64], strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=5e-6, atol=1e-6 * float(exact.abs().max()))

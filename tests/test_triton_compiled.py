@@ -26,7 +26,10 @@ SPILLS = {("3.7", "_grad_weight", 80), ("3.7", "_prepare", 80)}  # versions of T
 STACK = 20  # stores to it: a few numbers are put there by ptxas even where registers are free, of a tile hundreds
 PRODUCTS = ("_conv", "_gated_conv", "_grad_weight", "_layer", "_search")
 LINES = ("_lstm", "_lstm_backward")  # of images, which begin anywhere
-SAME_IN_ALL = ("_sum_rows", "_settle", "_summarize", "_sizes", "_codes")  # whatever the dtype, they see the same
+SAME_IN_ALL = (  # whatever the dtype, they see the same
+    "_sum_rows", "_settle", "_summarize", "_sizes", "_codes", "_sum_added", "_scan", "_outputs", "_sum_passed",
+    "_weights", "_draw",
+)  # fmt: skip
 
 
 def affine_coupling(dtype, scale="tanh", layout="scale_shift", masked=False) -> list[Launch]:
@@ -154,6 +157,19 @@ def image_lstm(dtype, diagonal=False, states=64) -> list[Launch]:
     return launches
 
 
+def nade(_, values=1) -> list[Launch]:
+    """Of whatever dtype, it sees float32."""
+    from fastgen.kernels import nade as module
+
+    x, in_weight, in_bias = torch.zeros(100, 784, dtype=torch.int64), torch.empty(784, values, 512), torch.empty(512)
+    out_weight, out_bias = torch.empty(784, values, 512), torch.empty(784, values)
+    with recorded(module) as launches:
+        out = module.nade(x, in_weight, in_bias, out_weight, out_bias)
+        module.nade_backward(out, x, in_weight, in_bias, out_weight)
+        module.nade_sample(in_weight, in_bias, out_weight, out_bias, torch.empty(100, 784), 1.0, x)
+    return launches
+
+
 def sums(dtype) -> list[Launch]:
     from fastgen.kernels import launch
 
@@ -177,6 +193,7 @@ CASES = {  # compiled for every architecture in every dtype
     "wavenet_layer": wavenet_layer,
     "gated_masked_conv2d": lambda dtype: masked_conv2d(dtype, gated=True)[:3],  # the rest is as above
     "image_lstm": image_lstm,
+    "nade": nade,
     "sums": sums,
 }
 VARIANTS = {  # each for some, since what differs is not what differs between those
@@ -197,6 +214,7 @@ VARIANTS = {  # each for some, since what differs is not what differs between th
     },
     "wavenet_layer 256": (partial(wavenet_layer, channels=256), F16, 90),
     "masked_conv2d": (masked_conv2d, BF16, 90),
+    "nade of 16 values": (partial(nade, values=16), F32, 90),
     "image_lstm diagonal": (partial(image_lstm, diagonal=True, states=128), BF16, 90),
     **{
         f"{name} of 1": (partial(case, channels=1), BF16, 90)  # Triton makes a constant of an argument that is 1

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import (
     check,
     check_classes,
@@ -68,6 +68,9 @@ def _(grad: Tensor, x: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: T
 @torch.library.register_fake("fastgen::nade_sample", lib=lib)
 def _(*args: object) -> None:
     return None
+
+
+has_triton_kernels("nade", "nade_backward", "nade_sample")
 
 
 @quick_apply
