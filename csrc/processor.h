@@ -1,6 +1,9 @@
 // What can be told of the processor only where the program runs.
 #pragma once
 
+#include <cstdint>
+#include <fstream>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -53,6 +56,17 @@ inline bool multiplies_tiles() {
 #else
   return false;
 #endif
+}
+
+// Of the cache that cores share, or a guess of it. sysconf adds up those of other cores, on some processors.
+inline int64_t shared_cache_bytes() {
+  static const int64_t kibibytes = [] {
+    constexpr int64_t kUsual = 16 << 10;
+    int64_t read = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> read;  // "32768K"
+    return read > 0 ? read : kUsual;
+  }();
+  return kibibytes << 10;
 }
 
 }  // namespace

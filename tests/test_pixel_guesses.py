@@ -1,11 +1,14 @@
-"""Pixels that are computed at once, from guesses of their neighbors: each is drawn as if they had been known."""
+"""Pixels that are computed at once, from guesses of their neighbors: each is drawn as if they had been known; and images
+that are not."""
 
 import pytest
 import torch
 from pixel_helpers import conditions, small
 
 import fastgen
+from fastgen.models import GatedPixelCNN
 from fastgen.ops import PixelDistribution, PixelGenerator, PixelProgram
+from fastgen.ops.pixelcnn_generate import _layout
 
 OP = "pixelcnn_generate"
 KINDS = {
@@ -131,3 +134,20 @@ def test_biases_for_other_numbers_of_images():
     p.sample(p.linear(x, torch.randn(3, 4), torch.randn(5, 3)), 0)
     with pytest.raises(ValueError, match=r"biases are for \[2, 5\] images at once"):
         PixelGenerator(p, torch.randn(3, 1), PixelDistribution("categorical", 3, 3))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_that_do_not_fit_into_the_cache_are_drawn_in_rounds(dtype, threads, monkeypatch):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model, uniforms = GatedPixelCNN(channels=8, layers=2, levels=4), torch.rand(11, 1, 3, 4)
+    expected = model.sample(11, (3, 4), uniforms=uniforms, dtype=dtype)
+    larger = 1 << 22  # numbers of an image, in place of what attention would remember of a large one
+
+    def layout(*args):
+        planes, caches, size = _layout(*args)
+        return planes, caches, size + larger
+
+    monkeypatch.setattr("fastgen.ops.pixelcnn_generate._layout", layout)
+    assert torch.equal(model.sample(11, (3, 4), uniforms=uniforms, dtype=dtype), expected)

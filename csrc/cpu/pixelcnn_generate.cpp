@@ -6,18 +6,31 @@
 namespace fastgen {
 namespace {
 
+// How many images a thread draws at once: what attention remembers of them is read again for every pixel, and comes
+// from memory once it outgrows the cache, while weights are read once for all of them.
+int64_t images_at_once(const PixelJob& job, int64_t weight_bytes, int64_t threads) {
+  constexpr int64_t kFewest = 2;
+  const auto each = std::max<int64_t>(job.memory_size * sizeof(float), 1);
+  return std::max({kFewest, shared_cache_bytes() / threads / each, weight_bytes / each});
+}
+
 template <class W>
 void generate(const PixelJob& job, const PackedProgram<W>& net) {
   const int64_t threads = torch::stable::get_num_threads();
   // a pair pays for what its two caches hold with what passes between them, which grows with the images
   const bool pairs = threads > 1 && std::thread::hardware_concurrency() > 1 && job.images <= threads;
   const int64_t groups = std::min(pairs ? threads / 2 : threads, job.images);
+  const int64_t share = (job.images + groups - 1) / groups, most = images_at_once(job, net.bytes, groups);
+  const int64_t rounds = pairs ? 1 : (share + most - 1) / most, count = groups * rounds;
   std::vector<std::unique_ptr<Images<W>>> images;
-  for (int64_t i = 0; i < groups; ++i) {
-    const int64_t first = i * job.images / groups, last = (i + 1) * job.images / groups;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = i * job.images / count, last = (i + 1) * job.images / count;
     images.push_back(std::make_unique<Images<W>>(job, net, first, last - first));
   }
-  if (!pairs) return for_each_worker(groups, [&](int64_t i) { images[i]->alone(); });
+  if (!pairs)
+    return for_each_worker(groups, [&](int64_t i) {
+      for (int64_t round = 0; round < rounds; ++round) images[i * rounds + round]->alone();
+    });
   for_each_worker(2 * groups, [&](int64_t i) { i % 2 == 0 ? images[i / 2]->lead() : images[i / 2]->help(); });
 }
 
