@@ -1,5 +1,4 @@
-"""Pixels that are computed at once, from guesses of their neighbors: each is drawn as if they had been known; and images
-that are not."""
+"""Several pixels at once, from guesses of their neighbors: each is drawn as if they had been known. Images in rounds."""
 
 import pytest
 import torch
