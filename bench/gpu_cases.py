@@ -25,6 +25,7 @@ from fastgen.ops import (
     code_statistics,
     gated_causal_conv1d,
     gated_masked_conv2d,
+    gaussian_rsample_kl,
     image_lstm,
     masked_conv2d,
     nade,
@@ -38,6 +39,7 @@ from fastgen.ops.affine_coupling import affine_coupling_reference
 from fastgen.ops.code_statistics import code_statistics_reference
 from fastgen.ops.gated_causal_conv1d import gated_causal_conv1d_reference
 from fastgen.ops.gated_masked_conv2d import gated_masked_conv2d_reference
+from fastgen.ops.gaussian_rsample_kl import gaussian_rsample_kl_reference
 from fastgen.ops.image_lstm import image_lstm_reference
 from fastgen.ops.masked_conv2d import mask_2d, masked_conv2d_reference
 from fastgen.ops.nade import nade_reference
@@ -166,6 +168,14 @@ def actnorm_cases(name: str, size: tuple[int, ...], dtype: torch.dtype, inverse:
     one = math.prod(size) * dtype.itemsize
     both = None if inverse else (5.0 * one, 0.0)
     return op_cases(name, actnorm, actnorm_reference, args, {"inverse": inverse}, (2 * one, 0), both)
+
+
+def gaussian_cases(name: str, dtype: torch.dtype, *size: int) -> Iterator[Case]:
+    args: list[Tensor | None] = [normal(*size, scale=scale, dtype=dtype) for scale in (1.0, 0.5, 1.0)]
+    one = math.prod(size) * dtype.itemsize
+    # mean, deviation and noise in, z out; backward: those and a gradient in, two out
+    works = (4.0 * one, 0.0), (10.0 * one, 0.0)
+    return op_cases(name, gaussian_rsample_kl, gaussian_rsample_kl_reference, args, {}, *works)
 
 
 def masked_cases(
@@ -359,6 +369,8 @@ def listing(tiny: bool) -> list[Entry]:
     for diagonal in (False, True):
         of = "{} B{} H{} {}x{}".format("diagonal" if diagonal else "row", *lines, lines[2])
         makers.append((f"image_lstm {of}", lstm_cases, (dtype, *lines, diagonal)))
+    latents = (3, 70) if tiny else (4096, 16384)
+    makers.append(("gaussian_rsample_kl {}x{}".format(*latents), gaussian_cases, (dtype, *latents)))
     vectors = (3, 7, 20) if tiny else (100, 784, 500)
     makers.append(("nade B{} D{} H{}".format(*vectors), nade_cases, vectors))
     for scale, inverse in (("exp", False), ("tanh", False), ("sigmoid", False), ("tanh", True)):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_helpers import DTYPES, compare
+from op_helpers import DEVICE, DTYPES, KERNELS, compare, cpu_only
 from torch.distributions import Normal, kl_divergence
 
 from fastgen.ops import gaussian_rsample_kl
@@ -14,6 +14,10 @@ SIZES = [(1,), (0, 3), (3, 0), (1, 1), (5, 7), (2, 3, 31), (33, 33), (3, 4099), 
 def arguments(*size):
     names = ("mean", "log_deviation", "noise")
     return {name: torch.randn(size, dtype=torch.float64) for name in names}
+
+
+def floats(*size):
+    return {k: v.to(DEVICE, torch.float32) for k, v in arguments(*size).items()}
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -29,6 +33,7 @@ def test_divergence_is_that_of_torch_distributions():
     torch.testing.assert_close(kl, exact)
 
 
+@cpu_only("in float64")
 @pytest.mark.parametrize("used", ["z", "kl", "both"])
 def test_gradcheck(used):
     leaves = tuple(v.requires_grad_() for v in arguments(3, 5).values())
@@ -41,18 +46,18 @@ def test_gradcheck(used):
 
 
 def test_strided_and_expanded():
-    args = {k: v.float() for k, v in arguments(6, 4, 10).items()}
+    args = floats(6, 4, 10)
     strided = {k: v.transpose(1, 2) for k, v in args.items()}
-    expected = gaussian_rsample_kl(**{k: v.contiguous() for k, v in strided.items()}, backend="cpu")
-    assert all(map(torch.equal, gaussian_rsample_kl(**strided, backend="cpu"), expected))
-    one = args | {"log_deviation": torch.zeros(1, 1, 1).expand(6, 4, 10)}
-    torch.testing.assert_close(gaussian_rsample_kl(**one, backend="cpu"), gaussian_rsample_kl_reference(**one))
+    expected = gaussian_rsample_kl(**{k: v.contiguous() for k, v in strided.items()}, backend=KERNELS)
+    assert all(map(torch.equal, gaussian_rsample_kl(**strided, backend=KERNELS), expected))
+    one = args | {"log_deviation": torch.zeros(1, 1, 1, device=DEVICE).expand(6, 4, 10)}
+    torch.testing.assert_close(gaussian_rsample_kl(**one, backend=KERNELS), gaussian_rsample_kl_reference(**one))
 
 
 def test_extremes():
-    mean, noise = torch.zeros(2, 3), torch.ones(2, 3)
-    s = torch.tensor([[-200.0, 0.0, 100.0], [0.0, float("nan"), 0.0]])
-    z, kl = gaussian_rsample_kl(mean, s, noise, backend="cpu")
+    mean, noise = torch.zeros(2, 3, device=DEVICE), torch.ones(2, 3, device=DEVICE)
+    s = torch.tensor([[-200.0, 0.0, 100.0], [0.0, float("nan"), 0.0]], device=DEVICE)
+    z, kl = gaussian_rsample_kl(mean, s, noise, backend=KERNELS)
     expected_z, expected_kl = gaussian_rsample_kl_reference(mean, s, noise)
     assert torch.equal(z.isnan(), expected_z.isnan())
     assert z[0].tolist() == [0.0, 1.0, float("inf")]
@@ -61,26 +66,26 @@ def test_extremes():
 
 
 def test_same_bits_whatever_the_threads():
-    args = {k: v.float().requires_grad_() for k, v in arguments(3, 20_001).items()}
+    args = {k: v.requires_grad_() for k, v in floats(3, 20_001).items()}
     results = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        z, kl = gaussian_rsample_kl(**args, backend="cpu")
+        z, kl = gaussian_rsample_kl(**args, backend=KERNELS)
         results.append((z, kl, *torch.autograd.grad(z.square().sum() + kl.sum(), list(args.values()))))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
 
 def test_opcheck_compile_autocast(ran):
-    args = {k: v.float() for k, v in arguments(3, 5).items()}
+    args = floats(3, 5)
     torch.library.opcheck(torch.ops.fastgen.gaussian_rsample_kl.default, tuple(args.values()))
     backward = torch.ops.fastgen.gaussian_rsample_kl_backward.default
-    for grad_z in (None, torch.randn(3, 5)):
-        torch.library.opcheck(backward, (grad_z, torch.randn(3), *args.values()))
+    for grad_z in (None, torch.randn(3, 5, device=DEVICE)):
+        torch.library.opcheck(backward, (grad_z, torch.randn(3, device=DEVICE), *args.values()))
     torch._dynamo.reset()
     compiled = torch.compile(lambda **a: gaussian_rsample_kl(**a), fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(**args), gaussian_rsample_kl_reference(**args))
-    with torch.autocast("cpu", torch.bfloat16), ran("gaussian_rsample_kl", "cpu"):
+    with torch.autocast(DEVICE, torch.bfloat16), ran("gaussian_rsample_kl", KERNELS):
         z, kl = gaussian_rsample_kl(args["mean"], args["log_deviation"].bfloat16())
     assert z.dtype == kl.dtype == torch.float32
     with ran("gaussian_rsample_kl", "reference"):

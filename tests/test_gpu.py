@@ -12,6 +12,7 @@ from fastgen.ops import (
     code_statistics,
     gated_causal_conv1d,
     gated_masked_conv2d,
+    gaussian_rsample_kl,
     image_lstm,
     masked_conv2d,
     nade,
@@ -52,6 +53,7 @@ CALLS = {
     "gated_masked_conv2d": lambda *a: gated_masked_conv2d(*a, mask="B", backend="triton"),
     "image_lstm": lambda *a: image_lstm(*a, backend="triton"),
     "nade": of_bits,
+    "gaussian_rsample_kl": lambda *a: gaussian_rsample_kl(*a, backend="triton"),
 }
 SIZES = {
     "affine_coupling": [(3, 6, 33, 7), (3, 6, 33, 7)],
@@ -65,12 +67,14 @@ SIZES = {
     "gated_masked_conv2d": [(2, 16, 6, 8), (32, 16, 3, 3), (32,), (2, 32, 6, 8)],
     "image_lstm": [(2, 64, 6, 8), (64, 16, 3)],
     "nade": [(70, 1, 40), (40,), (70, 1, 40), (70, 1)],
+    "gaussian_rsample_kl": [(3, 5000), (3, 5000), (3, 5000)],
 }
 LONG = (1 << 31) // 48 // 16 * 16 + 16  # of 3 x 16 channels
 SIDE = 6690  # of an image with a bit more pixels than that
 BEYOND = {  # more than 2^31 numbers, in samples of which the last is looked at
     "affine_coupling": [(3, 16, LONG), (3, 16, LONG)],
     "actnorm": [(3, 16, LONG), (16,), (16,)],
+    "gaussian_rsample_kl": [(3, 16 * LONG), (3, 16 * LONG), (3, 16 * LONG)],
     "nearest_code": [(3 * LONG // 4, 64), (7, 64)],
     "vector_quantize": [(3 * LONG // 4, 64), (7, 64)],
     "code_statistics": [(3 * LONG // 4, 64), (7, 64)],

@@ -1,4 +1,4 @@
-"""Several pixels at once, from guesses of their neighbors: each is drawn as if they had been known. Images in rounds."""
+"""Several pixels at once, from guesses of their neighbors: drawn as if they had been known. And images in turns."""
 
 import pytest
 import torch

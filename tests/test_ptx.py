@@ -23,7 +23,10 @@ RESULTS = {  # files of tests, and which of them
     ),
     "images": (["image_lstm"], "matches_reference and bfloat16 and not (anywhere or 28)"),
     "vectors": (["nade"], "(values and dtype0 and (sizes4 or sizes5 or sizes10 or sizes11)) or (samples_of and 0.5)"),
-    "elements": (["affine_coupling", "actnorm"], "values_and_gradients and (exp or actnorm) and sizes5"),
+    "elements": (
+        ["affine_coupling", "actnorm", "gaussian_rsample_kl"],
+        "values_and_gradients and (((exp or actnorm) and sizes5) or 4099 or 33)",
+    ),
     "paths": (["triton_paths"], "gate or layer or images or memory"),
     "paths of single elements": (["triton_paths"], "sizes_of_one"),
     "paths of the search": (["triton_paths"], "long or undecided"),

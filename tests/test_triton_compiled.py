@@ -56,6 +56,17 @@ def actnorm(dtype) -> list[Launch]:
     return launches
 
 
+def gaussian_rsample_kl(dtype) -> list[Launch]:
+    from fastgen.kernels import gaussian_rsample_kl as module
+
+    x = torch.empty(256, 4096, dtype=dtype)
+    with recorded(module) as launches:
+        z, kl = module.gaussian_rsample_kl(x, x, x)
+        module.gaussian_rsample_kl_backward(z, kl, x, x, x)
+        module.gaussian_rsample_kl_backward(None, kl, x, x, x)
+    return launches
+
+
 def vector_quantize(dtype, rotation=False, masked=False) -> list[Launch]:
     from fastgen.kernels import nearest_code, vector_quantize
 
@@ -185,6 +196,7 @@ def channels_first(op: Callable[..., list[Launch]], dtype: torch.dtype) -> list[
 CASES = {  # compiled for every architecture in every dtype
     "affine_coupling": affine_coupling,
     "actnorm": actnorm,
+    "gaussian_rsample_kl": gaussian_rsample_kl,
     "vector_quantize": vector_quantize,
     "nearest_code": lambda dtype: [*nearest_code(dtype), *nearest_code(dtype, (64, 8192, 256))[1:]],  # and in splits
     "code_statistics": code_statistics,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.backend import lib, resolve
+from fastgen.backend import has_triton_kernels, lib, resolve
 from fastgen.checks import check, check_tensor, differentiates, first_order, keep_dtype, quick_apply
 
 
@@ -46,6 +46,9 @@ def _(
     grad_z: Tensor | None, grad_kl: Tensor, mean: Tensor, log_deviation: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
+
+
+has_triton_kernels("gaussian_rsample_kl", "gaussian_rsample_kl_backward")
 
 
 @quick_apply
