@@ -341,7 +341,7 @@ class Images {
   template <class F>
   void for_each_head(const Instruction& i, int begin, int end, F&& f) {
     for (int64_t b = 0; b < n_; ++b) {
-      const AttentionCache cache(i, job_.height * job_.width, image(b));
+      const AttentionCache<W> cache(i, job_.height * job_.width, image(b));
       for (int64_t head = begin; head < cache.heads; head += end - begin == 2 ? 1 : 2) f(cache, head, b);
     }
   }
@@ -349,7 +349,7 @@ class Images {
   void attend_or_remember(const Instruction& i, int begin, int end, int64_t y) {
     Side& side = sides_[begin];
     const bool own = i.matrix > 0;
-    for_each_head(i, begin, end, [&](const AttentionCache& cache, int64_t head, int64_t b) {
+    for_each_head(i, begin, end, [&](const AttentionCache<W>& cache, int64_t head, int64_t b) {
       for (int64_t x = (*side.now)[b].begin; x < (*side.now)[b].end; ++x) {
         const int64_t pixel = y * job_.width + x;
         const auto of = [&](int64_t plane) { return at(side, plane, b, y, x); };

@@ -215,7 +215,9 @@ class PixelGenerator:
                     report(row + 1)
             return values, kept
         if (height, width) not in self._layouts:
-            planes, caches, size = _layout(self.program, height, width, AHEAD if self.backend == "cpu" else 1)
+            on_cpu = self.backend == "cpu"
+            halved = on_cpu and self.dtype == torch.bfloat16
+            planes, caches, size = _layout(self.program, height, width, AHEAD if on_cpu else 1, halved)
             self._layouts[height, width] = planes, _encoded(self.program, self._offsets, caches), size
         planes, instructions, size = self._layouts[height, width]
         memory, biases = uniforms.new_zeros(batch, size), self._biases.index_select(1, self._places)
@@ -295,11 +297,13 @@ def _check_finite(tensors: list[Tensor]) -> None:
         raise ValueError("pixelcnn_generate: the model's weights must be finite, one holds NaN or infinity")
 
 
-def _layout(program: PixelProgram, height: int, width: int, ahead: int) -> tuple[list[int], list[int], int]:
+def _layout(
+    program: PixelProgram, height: int, width: int, ahead: int, halved: bool = False
+) -> tuple[list[int], list[int], int]:
     """How the kernel lays the planes of one image: their numbers, the offset of each cache, and floats in all.
 
     Planes that are read at their own pixel alone have room for `ahead` pixels. Planes that live only within a row phase
-    share memory where their lives do not overlap.
+    share memory where their lives do not overlap. halved: keys and values are kept in 16 bits, with a unit of each.
     """
     lives: dict[int, list[int]] = {}
     by_pixel: set[int] = {program.input, program.context}
@@ -331,7 +335,8 @@ def _layout(program: PixelProgram, height: int, width: int, ahead: int) -> tuple
     room = -(-height * width // BLOCK) * BLOCK
     for cache in program.caches:  # each head's values are padded to whole blocks
         caches.append(end)
-        end += room * (cache.keys + cache.heads * -(-cache.values // cache.heads // BLOCK) * BLOCK)
+        numbers_kept = cache.keys + cache.heads * -(-cache.values // cache.heads // BLOCK) * BLOCK
+        end += room * numbers_kept // 2 + 2 * room * cache.heads if halved else room * numbers_kept
     return numbers, caches, -(-end // 32) * 32
 
 
