@@ -116,7 +116,7 @@ MODELS = {
     "gated, colors": lambda: (gated(image_channels=3, levels=5), {"temperature": 0.8}),
     "gated, bfloat16": lambda: (gated(levels=4), {"dtype": torch.bfloat16}),
     "plain": lambda: (PixelCNN(channels=8, layers=2), {}),
-    "attention": lambda: (PixelSNAIL(channels=8, levels=4), {}),
+    "attention": lambda: (PixelSNAIL(channels=8, layers=2, levels=4), {}),
     "transformer": lambda: (gpt(), {}),
     "transformer, bfloat16, classes": lambda: (
         gpt(classes=3),
