@@ -1,9 +1,11 @@
 """`nade`: inputs in chunks, which run at once; what the inputs before a chunk add to its state is summed beforehand.
 
 Forward: the sums of each chunk, running sums over the chunks, then the outputs of each chunk from its first state.
-Backward: the states again; what each chunk passes back to the inputs before it, and running sums of that from the end;
-then each chunk from its last state to its first, which a program does for a part of the rows, one after another, so
-that it adds to gradients that it alone writes. Nothing of inputs times hidden units is kept but at chunks' ends.
+Backward, in shorter chunks: the states again; what each chunk passes back to the inputs before it, and running sums of
+that from the end; then each chunk from its last input to its first, which a program does for a part of the rows, one
+after another, so that it adds to gradients that it alone writes. States within a chunk are computed anew for each of
+its inputs: to subtract what was added would lose small numbers beside large ones. Of inputs times hidden units nothing
+is kept but the states at chunks' ends.
 
 Least work: 2 H (O + 1) operations and a sigmoid for each input forward, three times as much backward.
 """
@@ -20,7 +22,8 @@ from torch import Tensor
 from .functions import sigmoid
 from .launch import Plan, cdiv, on_device, planned, power_within, precision_of, splits_for
 
-LENGTH = 32  # inputs of a chunk
+FORWARD, BACKWARD = 32, 8  # inputs of a chunk
+MOST_COPIES = 64 << 20  # bytes of gradients of the weights that programs may share, beyond the gradients themselves
 
 
 @triton.jit
@@ -78,29 +81,33 @@ def _sum_added(  # type: ignore[no-untyped-def]
     BINARY: tl.constexpr, SINGLE: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
     OUTPUTS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums [row][chunk][unit]."""
+    """sums [row][chunk + 1][unit]."""
     chunk, begin, end, row, live, unit = _chunk(parts, chunks, batch, steps, LENGTH, ROWS, UNITS)
     total = tl.zeros([ROWS, UNITS], tl.float32)
     for d in range(begin, end):
         total += _added(x, in_weight, row, d, unit, live, steps, hidden, columns, BINARY)
-    at = sums + (row * (chunks + 1) + chunk)[:, None] * hidden + unit[None, :]
+    at = sums + (row * (chunks + 1) + chunk + 1)[:, None] * hidden + unit[None, :]
     tl.store(at, total, live[:, None] & (unit < hidden)[None, :])
 
 
 @triton.jit
-def _scan(sums, first, hidden, chunks, parts, BACK: tl.constexpr, UNITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A chunk's sum becomes that of `first` and all chunks before it, or with BACK of those behind it; at the end is
-    that of all."""
+def _scan(  # type: ignore[no-untyped-def]
+    sums, first, hidden, entries, parts, BACK: tl.constexpr, ENTRIES: tl.constexpr, UNITS: tl.constexpr
+):  # fmt: skip
+    """An entry becomes the sum of itself and all before it, of which the first is `first`; with BACK of itself and all
+    behind it, of which the last is zero."""
     row, unit = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * UNITS + tl.arange(0, UNITS)
-    live = unit < hidden
-    running = tl.zeros([UNITS], tl.float32) if BACK else tl.load(first + unit, live, other=0.0)
-    for n in range(chunks):
-        chunk = chunks - 1 - n if BACK else n
-        at = sums + (row * (chunks + 1) + chunk) * hidden + unit
+    carried = tl.zeros([UNITS], tl.float32)
+    begin = tl.zeros([UNITS], tl.float32) if BACK else tl.load(first + unit, unit < hidden, other=0.0)
+    for block in range(tl.cdiv(entries, ENTRIES)):
+        start = tl.cdiv(entries, ENTRIES) - 1 - block if BACK else block
+        entry = start * ENTRIES + tl.arange(0, ENTRIES)
+        live = (entry < entries)[:, None] & (unit < hidden)[None, :]
+        at = sums + (row * entries + entry)[:, None] * hidden + unit[None, :]
         own = tl.load(at, live, other=0.0)
-        tl.store(at, running, live)
-        running += own
-    tl.store(sums + (row * (chunks + 1) + chunks) * hidden + unit, running, live)
+        own = tl.where((entry == (entries - 1 if BACK else 0))[:, None], begin[None, :], own)
+        tl.store(at, tl.cumsum(own, 0, reverse=BACK) + carried[None, :], live)
+        carried += tl.sum(own, 0)
 
 
 @triton.jit
@@ -148,7 +155,7 @@ def _sum_passed(  # type: ignore[no-untyped-def]
     BINARY: tl.constexpr, SINGLE: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
     OUTPUTS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the inputs of a chunk pass back to each one before them; sums [row][chunk][unit]."""
+    """What the inputs of a chunk pass back to each one before them; sums [row][chunk][unit], one more at the end."""
     chunk, begin, end, row, live, unit = _chunk(parts, chunks, batch, steps, LENGTH, ROWS, UNITS)
     held = live[:, None] & (unit < hidden)[None, :]
     place = (row * (chunks + 1) + chunk)[:, None] * hidden + unit[None, :]
@@ -185,12 +192,14 @@ def _weights(  # type: ignore[no-untyped-def]
         live = row < batch
         there = live[:, None] & held[None, :]
         place = (row * (chunks + 1) + chunk)[:, None] * hidden + unit[None, :]
-        state = tl.load(states + place + hidden, there, other=0.0)  # behind the chunk
-        behind = tl.load(passed + place, there, other=0.0)
+        state = tl.load(states + place, there, other=0.0)
+        behind = tl.load(passed + place + hidden, there, other=0.0)
         for n in range(end - begin):
             d = end - 1 - n
-            state -= _added(x, in_weight, row, d, unit, live, steps, hidden, columns, BINARY)
-            h = sigmoid(state)
+            before = state
+            for known in range(begin, d):
+                before += _added(x, in_weight, row, known, unit, live, steps, hidden, columns, BINARY)
+            h = sigmoid(before)
             value = tl.load(x + row * steps + d, live, other=0)
             if BINARY:
                 of_added = tl.sum(value.to(tl.float32)[:, None] * behind, 0)
@@ -266,49 +275,48 @@ def _draw(  # type: ignore[no-untyped-def]
         if BINARY:
             state += value.to(tl.float32) * w
         else:
-            state += tl.load(in_weight + (d * columns + value) * hidden + unit, held, other=0.0)
+            state += tl.load(in_weight + (d * columns + value) * hidden + unit, held & (value < columns), other=0.0)
         w, u = next_w, next_u
 
 
-def _made(kernel: Any, x: Tensor, in_weight: Tensor, outputs: int) -> Plan:
+def _plan(kernel: Any, x: Tensor, in_weight: Tensor, outputs: int, length: int) -> Plan:
     (batch, steps), (_, columns, hidden) = x.shape, in_weight.shape
-    single, weights = outputs == 1, kernel is _weights
-    rows = (32 if weights else 8) if single else 16
-    units = power_within(hidden, 16, 64 if weights or not single else 512)
-    chunks, parts, tiles, share = cdiv(steps, LENGTH), cdiv(hidden, units), cdiv(batch, rows), 1
-    if weights:
-        share, tiles = splits_for(chunks * parts, tiles)
-    if kernel is _outputs:
-        parts = 1
-    options = {
-        "BINARY": columns == 1, "SINGLE": single, "LENGTH": LENGTH, "ROWS": rows, "UNITS": units,
-        "OUTPUTS": power_within(outputs, 16, 64), "VALUES": power_within(columns, 16, 64),
-        "PRECISION": precision_of(in_weight), "num_warps": 4, "num_stages": 1,
-    }  # fmt: skip
-    numbers = batch, steps, hidden, columns, outputs, chunks, parts, share
-    return Plan(kernel, tiles * chunks * parts, numbers, options, sizes=(tiles,))
 
+    def make() -> Plan:
+        single, weights = outputs == 1, kernel is _weights
+        rows = (32 if weights else 8) if single else 16
+        units = power_within(hidden, 16, 64 if weights or not single else 512)
+        chunks, parts, tiles, share = cdiv(steps, length), cdiv(hidden, units), cdiv(batch, rows), 1
+        if weights:
+            copies = 1 + MOST_COPIES // (4 * steps * (columns + outputs) * hidden)
+            share, tiles = splits_for(chunks * parts, tiles, min(264, copies * chunks * parts))
+        if kernel is _outputs:
+            parts = 1
+        options = {
+            "BINARY": columns == 1, "SINGLE": single, "LENGTH": length, "ROWS": rows, "UNITS": units,
+            "OUTPUTS": power_within(outputs, 16, 64), "VALUES": power_within(columns, 16, 64),
+            "PRECISION": precision_of(in_weight), "num_warps": 4, "num_stages": 1,
+        }  # fmt: skip
+        numbers = batch, steps, hidden, columns, outputs, chunks, parts, share
+        return Plan(kernel, tiles * chunks * parts, numbers, options, sizes=(tiles,))
 
-def _plan(kernel: Any, x: Tensor, in_weight: Tensor, outputs: int) -> Plan:
-    key = x.shape, in_weight.shape, outputs, precision_of(in_weight)
-    return planned(kernel, key, lambda: _made(kernel, x, in_weight, outputs))
+    return planned(kernel, (x.shape, in_weight.shape, outputs, length, precision_of(in_weight)), make)
 
 
 def _scanned(sums: Tensor, first: Tensor, back: bool) -> None:
     """sums (B, chunks + 1, H), in place."""
-    batch, chunks, hidden = sums.shape
-    units = power_within(hidden, 32, 256)
-    parts = cdiv(hidden, units)
-    options = {"BACK": back, "UNITS": units, "num_warps": max(1, units // 128)}
-    plan = planned(_scan, (sums.shape, back), lambda: Plan(_scan, batch * parts, (hidden, chunks - 1, parts), options))
+    batch, entries, hidden = sums.shape
+    parts = cdiv(hidden, 64)
+    options = {"BACK": back, "ENTRIES": power_within(entries, 1, 32), "UNITS": 64, "num_warps": 4}
+    plan = planned(_scan, (sums.shape, back), lambda: Plan(_scan, batch * parts, (hidden, entries, parts), options))
     plan.run(sums, first)
 
 
-def _states(x: Tensor, in_weight: Tensor, in_bias: Tensor) -> Tensor:
+def _states(x: Tensor, in_weight: Tensor, in_bias: Tensor, length: int) -> Tensor:
     """(B, chunks + 1, H): before each chunk, and behind the last."""
     (batch, steps), hidden = x.shape, in_weight.shape[2]
-    states = in_weight.new_empty(batch, cdiv(steps, LENGTH) + 1, hidden)
-    _plan(_sum_added, x, in_weight, 1).run(x, in_weight, states)
+    states = in_weight.new_empty(batch, cdiv(steps, length) + 1, hidden)
+    _plan(_sum_added, x, in_weight, 1, length).run(x, in_weight, states)
     _scanned(states, in_bias, back=False)
     return states
 
@@ -319,8 +327,8 @@ def nade(x: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_
     if not out.numel() or not in_weight.shape[2]:
         return out.copy_(out_bias)
     with on_device(x):
-        states = _states(x, in_weight, in_bias)
-        plan = _plan(_outputs, x, in_weight, out.shape[2])
+        states = _states(x, in_weight, in_bias, FORWARD)
+        plan = _plan(_outputs, x, in_weight, out.shape[2], FORWARD)
         plan.run(x, in_weight, out_weight, out_bias, states, out)
     return out
 
@@ -329,18 +337,20 @@ def nade_backward(
     grad: Tensor, x: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous grad (B, D, O) -> gradients of in_weight, in_bias and out_weight."""
-    weights, outputs = (in_weight, in_bias, out_weight), out_weight.shape[1]
+    outputs = out_weight.shape[1]
     if not grad.numel() or not in_weight.numel():
-        return tuple(torch.zeros_like(w) for w in weights)  # type: ignore[return-value]
+        return torch.zeros_like(in_weight), torch.zeros_like(in_bias), torch.zeros_like(out_weight)
     with on_device(x):
-        states = _states(x, in_weight, in_bias)
+        states = _states(x, in_weight, in_bias, BACKWARD)
         passed = torch.empty_like(states)
-        _plan(_sum_passed, x, in_weight, outputs).run(grad, x, in_weight, out_weight, states, passed)
+        plan = _plan(_sum_passed, x, in_weight, outputs, BACKWARD)
+        plan.run(grad, x, in_weight, out_weight, states, passed)
         _scanned(passed, in_bias, back=True)
-        plan = _plan(_weights, x, in_weight, outputs)
+        plan = _plan(_weights, x, in_weight, outputs, BACKWARD)
         of_in, of_out = (w.new_empty(*plan.sizes, *w.shape) for w in (in_weight, out_weight))
         plan.run(grad, x, in_weight, out_weight, states, passed, of_in, of_out)
-    return of_in.sum(0), passed[:, -1].sum(0), of_out.sum(0)
+    of_in, of_out = (g.sum(0) if len(g) > 1 else g[0] for g in (of_in, of_out))
+    return of_in, passed[:, 0].sum(0), of_out
 
 
 def nade_sample(
@@ -352,9 +362,9 @@ def nade_sample(
     if not x.numel():
         return
     logits = uniforms.new_empty(batch, outputs)
-    units = power_within(hidden, 32, 1 << 16)
+    units = power_within(hidden, 32, 1 << 20)
     options = {
-        "BINARY": columns == 1, "SINGLE": outputs == 1, "UNITS": units, "OUTPUTS": power_within(outputs, 1, 1 << 16),
+        "BINARY": columns == 1, "SINGLE": outputs == 1, "UNITS": units, "OUTPUTS": power_within(outputs, 1, 1 << 20),
         "AT_ONCE": power_within(outputs, 1, max(1, 4096 // units)), "num_warps": power_within(units // 128, 1, 8),
         "num_stages": 1,
     }  # fmt: skip

@@ -166,6 +166,8 @@ def test_bad_input(changes, error, message):
     ({"given": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, r"given must be \(2, 4\)"),
     ({"given": torch.full((2, 4), 2)}, ValueError, r"given must lie in \[0, 2\)"),
     ({"out_weight": torch.zeros(4, 3, 3), "out_bias": torch.zeros(4, 3)}, ValueError, "in_weight must have a row"),
+    ({"in_weight": torch.zeros(4, 2, 3), "out_weight": torch.zeros(4, 0, 3), "out_bias": torch.zeros(4, 0)}, ValueError,
+     "got 2 rows and 0 outputs"),
 ])  # fmt: skip
 def test_bad_input_of_sampling(changes, error, message):
     with pytest.raises(error, match=message):
@@ -184,6 +186,19 @@ def test_temperatures_that_float32_cannot_divide_by():
     assert nade_sample(*weights, torch.full((1, 1), 0.5), temperature=1e-30).item() == 1
     with pytest.raises(ValueError, match=r"temperature must lie in \[1e-30, 1e30\], got 1e-40"):
         nade_sample(*weights, torch.full((1, 1), 0.5), temperature=1e-40)
+
+
+@pytest.mark.parametrize("large", [1e6, float("inf")])
+def test_a_large_weight_costs_no_digits(large):
+    args = floats(20, 8, 1, 1)
+    args["in_weight"][15] = large
+    x = torch.ones(3, 20, dtype=torch.int64, device=DEVICE)
+    grads = {}
+    for dtype, which in ((torch.float32, KERNELS), (torch.float64, "reference")):
+        leaves = [w.to(dtype).requires_grad_() for w in args.values()]
+        grads[dtype] = torch.autograd.grad(nade(x, *leaves, backend=which).sum(), leaves)
+    for got, exact in zip(grads[torch.float32], grads[torch.float64], strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_sums_over_many_rows_keep_their_digits():

@@ -142,7 +142,7 @@ def test_images_that_do_not_fit_into_the_cache_are_drawn_in_rounds(dtype, thread
     torch.manual_seed(0)
     model, uniforms = GatedPixelCNN(channels=8, layers=2, levels=4), torch.rand(11, 1, 3, 4)
     expected = model.sample(11, (3, 4), uniforms=uniforms, dtype=dtype)
-    larger = 1 << 22  # numbers of an image, in place of what attention would remember of a large one
+    larger = 1 << 23  # numbers of an image, in place of what attention would remember of a large one
 
     def layout(*args):
         planes, caches, size = _layout(*args)

@@ -5,7 +5,7 @@ import torch
 from cuda_helpers import ORDERS, built, run
 
 from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelRNN, PixelSNAIL
-from fastgen.ops.pixelcnn_generate import _layout
+from fastgen.ops.pixelcnn_generate import _layout, _not_on_cuda
 
 NAMES = (
     "packed", "shapes", "planes", "instructions", "bf16", "biases", "context", "context_plane", "table", "distribution",
@@ -37,8 +37,9 @@ def recorded(monkeypatch, model, batch, size, first_row=0, **options):
         seen.update(given, memory=given["memory"].clone())
         return op(*given.values())
 
-    def layout(program, height, width, ahead, halved=False):  # the GPU keeps keys and values in float32
-        return _layout(program, height, width, ahead)
+    def layout(program, height, width, ahead, halved=False):
+        assert not _not_on_cuda(program)
+        return _layout(program, height, width, ahead)  # the GPU keeps keys and values in float32
 
     with monkeypatch.context() as patch:
         patch.setattr("fastgen.ops.pixelcnn_generate._layout", layout)

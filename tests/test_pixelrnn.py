@@ -256,9 +256,21 @@ def test_sequences_and_dropout():
     assert model.sample(0, (1, 7)).shape == (0, 1, 7)
 
 
+def read_early(kind):
+    p = PixelProgram(1)
+    state = p.state(3)
+    p.linear(state, torch.randn(12, 3)) if kind == "linear" else p.relu(state)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
+        (
+            lambda: read_early("linear"),
+            ValueError,
+            "conv reads state 1 at its own pixel, where no lstm has made it yet",
+        ),
+        (lambda: read_early("relu"), ValueError, "relu reads state 1 at its own pixel"),
         (lambda: PixelRNN(channels=7), ValueError, "PixelRNN: channels must be even, got 7"),
         (lambda: PixelRNN(kernel_size=4), ValueError, "PixelRNN: kernel_size must be odd, got 4"),
         (lambda: PixelRNN(first_kernel_size=1), ValueError, "first_kernel_size must be at least 3, got 1"),
@@ -313,10 +325,15 @@ def masked_behind(p):
     return p.conv(p.relu(p.conv(p.input, torch.randn(3, 1, 1, 3), mask="A")), torch.randn(3, 3, 1, 3), mask="A")
 
 
+def cell_of_another(p):
+    c, h = p.state(3), p.state(3)
+    for states in ((c, p.state(3)), (h, c)):
+        p.lstm(p.linear(p.previous(p.input), torch.randn(12, 1), halves=4), *states, dx=-1)
+    return h
+
+
 def not_yet_whole(p):
-    h = p.state(3)
-    gates = p.linear(p.previous(p.input), torch.randn(12, 1), halves=4)
-    return p.lstm(p.conv(h, torch.randn(12, 3, 1, 3), add=gates, halves=4), h, p.state(3), dx=-1)
+    return p.conv(p.input, torch.randn(3, 1, 1, 3))
 
 
 @pytest.mark.parametrize(
@@ -324,14 +341,17 @@ def not_yet_whole(p):
     [
         (normed_above, "layer norms are of single pixels"),
         (shared_cell, "LSTMs have cells of their own"),
+        (cell_of_another, "LSTMs have cells of their own"),
         (right_of_row, "convolutions are of planes that grow there"),
         (masked_behind, "beside the pixel before it makes it"),
         (not_yet_whole, "windows end at a pixel that is whole"),
     ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_cuda_kernels_lack_some_programs(make, reason, monkeypatch):
     """They are refused, not misread."""
     monkeypatch.setattr("fastgen.ops.pixelcnn_generate.resolve", lambda *_: "cuda")
+    monkeypatch.setattr(fastgen.backend, "_warned", set())
     program = PixelProgram(1)
     program.sample(make(program), 0)
     arguments = (program, torch.randn(3, 1), PixelDistribution("categorical", 3, 3))

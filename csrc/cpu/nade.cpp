@@ -313,8 +313,10 @@ void nade_sample(Tensor in_weight, Tensor in_bias, Tensor out_weight, Tensor out
   const Sizes s(x.size(0), in_weight, out_weight, kWide);
   auto* values = static_cast<int64_t*>(x.data_ptr());
   const float *w = data_of<float>(in_weight), *from = data_of<float>(out_weight), *bias = data_of<float>(out_bias);
+  const int classes = static_cast<int>(std::max<int64_t>(2, s.outputs));
+  for (int64_t i = 0; i < x.numel(); ++i)
+    FASTGEN_CHECK(values[i] < classes, "nade_sample: given must lie in [0, ", classes, "), got ", values[i]);
   share(s.batch, [&](int64_t begin, int64_t end) {
-    const int classes = static_cast<int>(std::max<int64_t>(2, s.outputs));
     OwnVector<float> state(s.hidden), h(s.hidden), logits(classes), scratch(sampling_scratch(classes));
     for (int64_t b = begin; b < end; ++b) {
       std::copy_n(data_of<float>(in_bias), s.hidden, state.data());

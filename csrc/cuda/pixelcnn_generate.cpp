@@ -22,6 +22,13 @@ Tensor pixelcnn_pack_cuda(std::vector<Tensor> matrices, std::vector<int64_t> sha
   return packed;
 }
 
+// Those that go from pixel to pixel, in the order in which they run.
+std::vector<Phase> phases_of(const std::vector<int64_t>& instructions) {
+  for (size_t i = 1; i < instructions.size(); i += kInstructionInts)
+    if (static_cast<Phase>(instructions[i]) == Phase::kBack) return {Phase::kBack, Phase::kPixel};
+  return {Phase::kPixel};
+}
+
 // The most blocks of a cluster, where the device has clusters.
 int largest_of(const Device& device) { return device.largest_cluster > 1 ? kLargestCluster : 1; }
 
@@ -31,7 +38,7 @@ bool pixelcnn_fits(Tensor packed, std::vector<int64_t> shapes, std::vector<int64
   const OnDevice restored;
   Device device{};
   check(device_of(packed.get_device_index(), &device), "pixelcnn_generate", "the device");
-  for (const Phase phase : {Phase::kPixel, Phase::kBack}) {
+  for (const Phase phase : phases_of(instructions)) {
     Program program = program_of(planes, instructions, shapes, outputs, phase);
     Job job{};
     job.images = 1;
@@ -121,12 +128,14 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
     of.take(program, values, memory, stream);
     return of;
   };
-  Launched pixels = prepared(Phase::kPixel), back = prepared(Phase::kBack);
+  std::vector<Launched> all;
+  for (const Phase phase : phases_of(instructions)) all.push_back(prepared(phase));
   for (int64_t y = first_row; y < last_row; ++y) {
-    pixels.job.y = back.job.y = y;
-    if (pixels.job.row_count || job.context) check(launch(pixels.job, bf16, true, stream), op, "the launch");
-    if (y > 0 && back.job.begin < back.job.end) check(launch(back.job, bf16, false, stream), op, "the launch");
-    check(launch(pixels.job, bf16, false, stream), op, "the launch");
+    for (Launched& each : all) each.job.y = y;
+    const Job& pixels = all.back().job;
+    if (pixels.row_count || job.context) check(launch(pixels, bf16, true, stream), op, "the launch");
+    for (const Launched& each : all)
+      if (y > 0 || !each.job.back) check(launch(each.job, bf16, false, stream), op, "the launch");
   }
 }
 

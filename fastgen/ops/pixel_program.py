@@ -106,6 +106,7 @@ class PixelProgram:
     later: list[Callable[[], object]] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)  # that matrices are made of
     masks: list[tuple[object, ...]] = field(default_factory=list)
+    unmade: set[int] = field(default_factory=set)  # states that no instruction has filled yet
     _matrices: list[Callable[[], Tensor]] = field(default_factory=list)
 
     @property
@@ -242,6 +243,7 @@ class PixelProgram:
         """A plane that `lstm` will fill, zeros before the first pixel."""
         plane = self._plane(channels, phase)
         self.planes[plane].apart = True
+        self.unmade.add(plane)
         return plane
 
     def right(self, x: int, matrix: Tensor, add: int) -> int:
@@ -350,6 +352,13 @@ class PixelProgram:
         self, kind: str, phase: Phase, dst: int, src: int, other: int = -1, matrix: int = -1, bias: int = -1,
         dy: int = 0, dx: int = 0, extra: int = 0,
     ) -> int:  # fmt: skip
+        beside = kind == "previous" or (kind == "conv" and (dy < 0 or not dx <= 0 < dx + extra))
+        for plane in {src, other} & self.unmade:
+            if not (plane == src and beside) and not (plane == other and kind == "lstm"):
+                raise ValueError(
+                    f"PixelProgram: {kind} reads state {plane} at its own pixel, where no lstm has made it yet"
+                )
+        self.unmade -= {dst, other} if kind == "lstm" else {dst}
         self.instructions.append(Instruction(kind, phase, dst, src, other, matrix, bias, dy, dx, extra))
         return dst
 

@@ -274,7 +274,7 @@ def _not_on_cuda(program: PixelProgram) -> str:
     if any((i.kind, i.phase) == ("norm", "row") for i in run):
         return "the kernel's layer norms are of single pixels"
     cells = {i.other for i in run if i.kind == "lstm"}
-    if any(sum(c in (i.src, i.other) for i in run) > 1 for c in cells):
+    if any(sum(c in (i.dst, i.src, i.other) for i in run) > 1 for c in cells):
         return "the kernel's LSTMs have cells of their own"
     for n, i in enumerate(run):
         if i.phase == "row" or i.kind not in ("conv", "previous"):
