@@ -13,10 +13,15 @@ void generate(const Job& job, const uint8_t* packed) {
     Streams<W>(job, net, 0, 1, two).run();
     return;
   }
-  const int64_t workers = std::min(threads, job.streams);
+  // of more at once what passes between layers leaves the cache
+  constexpr int64_t kMost = 64;
+  const int64_t workers = std::min(threads, job.streams), share = (job.streams + workers - 1) / workers;
+  const int64_t rounds = (share + kMost - 1) / kMost, parts = workers * rounds;
   for_each_worker(workers, [&](int64_t i) {
-    const int64_t first = i * job.streams / workers, last = (i + 1) * job.streams / workers;
-    Streams<W>(job, net, first, last - first, false).run();
+    for (int64_t part = i * rounds; part < (i + 1) * rounds; ++part) {
+      const int64_t first = part * job.streams / parts, last = (part + 1) * job.streams / parts;
+      Streams<W>(job, net, first, last - first, false).run();
+    }
   });
 }
 

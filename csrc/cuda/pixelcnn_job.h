@@ -71,7 +71,7 @@ struct Job {
   int columns;                  // pixels of a row that a block multiplies at once: 16 or 64
   int64_t images, colors, height, width, memory_size, bias_size;
   int64_t y;  // the row to draw
-  int64_t plane_count, instruction_count, matrix_count;
+  int64_t plane_count, matrix_count;
   int64_t row_count;    // instructions for whole rows, which come first
   int64_t begin, end;   // those that run pixel by pixel
   int64_t most_inputs;  // of a matrix, padded
@@ -278,7 +278,6 @@ inline Program program_of(const std::vector<int64_t>& planes, const std::vector<
 inline void use(Program* program, int cluster, Job* job) {
   job->cluster = cluster;
   job->plane_count = static_cast<int64_t>(program->planes.size());
-  job->instruction_count = static_cast<int64_t>(program->instructions.size());
   job->matrix_count = static_cast<int64_t>(program->matrices.size());
   job->row_count = program->row_count;
   job->begin = program->begin;
