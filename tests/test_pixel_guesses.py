@@ -7,7 +7,7 @@ from pixel_helpers import conditions, small
 import fastgen
 from fastgen.models import GatedPixelCNN
 from fastgen.ops import PixelDistribution, PixelGenerator, PixelProgram
-from fastgen.ops.pixelcnn_generate import _layout
+from fastgen.ops.pixel_layout import layout_of
 
 OP = "pixelcnn_generate"
 KINDS = {
@@ -145,8 +145,8 @@ def test_images_that_do_not_fit_into_the_cache_are_drawn_in_rounds(dtype, thread
     larger = 1 << 23  # numbers of an image, in place of what attention would remember of a large one
 
     def layout(*args):
-        planes, caches, size = _layout(*args)
+        planes, caches, size = layout_of(*args)
         return planes, caches, size + larger
 
-    monkeypatch.setattr("fastgen.ops.pixelcnn_generate._layout", layout)
+    monkeypatch.setattr("fastgen.ops.pixelcnn_generate.layout_of", layout)
     assert torch.equal(model.sample(11, (3, 4), uniforms=uniforms, dtype=dtype), expected)

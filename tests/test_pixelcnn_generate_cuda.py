@@ -5,7 +5,7 @@ import torch
 from cuda_helpers import ORDERS, built, run
 
 from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelRNN, PixelSNAIL
-from fastgen.ops.pixelcnn_generate import _layout, _not_on_cuda
+from fastgen.ops.pixel_layout import layout_of, not_on_cuda
 
 NAMES = (
     "packed", "shapes", "planes", "instructions", "bf16", "biases", "context", "context_plane", "table", "distribution",
@@ -38,11 +38,11 @@ def recorded(monkeypatch, model, batch, size, first_row=0, **options):
         return op(*given.values())
 
     def layout(program, height, width, ahead, halved=False):
-        assert not _not_on_cuda(program)
-        return _layout(program, height, width, ahead)  # the GPU keeps keys and values in float32
+        assert not not_on_cuda(program)
+        return layout_of(program, height, width, ahead)  # the GPU keeps keys and values in float32
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastgen.ops.pixelcnn_generate._layout", layout)
+        patch.setattr("fastgen.ops.pixelcnn_generate.layout_of", layout)
         patch.setattr(torch.ops.fastgen, "pixelcnn_pack", packing)
         patch.setattr(torch.ops.fastgen, "pixelcnn_generate", generating)
         colors = model.image_channels

@@ -197,11 +197,7 @@ def nade_sample(
         if given.shape != uniforms.shape:
             raise ValueError(f"{op}: given must be {tuple(uniforms.shape)}, as uniforms, got {tuple(given.shape)}")
         x.copy_(given)
-    if (
-        outputs < 1
-        or in_weight.shape[1] not in (1, values)
-        or (in_weight.shape[1] == 1) != (values == 2 and outputs == 1)
-    ):
+    if outputs < 1 or in_weight.shape[1] != outputs:
         raise ValueError(
             f"{op}: in_weight must have a row for each of {values} values, or 1 with 1 output, "
             f"got {in_weight.shape[1]} rows and {outputs} outputs"
@@ -246,7 +242,6 @@ def _check_values(name: str, x: Tensor, in_weight: Tensor, least: int, op: str =
         raise ValueError(f"{op}: {name} must be (B, {steps}), got {tuple(x.shape)}")
     if x.device != in_weight.device:
         raise ValueError(f"{op}: {name} is on {x.device}, in_weight on {in_weight.device}")
-    if (
-        not torch.compiler.is_compiling()
-    ):  # then the C++ kernel looks; Triton's adds nothing for a value without weights
+    # then the C++ kernels look, and Triton's add nothing for a value that has no weights
+    if not torch.compiler.is_compiling():
         check_classes(op, name, x if least == 0 else x.clamp(min=0), max(2, columns))
