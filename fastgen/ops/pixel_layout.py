@@ -1,4 +1,4 @@
-"""How a program and its planes lie in memory for the kernels (csrc/pixel_layout.h), and what the CUDA kernel cannot run."""
+"""How a program lies in memory for the kernels (csrc/pixel_layout.h), and what the CUDA kernel cannot run."""
 
 from __future__ import annotations
 
