@@ -33,7 +33,7 @@ gpu-installed:
 
 ON_GPU = FASTGEN_REQUIRE=triton,cuda FASTGEN_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest
 GPU_TESTS = $(patsubst %,tests/test_%.py,gpu gpu_generation triton_paths affine_coupling actnorm nearest_code \
-	vector_quantize code_statistics wavenet_layer masked_conv2d image_lstm nade gaussian_rsample_kl)
+	vector_quantize code_statistics wavenet_layer masked_conv2d image_lstm nade gaussian_rsample_kl other_device)
 # all but what fills the GPU in GPU_JOBS processes, since most of the time goes into compiling kernels
 gpu-test: gpu-installed
 	+$(MAKE) --jobs $(GPU_JOBS) --keep-going --output-sync $(patsubst %,gpu-shard-%,$(shell seq $(GPU_JOBS)))

@@ -31,7 +31,7 @@ from fastgen.commands_speech import SPEECH_SIZES, sample_speech, train_speech_co
 from fastgen.commands_vectors import VECTOR_COMMANDS, VECTOR_SIZES, sample_vectors, train_vectors_command
 from fastgen.densities import DENSITIES
 from fastgen.files import check_writable
-from fastgen.loop import SCHEDULES
+from fastgen.loop import PRECISIONS, SCHEDULES
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError, BackendError, FloatingPointError, OverflowError)
 NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
@@ -96,7 +96,7 @@ def _train(options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
         model = fastgen.models.WaveNet(**{n.replace("-", "_"): v for n, v in SIZES.items()} | given)  # type: ignore[arg-type]
     clips = load_folder(options.data, rate, exclude=options.exclude)
-    log = train_wavenet(model, clips, rate, **loop_options(options), segment=options.segment)
+    log = train_wavenet(model.to(options.device), clips, rate, **loop_options(options), segment=options.segment)
     held_out = f", held out {log.validation[-1][1]:.3f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.3f} bits per sample{held_out}")
 
@@ -107,10 +107,10 @@ def _sample(options: argparse.Namespace) -> None:
 
     check_output(options.out)  # before an hour's work
     model, rate = load_wavenet(options.checkpoint)
-    samples = model.generate(
+    samples = model.to(options.device).generate(
         round(options.seconds * rate), temperature=options.temperature, dtype=DTYPES[options.dtype],
         generator=torch.Generator().manual_seed(options.seed), backend=options.backend, progress=True,
-    )  # fmt: skip
+    ).cpu()  # fmt: skip
     x = mu_law_decode(samples[0], model.classes) if model.distribution == "categorical" else samples[0]
     save_audio(options.out, x, rate)
     print(f"{options.out}: {options.seconds:g} s at {rate} Hz")
@@ -124,7 +124,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         recorded(options.record)
     figures = evaluate(
         options.checkpoint, options.data, size=options.size, number=options.number, samples=options.samples,
-        include=options.include,
+        include=options.include, device=options.device,
     )  # fmt: skip
     for figure in figures:
         print(f"{figure.name}: {figure.value:.4f} {figure.unit}, {figure.examples} examples")
@@ -168,6 +168,16 @@ def _holdout(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number of examples, or a share, got {text!r}") from None
 
 
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        float(torch.zeros((), device=device))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"expected a device that torch has here, got {text!r}: {reason}") from None
+    return device
+
+
 class _Parser(argparse.ArgumentParser):
     """Takes options from files as well, `@FILE`: a line holds some, what follows a # is a comment."""
 
@@ -187,7 +197,17 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added  # type: ignore[no-any-return]
 
+    def on_device(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:1; default: %(default)s")
+
     def training(parser: argparse.ArgumentParser, options: dict[str, int], holdout: float = 0.05) -> None:
+        on_device(parser)
+        parser.add_argument(
+            "--precision",
+            choices=PRECISIONS,
+            default=PRECISIONS[0],
+            help="of products, by autocast; default: %(default)s",
+        )
         parser.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate")
         parser.add_argument(
             "--holdout", type=_holdout, default=holdout, help="share, or number, to validate on; default: %(default)s"
@@ -324,6 +344,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("checkpoint", type=Path)
         added.add_argument("--out", type=Path, required=True, metavar=out)
         added.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
+        on_device(added)
         added.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
         if number:
             added.add_argument("--number", type=_count, default=number, help="to draw, default: %(default)s")
@@ -352,6 +373,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "the figure of a trained model on data that it has not seen")
     evaluate.add_argument("checkpoint", type=Path)
+    on_device(evaluate)
     evaluate.add_argument(
         "--data", type=Path, metavar="PATH", help="as for training; of MNIST and archives, the part to test on is read"
     )

@@ -74,6 +74,7 @@ def save_checkpoint(
 
     Makes the folder. Without the optimizer the checkpoint cannot be trained on. `more` entries stand beside the others.
     """
+    device = next(model.parameters()).device
     content = {
         "model": type(model).__name__,
         "config": model.config,
@@ -81,6 +82,7 @@ def save_checkpoint(
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "step": step,
         "rng": torch.get_rng_state(),
+        "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         **more,
     }
     with whole_file(path) as temporary:
@@ -131,6 +133,9 @@ def restore_checkpoint(
     try:
         optimizer.load_state_dict(content["optimizer"])
         torch.set_rng_state(content["rng"])
+        device, state = next(model.parameters()).device, content.get("device_rng")
+        if device.type == "cuda" and state is not None:
+            torch.cuda.set_rng_state(state, device)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{os.fspath(path)}: holds a damaged training state: {error!r}") from error
     return content

@@ -80,11 +80,16 @@ def check(
         raise ValueError(f"{op}: {name} is on {tensor.device}, {of} is on {like.device}")
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Whether torch.autocast is on there; where PyTorch has none ("meta") it would raise."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def autocast(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """x and the others; under torch.autocast, in its dtype."""
     check_tensor(op, "x", x)
     device, tensors = x.device, (x, *others)
-    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+    if not under_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     if device.type == "cpu" and dtype == torch.float16:  # which no kernel takes there
@@ -100,8 +105,7 @@ def widest(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast all in the widest of their dtypes, at least float32: what is compared must be exact."""
     if not all(isinstance(t, Tensor) for t in tensors):
         return tensors  # which is then refused by name
-    device = tensors[0].device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if not under_autocast(tensors[0].device):
         return tensors
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
@@ -110,8 +114,7 @@ def widest(*tensors: Tensor) -> tuple[Tensor, ...]:
 def keep_dtype(op: str, x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """x and the others; under torch.autocast the others in x's dtype: what is inverted must stay exact."""
     check_tensor(op, "x", x)
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if not under_autocast(x.device):
         return x, *others
     return x, *(t.to(x.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in others)
 
@@ -196,10 +199,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Within it, products on x's device keep the dtype of their factors."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(x.device.type, enabled=False) if under_autocast(x.device) else contextlib.nullcontext()
 
 
 def differentiates(*tensors: Tensor | None) -> bool:

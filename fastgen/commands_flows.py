@@ -81,7 +81,7 @@ def train_flow_command(options: argparse.Namespace) -> None:
             asked["classes"] = classes_of(labels, len(data))
         model = kind(tuple(data.shape[1:]), **asked)  # type: ignore[call-arg]
     source = f"{density} {options.seed}" if options.data is None else None
-    log = train_flow(model, data, labels=labels, **loop_options(options), source=source)
+    log = train_flow(model.to(options.device), data, labels=labels, **loop_options(options), source=source)
     unit = "bits per dimension" if model.levels else "nats"
     held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f} {unit}{held_out}")
@@ -103,7 +103,7 @@ def sample_flow(options: argparse.Namespace) -> None:
     from fastgen.training_flows import load_flow
 
     check_picture(options.out)
-    model = load_flow(options.checkpoint).eval()
+    model = load_flow(options.checkpoint).to(options.device).eval()
     labels = asked_labels(options, model)
     generator = torch.Generator().manual_seed(options.seed)
     if len(model.shape) == 1:

@@ -61,11 +61,11 @@ def train_vqvae_command(options: argparse.Namespace) -> None:
     check_priors(options.out, model, resume=False)  # they would be of other codes than those to come
     check_then(options, model, len(images))
     images = pad_to_multiple(images, model.factor)
-    log = train_vqvae(model, images, **loop_options(options))
+    log = train_vqvae(model.to(options.device), images, **loop_options(options))
     shown = as_floats(images[-GRID_IMAGES:])
     model.eval()
     with torch.no_grad():
-        save_grid(grid, [shown, model(shown).reconstruction])
+        save_grid(grid, [shown, model(shown.to(options.device)).reconstruction.cpu()])
     used = ", ".join(f"{p:.1f}" for p in code_perplexities(model, images[-1024:]))
     held_out = f", held out {log.validation[-1][1]:.4f} of the variance" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f}{held_out}, perplexity of the codes {used}")
@@ -125,16 +125,18 @@ def train_prior_command(options: argparse.Namespace, path: Path | None = None) -
     del settings["checkpoint"]
     logs = train_priors(
         path, pad_to_multiple(images, model.factor), labels, kinds=kinds,
-        sizes=prior_sizes(options), **settings,
+        sizes=prior_sizes(options), device=options.device, **settings,
     )  # fmt: skip
     for level, log in logs.items():
         held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
         print(f"prior of {level}: step {log.step}, loss {log.losses[-1]:.4f} bits per code{held_out}")
     whole, size = load_two_stage(path)
-    drawn_labels = None if labels is None else torch.arange(GRID_IMAGES) % whole.classes
+    drawn_labels = None if labels is None else torch.arange(GRID_IMAGES, device=options.device) % whole.classes
     picture = beside(path, "samples", ".png")
     generator = torch.Generator().manual_seed(options.seed)
-    save_square(picture, whole.eval().sample(GRID_IMAGES, size, labels=drawn_labels, generator=generator))
+    save_square(
+        picture, whole.to(options.device).eval().sample(GRID_IMAGES, size, labels=drawn_labels, generator=generator)
+    )
     print(f"{picture}: samples")
 
 
@@ -144,12 +146,13 @@ def sample_two_stage(options: argparse.Namespace) -> None:
 
     check_picture(options.out)
     model, size = load_two_stage(options.checkpoint)
+    model.to(options.device)
     if (options.label is None) == bool(model.classes):
         wanted = "need --label" if model.classes else "have no classes: leave out --label"
         raise ValueError(f"{options.checkpoint}: its priors {wanted}")
     if options.label is not None and not 0 <= options.label < model.classes:
         raise ValueError(f"--label: must lie in [0, {model.classes}), got {options.label}")
-    labels = None if options.label is None else torch.full((options.number,), options.label)
+    labels = None if options.label is None else torch.full((options.number,), options.label, device=options.device)
     drawn = model.eval().sample(
         options.number, size, labels=labels, temperature=options.temperature,
         generator=torch.Generator().manual_seed(options.seed), dtype=getattr(torch, options.dtype),
@@ -188,7 +191,7 @@ def train_pixels_command(options: argparse.Namespace) -> None:
         if labels is not None:
             asked["classes"] = classes_of(labels, len(images))
         model = kind(**defaults | asked)
-    log = train_pixels(model, images, labels=labels, **loop_options(options))
+    log = train_pixels(model.to(options.device), images, labels=labels, **loop_options(options))
     held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.4f} bits per value{held_out}")
     save_samples(
@@ -203,7 +206,7 @@ def sample_pixels(options: argparse.Namespace) -> None:
 
     check_picture(options.out)
     model, size = load_pixels(options.checkpoint)
-    model.eval()
+    model.to(options.device).eval()
     if model.config["cond_codes"] or model.config["cond_channels"]:
         raise ValueError(f"{options.checkpoint}: the model is conditioned on a map; sample it from Python")
     labels = asked_labels(options, model)
@@ -229,7 +232,7 @@ def read_images(options: argparse.Namespace, *, codes: bool = False) -> Tensor:
 
 def loop_options(options: argparse.Namespace) -> dict[str, Any]:
     """What every training takes from the command line."""
-    names = ("steps", "batch_size", "learning_rate", "schedule", "holdout", "seed", "save_every", "resume")
+    names = ("steps", "batch_size", "learning_rate", "schedule", "precision", "holdout", "seed", "save_every", "resume")
     return {name: getattr(options, name) for name in names} | {"checkpoint": options.out}
 
 
@@ -270,7 +273,7 @@ def asked_labels(options: argparse.Namespace, model: nn.Module) -> Tensor | None
         return None
     if not 0 <= options.label < classes:
         raise ValueError(f"--label: must lie in [0, {classes}), got {options.label}")
-    return torch.full((options.number,), options.label)
+    return torch.full((options.number,), options.label, device=options.device)
 
 
 def grid_beside(options: argparse.Namespace) -> Path:

@@ -52,13 +52,14 @@ def train_speech_command(options: argparse.Namespace) -> None:
     check_priors(options.out, model, resume=False)
     check_then(options, model)
     clips, _ = _clips(options, rate, length, model.classes)
-    log = train_speech_vqvae(model, clips, rate, segment=options.segment, **loop_options(options))
+    log = train_speech_vqvae(model.to(options.device), clips, rate, segment=options.segment, **loop_options(options))
     held_out = f", held out {log.validation[-1][1]:.3f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.3f} bits per sample{held_out} given the codes")
     shown = clips[-HEARD:]
     with torch.no_grad():
-        again = model.eval().decode(model.encode(shown), generator=torch.Generator().manual_seed(options.seed))
-    _save(heard, torch.stack([shown, again], 1), rate, model.classes)
+        codes, generator = model.eval().encode(shown.to(options.device)), torch.Generator().manual_seed(options.seed)
+        again = model.decode(codes, generator=generator)
+    _save(heard, torch.stack([shown, again.cpu()], 1), rate, model.classes)
     print(f"{heard}: {len(shown)} clips, each followed by what its codes decode to")
     if options.then:
         train_speech_prior(options, options.out)
@@ -75,13 +76,13 @@ def train_speech_prior(options: argparse.Namespace, path: Path) -> None:
     del settings["checkpoint"]
     logs = train_priors(
         path, clips, labels if options.class_labels else None, kinds=options.priors or None,
-        sizes=prior_sizes(options), **settings,
+        sizes=prior_sizes(options), device=options.device, **settings,
     )  # fmt: skip
     for log in logs.values():
         held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
         print(f"prior of codes: step {log.step}, loss {log.losses[-1]:.4f} bits per code{held_out}")
     heard = beside(path, "samples", ".wav")
-    drawn, rate = _draw(path, HEARD, None, 1.0, options.seed)
+    drawn, rate = _draw(path, HEARD, None, 1.0, options.seed, options.device)
     _save(heard, drawn, rate, model.classes)
     print(f"{heard}: {HEARD} samples")
 
@@ -93,12 +94,16 @@ def sample_speech(options: argparse.Namespace) -> None:
 
     check_output(options.out)
     classes = load_speech_vqvae(options.checkpoint)[0].classes
-    drawn, rate = _draw(options.checkpoint, options.number, options.label, options.temperature, options.seed)
+    drawn, rate = _draw(
+        options.checkpoint, options.number, options.label, options.temperature, options.seed, options.device
+    )
     _save(options.out, drawn, rate, classes)
     print(f"{options.out}: {options.number} clips of {drawn.shape[1] / rate:g} s at {rate} Hz")
 
 
-def _draw(path: Path, number: int, label: int | None, temperature: float, seed: int) -> tuple[Tensor, int]:
+def _draw(
+    path: Path, number: int, label: int | None, temperature: float, seed: int, device: torch.device
+) -> tuple[Tensor, int]:
     """Clips (number, T) of classes, codes first; without a label, of each class in turn; and their rate."""
     from fastgen.models import SpeechVQVAE
     from fastgen.training_speech import load_speech_vqvae
@@ -109,11 +114,11 @@ def _draw(path: Path, number: int, label: int | None, temperature: float, seed: 
     classes, generator = prior.config["classes"], torch.Generator().manual_seed(seed)
     if label is not None and not classes:
         raise ValueError(f"{path}: its prior has no classes: leave out --label")
-    labels = torch.arange(number) % classes if label is None and classes else None
-    labels = labels if label is None else torch.full((number,), label)
-    codes = prior.eval().sample(number, size, labels=labels, temperature=temperature, generator=generator)
-    drawn = model.eval().decode(codes[:, 0], temperature=temperature, generator=generator, progress=True)
-    return drawn, load_speech_vqvae(path)[1]
+    labels = torch.arange(number, device=device) % classes if label is None and classes else None
+    labels = labels if label is None else torch.full((number,), label, device=device)
+    codes = prior.to(device).eval().sample(number, size, labels=labels, temperature=temperature, generator=generator)
+    drawn = model.to(device).eval().decode(codes[:, 0], temperature=temperature, generator=generator, progress=True)
+    return drawn.cpu(), load_speech_vqvae(path)[1]
 
 
 def _clips(options: argparse.Namespace, rate: int, length: int, classes: int) -> tuple[Tensor, Tensor]:

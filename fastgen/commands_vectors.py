@@ -46,7 +46,7 @@ def train_vectors_command(options: argparse.Namespace) -> None:
                 raise ValueError(f"--convolutions: takes images of one channel, got {images.shape[1]}")
             asked["image_size"] = tuple(images.shape[2:])
         model = MODELS[name](images[0].numel(), **VECTOR_SIZES[name] | asked)  # type: ignore[assignment]
-    log = train_vectors(model, images, **loop_options(options))
+    log = train_vectors(model.to(options.device), images, **loop_options(options))
     held_out = f", held out {log.validation[-1][1]:.2f}" if log.validation else ""
     print(f"{options.out}: step {log.step}, loss {log.losses[-1]:.2f} nats per image{held_out}")
     save_samples(grid, model, images[-GRID_IMAGES:], seed=options.seed)
@@ -60,7 +60,7 @@ def sample_vectors(options: argparse.Namespace) -> None:
 
     check_picture(options.out)
     model, size = load_vectors(options.checkpoint)
-    drawn = model.sample(
+    drawn = model.to(options.device).sample(
         options.number, temperature=options.temperature, generator=torch.Generator().manual_seed(options.seed)
     )
     save_square(options.out, drawn.view(-1, *size).float())

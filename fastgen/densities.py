@@ -84,7 +84,7 @@ def save_density(
     Parameters
     ----------
     log_prob
-        From points (n, 2) to log-densities (n,) in nats.
+        From points (n, 2), on the samples' device, to log-densities (n,) in nats.
     data, samples
         (n, 2); at most the first 2000 are shown.
 
@@ -97,14 +97,14 @@ def save_density(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("save_density: needs matplotlib: pip install fastgen-kernels[demo]") from error
-    center = (torch.arange(CELLS) + 0.5) * (2 * EXTENT / CELLS) - EXTENT
+    center = (torch.arange(CELLS, device=samples.device) + 0.5) * (2 * EXTENT / CELLS) - EXTENT
     grid = torch.stack(torch.meshgrid(center, center, indexing="xy"), -1).reshape(-1, 2)
-    density = torch.cat([log_prob(part) for part in grid.split(8192)]).exp().reshape(CELLS, CELLS)
+    density = torch.cat([log_prob(part) for part in grid.split(8192)]).exp().reshape(CELLS, CELLS).cpu().numpy()
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     box = (-EXTENT, EXTENT, -EXTENT, EXTENT)
     for axes, title, points in ((left, "data", data), (right, "samples of the model", samples)):
-        axes.plot(points[:DRAWN, 0], points[:DRAWN, 1], ".", markersize=2, color="tab:blue")
+        axes.plot(*points[:DRAWN].cpu().mT.numpy(), ".", markersize=2, color="tab:blue")
         axes.set_title(title)
     middle.imshow(density, origin="lower", extent=box, cmap="viridis", interpolation="bilinear")
     middle.set_title("density of the model")

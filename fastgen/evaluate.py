@@ -17,6 +17,7 @@ from fastgen.checkpoints import load_checkpoint, read_checkpoint
 from fastgen.checks import check_integer, check_weights
 from fastgen.files import whole_file
 from fastgen.images import load_codes, load_images, load_labels, pad_to_multiple
+from fastgen.loop import device_of
 from fastgen.models import FVSBN, NADE, VAE, VQVAE, VQVAE2, FlowModel, PixelModel, SpeechVQVAE, WaveNet
 
 BATCH = 100  # examples in one forward
@@ -42,6 +43,7 @@ def evaluate(
     number: int | None = None,
     samples: int = 0,
     include: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> list[Figure]:
     """The test figures of a checkpoint.
 
@@ -60,6 +62,8 @@ def evaluate(
         Of an importance-weighted likelihood beside a VAE's bound; 0 for none.
     include
         Pattern of the names of audio files in a folder, such as "*_[0-4].wav"; all by default.
+    device
+        To compute on.
 
     Raises
     ------
@@ -73,7 +77,7 @@ def evaluate(
     check_weights(os.fspath(path), model)
     if samples and not isinstance(model, VAE):
         raise ValueError(f"evaluate: samples are of a VAE's likelihood, {os.fspath(path)} is a {type(model).__name__}")
-    model.eval()
+    model.to(device).eval()
     if isinstance(model, WaveNet | SpeechVQVAE):
         if data is None:
             raise ValueError("evaluate: data is needed, a file or folder of audio")
@@ -126,14 +130,14 @@ def load_model(path: str | os.PathLike[str]) -> tuple[torch.nn.Module, dict[str,
     return load_checkpoint(path, models, "fastgen")
 
 
-def _mean(log_p: Callable[..., Tensor], *examples: Tensor | None) -> float:
-    """Of -log_p over examples, which are given batch by batch."""
+def _mean(model: torch.nn.Module, log_p: Callable[..., Tensor], *examples: Tensor | None) -> float:
+    """Of -log_p over examples, which are given batch by batch, where the model is."""
     first = examples[0]
     assert first is not None
     total = 0.0
     with torch.no_grad():
         for i in range(0, len(first), BATCH):
-            part = [None if rows is None else rows[i : i + BATCH] for rows in examples]
+            part = [None if rows is None else rows[i : i + BATCH].to(device_of(model)) for rows in examples]
             total -= float(log_p(*part).double().sum())
     return total / len(first)
 
@@ -144,14 +148,15 @@ def _vectors(model: FVSBN | NADE | VAE, images: Tensor, samples: int) -> list[Fi
     generator = torch.Generator().manual_seed(SEED)
     x = binarised(images, generator)
     if not isinstance(model, VAE):
-        return [Figure("-log p(x)", _mean(model.log_prob, x), "nats", len(x))]
+        return [Figure("-log p(x)", _mean(model, model.log_prob, x), "nats", len(x))]
     noise = torch.randn(len(x), model.latent, generator=generator)
-    figures = [Figure("-ELBO", _mean(lambda x, e: model.elbo(x, noise=e), x, noise), "nats", len(x))]
+    figures = [Figure("-ELBO", _mean(model, lambda x, e: model.elbo(x, noise=e), x, noise), "nats", len(x))]
     if samples:
-        total = -sum(
-            float(model.importance_log_prob(part, samples, chunk=IMPORTANCE_CHUNK, generator=generator).double().sum())
-            for part in x.split(IMPORTANCE_BATCH)
-        )
+        total = 0.0
+        for part in x.split(IMPORTANCE_BATCH):
+            x_part = part.to(device_of(model))
+            log_p = model.importance_log_prob(x_part, samples, chunk=IMPORTANCE_CHUNK, generator=generator)
+            total -= float(log_p.double().sum())
         figures.append(Figure(f"-log p(x), {samples} importance samples", total / len(x), "nats", len(x)))
     return figures
 
@@ -161,7 +166,7 @@ def _pixels(model: PixelModel, images: Tensor, labels: Tensor | None) -> list[Fi
 
     check_data("evaluate", model, images)
     x = to_levels(images, model, torch.Generator().manual_seed(SEED))
-    nats = _mean(lambda x, labels: model.log_prob(x, labels), x, labels)
+    nats = _mean(model, model.log_prob, x, labels)
     if model.levels == 2:
         return [Figure("-log p(x)", nats, "nats", len(x))]
     return [Figure("-log p(x)", nats / (math.log(2) * x[0].numel()), "bits/dim", len(x))]
@@ -173,7 +178,7 @@ def _flow(model: FlowModel, images: Tensor, labels: Tensor | None) -> Figure:
     check_data("evaluate", model, images, labels)
     generator = torch.Generator().manual_seed(SEED)
     x = to_levels(images, model)
-    nats = _mean(lambda x, labels: model.log_prob(x, labels, generator=generator), x, labels)
+    nats = _mean(model, lambda x, labels: model.log_prob(x, labels, generator=generator), x, labels)
     return Figure("-log p(x)", nats / (math.log(2) * model.dims), "bits/dim", len(x))
 
 
@@ -186,7 +191,7 @@ def _density(model: FlowModel, source: str | None, given: bool, number: int | No
         what = "leave out data and size" if name in DENSITIES else f"its checkpoint names none, but {source!r}"
         raise ValueError(f"evaluate: a flow of points is evaluated on those of the density it learned: {what}")
     points = draw(name, number or POINTS, torch.Generator().manual_seed(seed + 1))  # other ones than in training
-    return Figure("-log p(x)", _mean(model.log_prob, points), "nats", len(points))
+    return Figure("-log p(x)", _mean(model, model.log_prob, points), "nats", len(points))
 
 
 def _vqvae(model: VQVAE | VQVAE2, images: Tensor) -> list[Figure]:
@@ -199,7 +204,7 @@ def _vqvae(model: VQVAE | VQVAE2, images: Tensor) -> list[Figure]:
         error: Tensor = (x - model(x).reconstruction).square().flatten(1).mean(1)
         return -error
 
-    figures = [Figure("mean squared error", _mean(minus_error, images), "of pixels in [0, 1]", len(images))]
+    figures = [Figure("mean squared error", _mean(model, minus_error, images), "of pixels in [0, 1]", len(images))]
     for i, perplexity in enumerate(code_perplexities(model, images)):
         figures.append(Figure(f"perplexity of the codes, level {i}", perplexity, "codes", len(images)))
     return figures
@@ -220,11 +225,11 @@ def _codes(
         return []
     figures, codes = [], encode(model, data)
     for i, (level, prior) in enumerate(zip(levels, load_priors(path)[1], strict=True)):
-        prior.eval()
+        prior.to(device_of(model)).eval()
         of_classes = labels(prior.config["classes"]) if prior.config["classes"] else None
         if prior.config["classes"] and of_classes is None:
             continue
-        nats = _mean(prior.log_prob, codes[i], of_classes, codes[i - 1] if i else None)
+        nats = _mean(prior, prior.log_prob, codes[i], of_classes, codes[i - 1] if i else None)
         figures.append(Figure(f"-log2 p(codes), {level}", nats / math.log(2), "bits/example", len(data)))
     return figures
 
@@ -237,7 +242,7 @@ def _audio(model: WaveNet, clips: Sequence[Tensor]) -> Figure:
         for clip in clips:
             x = mu_law_encode(clip, model.classes) if model.distribution == "categorical" else clip
             for piece in x.split(PIECE):
-                nats -= float(model.log_prob(piece[None]))
+                nats -= float(model.log_prob(piece[None].to(device_of(model))))
             total += len(x)
     return Figure("-log2 p(x)", nats / (math.log(2) * total), "bits/sample", len(clips))
 
@@ -248,7 +253,7 @@ def _speech(
     from fastgen.training_speech import clips_of, labels_of
 
     x = clips_of(clips, length - length % model.downsample, model.classes)
-    bits = _mean(lambda part: model(part)[0], x) / (math.log(2) * x.shape[1])
+    bits = _mean(model, lambda part: model(part)[0], x) / (math.log(2) * x.shape[1])
     figures = [Figure("-log2 p(x | codes)", bits, "bits/sample", len(x))]
 
     def labels(classes: int) -> Tensor | None:

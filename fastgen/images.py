@@ -283,7 +283,7 @@ def save_grid(path: str | os.PathLike[str], rows: Sequence[Tensor], *, scale: in
     if scale is None:
         scale = max(1, -(-48 // shape[2]))
     check_integer("save_grid", "scale", scale)
-    x = torch.stack(list(rows)).detach().float().clamp(0, 1)  # (rows, n, C, H, W)
+    x = torch.stack(list(rows)).detach().cpu().float().clamp(0, 1)  # (rows, n, C, H, W)
     x = x.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     x = F.pad(x, (1, 1, 1, 1), value=1.0)
     grid = x.permute(0, 3, 1, 4, 2).reshape(len(rows) * x.shape[3], shape[0] * x.shape[4], shape[1])

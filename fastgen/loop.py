@@ -22,6 +22,7 @@ from fastgen.info import processor
 
 Progress = bool | Callable[[int, float], object]
 SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass
@@ -50,7 +51,8 @@ class TrainingLog:
 class LoopOptions(TypedDict, total=False):
     """The keyword arguments that every training takes.
 
-    The last examples are held out. Ctrl-C lets the step in hand finish and writes the checkpoint before
+    The model is trained where its parameters are; data may stay on the CPU, batches go where the model is. The last
+    examples are held out. Ctrl-C lets the step in hand finish and writes the checkpoint before
     KeyboardInterrupt is raised. The global random state is left as it was.
 
     Parameters
@@ -64,6 +66,9 @@ class LoopOptions(TypedDict, total=False):
     schedule
         Of the learning rate with `steps`: "constant", the default; or "cosine", which rises over the first twentieth,
         then falls to zero along a cosine, as it always does with `seconds`.
+    precision
+        "float32", the default; or "bfloat16": losses are computed under autocast. Parameters and held-out figures are
+        float32's.
     holdout
         Share of the examples, in [0, 1), or number of them, kept for validation; 0 for none.
     seed
@@ -91,6 +96,7 @@ class LoopOptions(TypedDict, total=False):
     batch_size: int
     learning_rate: float
     schedule: str
+    precision: str
     clip_norm: float
     holdout: float
     seed: int
@@ -101,8 +107,9 @@ class LoopOptions(TypedDict, total=False):
 
 
 DEFAULTS: LoopOptions = {
-    "steps": None, "seconds": None, "batch_size": 32, "learning_rate": 1e-3, "schedule": "constant", "clip_norm": 1.0,
-    "holdout": 0.05, "seed": 0, "checkpoint": None, "save_every": 500, "resume": False, "progress": True,
+    "steps": None, "seconds": None, "batch_size": 32, "learning_rate": 1e-3, "schedule": "constant",
+    "precision": "float32", "clip_norm": 1.0, "holdout": 0.05, "seed": 0, "checkpoint": None, "save_every": 500,
+    "resume": False, "progress": True,
 }  # fmt: skip
 
 
@@ -116,6 +123,8 @@ def loop_options(op: str, given: LoopOptions, **defaults: Any) -> LoopOptions:
     steps, seconds = options["steps"], options["seconds"]
     if options["schedule"] not in SCHEDULES:
         raise ValueError(f"{op}: schedule must be one of {SCHEDULES}, got {options['schedule']!r}")
+    if options["precision"] not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be one of {PRECISIONS}, got {options['precision']!r}")
     if (steps is None) == (seconds is None):
         raise ValueError(f"{op}: give steps or seconds, one of the two; got {steps} and {seconds}")
     check_integer(op, "steps", 1 if steps is None else steps)
@@ -138,6 +147,17 @@ def training_part(op: str, name: str, number: int, holdout: float) -> int:
     if training < 1:
         raise ValueError(f"{op}: {name} must hold at least one to train on, got {number} less {holdout:g} held out")
     return training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters are."""
+    return next(model.parameters()).device
+
+
+def adam(model: nn.Module, options: LoopOptions) -> torch.optim.Adam:
+    """The optimizer of every training: one pass over the parameters, where PyTorch has that for their device."""
+    fused = device_of(model).type in ("cpu", "cuda")
+    return torch.optim.Adam(model.parameters(), lr=options["learning_rate"], fused=fused)
 
 
 def evenly(rows: Tensor, most: int) -> Tensor:
@@ -181,7 +201,7 @@ def fit(
     `models` are those that a checkpoint may hold; `held_out()` is recorded, and a checkpoint with the entries `more`
     written, every `save_every` steps and at the end. The global random state is left as it was. See `optimise`.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["learning_rate"])
+    optimizer, device = adam(model, options), device_of(model)
     log, checkpoint = TrainingLog(), options["checkpoint"]
 
     def keep() -> None:
@@ -191,7 +211,7 @@ def fit(
         if checkpoint is not None:
             save_checkpoint(checkpoint, model, optimizer=optimizer, unit=unit, **log.entries(), **more)
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(options["seed"])
         begin(op, log, options, lambda path: restore_checkpoint(path, models, op, model, optimizer))
         optimise(op, model, optimizer, batch_loss, keep, log, options, unit)
@@ -216,6 +236,7 @@ def optimise(
     model.train()
     steps, seconds, learning_rate = options["steps"], options["seconds"], options["learning_rate"]
     constant = steps is not None and options["schedule"] == "constant"
+    halves = options["precision"] == "bfloat16"
     began, first, earlier = time.monotonic(), log.step, log.seconds
     with _deferred_interrupt() as interrupted, _reporter(op, options["progress"], steps, seconds, unit) as report:
         while True:
@@ -226,18 +247,18 @@ def optimise(
                 done = log.step / steps
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (1.0 if constant else _cosine(done))
-            loss = batch_loss()
-            if not bool(torch.isfinite(loss)):
-                raise FloatingPointError(
-                    f"{op}: the loss became {float(loss.detach())} at step {log.step + 1}; lower learning_rate"
-                )
+            with torch.autocast(device_of(model).type, torch.bfloat16) if halves else contextlib.nullcontext():
+                loss = batch_loss()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{op}: the loss became {value} at step {log.step + 1}; lower learning_rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip_norm"])
             optimizer.step()
             log.step += 1
-            log.losses.append(float(loss.detach()))
-            report(log.step, log.losses[-1])
+            log.losses.append(value)
+            report(log.step, value)
             log.seconds = earlier + time.monotonic() - began
             if log.step % options["save_every"] == 0 and log.step != steps:
                 keep()

@@ -14,7 +14,7 @@ from fastgen.audio import mu_law_encode
 from fastgen.checkpoints import load_parameters, read_checkpoint, refuse_other_model
 from fastgen.checks import check_integer
 from fastgen.files import whole_file
-from fastgen.loop import LoopOptions, TrainingLog, begin, loop_options, optimise
+from fastgen.loop import LoopOptions, TrainingLog, adam, begin, device_of, loop_options, optimise
 from fastgen.models import WaveNet
 
 VALIDATION_SEGMENT = 8192  # samples in one forward
@@ -57,7 +57,7 @@ def train_wavenet(
     if model.local_channels or model.speakers:
         raise ValueError(f"{op}: trains models without conditioning; got local_channels or speakers > 0")
     train, held_out = _split(model, clips, segment, loop["holdout"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=loop["learning_rate"])
+    optimizer, device = adam(model, loop), device_of(model)
     generator = torch.Generator().manual_seed(loop["seed"])
     log, checkpoint = TrainingLog(), loop["checkpoint"]
     begin(op, log, loop, lambda path: _restore(path, model, rate, optimizer, generator))
@@ -73,7 +73,7 @@ def train_wavenet(
     def batch_loss() -> Tensor:
         starts = torch.randint(train.numel() - segment + 1, (loop["batch_size"],), generator=generator)
         x = torch.stack([train[i : i + segment] for i in starts.tolist()])  # (B, segment)
-        return model.bits_per_sample(x).mean()
+        return model.bits_per_sample(x.to(device)).mean()
 
     optimise(op, model, optimizer, batch_loss, keep, log, loop, "bits/sample")
     return log
@@ -88,7 +88,7 @@ def validate(model: WaveNet, x: Tensor) -> float:
     pieces = x.split(VALIDATION_SEGMENT)
     if len(pieces) > VALIDATION_SEGMENTS:
         pieces = tuple(pieces[i * len(pieces) // VALIDATION_SEGMENTS] for i in range(VALIDATION_SEGMENTS))
-    nats = sum(float(model.log_prob(piece[None])) for piece in pieces)
+    nats = sum(float(model.log_prob(piece[None].to(device_of(model)))) for piece in pieces)
     return -nats / (math.log(2) * sum(len(piece) for piece in pieces))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import LoopOptions, TrainingLog, fit, loop_options, training_part
+from fastgen.loop import LoopOptions, TrainingLog, device_of, fit, loop_options, training_part
 from fastgen.models import FlowModel, Glow, RealNVP
 
 MODELS: dict[str, type[FlowModel]] = {"RealNVP": RealNVP, "Glow": Glow}
@@ -60,11 +60,12 @@ def train_flow(
     loop = loop_options(op, options, batch_size=64, clip_norm=50.0)
     check_data(op, model, data, labels)
     number = training_part(op, "data", len(data), loop["holdout"])
-    unit = _unit(model)
+    unit, device = _unit(model), device_of(model)
 
     def loss() -> Tensor:
         chosen = torch.randint(number, (loop["batch_size"],))
-        x, of_chosen = to_levels(data[chosen], model), None if labels is None else labels[chosen]
+        x = to_levels(data[chosen], model).to(device)
+        of_chosen = None if labels is None else labels[chosen].to(device)
         return -model.log_prob(x, of_chosen).mean() / unit
 
     def held_out() -> float:
@@ -111,10 +112,10 @@ def validate(model: FlowModel, data: Tensor, labels: Tensor | None = None, *, mo
     data, labels = data[::every][:most], None if labels is None else labels[::every][:most]
     generator = torch.Generator().manual_seed(VALIDATION_SEED)
     model.eval()
-    total = 0.0
+    total, device = 0.0, device_of(model)
     for i in range(0, len(data), VALIDATION_BATCH):
-        x = to_levels(data[i : i + VALIDATION_BATCH], model)
-        of_batch = None if labels is None else labels[i : i + VALIDATION_BATCH]
+        x = to_levels(data[i : i + VALIDATION_BATCH], model).to(device)
+        of_batch = None if labels is None else labels[i : i + VALIDATION_BATCH].to(device)
         total -= float(model.log_prob(x, of_batch, generator=generator).double().sum())
     return total / _unit(model) / len(data)
 
@@ -143,6 +144,7 @@ def save_samples(
 ) -> None:  # fmt: skip
     """Write a grid: samples of the model (two rows), the images (uint8), and a way from the first to the last."""
     model.eval()
+    images, labels = images.to(device_of(model)), None if labels is None else labels.to(device_of(model))
     number, generator = len(images), torch.Generator().manual_seed(seed)
     twice = None if labels is None else labels.repeat(2)
     drawn = model.sample(2 * number, labels=twice, temperature=temperature, generator=generator)

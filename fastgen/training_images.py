@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_tensor
-from fastgen.loop import LoopOptions, TrainingLog, evenly, fit, loop_options, training_part
+from fastgen.loop import LoopOptions, TrainingLog, device_of, evenly, fit, loop_options, training_part
 from fastgen.models import VQVAE, VQVAE2
 from fastgen.models.vqvae import perplexity
 
@@ -20,9 +20,9 @@ VALIDATION_BATCH = 256  # images in one forward
 VALIDATION_IMAGES = 1024  # at most
 
 
-def as_floats(images: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [0, 1]."""
-    return images.float() / 255
+def as_floats(images: Tensor, device: torch.device | None = None) -> Tensor:
+    """uint8 pixels to float32 in [0, 1], there if a device is given."""
+    return images.to(device).float() / 255
 
 
 def train_vqvae(
@@ -49,9 +49,9 @@ def train_vqvae(
     loop = loop_options(op, options, batch_size=64)
     check_images(op, model, images)
     number = training_part(op, "images", len(images), loop["holdout"])
-    train, held_out = images[:number], images[number:]
+    train, held_out, device = images[:number], images[number:], device_of(model)
     return fit(
-        op, model, MODELS, lambda: model.loss(as_floats(train[torch.randint(number, (loop["batch_size"],))])),
+        op, model, MODELS, lambda: model.loss(as_floats(train[torch.randint(number, (loop["batch_size"],))], device)),
         (lambda: validate(model, held_out)) if len(held_out) else None, loop, unit="loss",
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def validate(model: VQVAE | VQVAE2, images: Tensor) -> float:
     model.eval()
     total = 0.0
     for batch in chosen.split(VALIDATION_BATCH):
-        x = as_floats(batch)
+        x = as_floats(batch, device_of(model))
         total += float(F.mse_loss(model(x).reconstruction, x)) * len(x)
     return total / len(chosen) / model.variance
 
@@ -85,7 +85,7 @@ def validate(model: VQVAE | VQVAE2, images: Tensor) -> float:
 def code_perplexities(model: VQVAE | VQVAE2, images: Tensor) -> list[float]:
     """Of the codes of each level, the top first, for uint8 images."""
     model.eval()
-    batches = [model(as_floats(batch)).codes for batch in images.split(VALIDATION_BATCH)]
+    batches = [model(as_floats(batch, device_of(model))).codes for batch in images.split(VALIDATION_BATCH)]
     levels = [torch.cat([codes.flatten() for codes in level]) for level in zip(*batches, strict=True)]
     return [float(perplexity(codes, model.codebook_size)) for codes in levels]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.checkpoints import image_size, load_checkpoint
 from fastgen.checks import check_classes, check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import LoopOptions, TrainingLog, evenly, fit, loop_options, training_part
+from fastgen.loop import LoopOptions, TrainingLog, device_of, evenly, fit, loop_options, training_part
 from fastgen.models import GatedPixelCNN, GPTPrior, PixelCNN, PixelModel, PixelRNN, PixelSNAIL
 
 MODELS: dict[str, type[PixelModel]] = {
@@ -32,7 +32,7 @@ def to_levels(images: Tensor, model: PixelModel, generator: torch.Generator | No
     if model.codes:
         return images
     if model.levels == 2:
-        return (torch.rand(images.shape, generator=generator) * 255 < images).long()
+        return (torch.rand(images.shape, generator=generator).to(images.device) * 255 < images).long()
     return images.long() * model.levels // 256
 
 
@@ -81,12 +81,12 @@ def train_pixels(
     # all of them before the training, not each when its turn comes
     model.conditioning.check(op, len(images), (images.shape[-2], images.shape[-1]), labels, cond)
     number = training_part(op, "images", len(images), loop["holdout"])
-    dims = images[0].numel()
+    dims, device = images[0].numel(), device_of(model)
 
     def loss() -> Tensor:
         chosen = torch.randint(number, (loop["batch_size"],))
-        x = to_levels(images[chosen], model)
-        log_p = model.log_prob(x, **{name: rows[chosen] for name, rows in given.items()})
+        x = to_levels(images[chosen], model).to(device)
+        log_p = model.log_prob(x, **{name: rows[chosen].to(device) for name, rows in given.items()})
         return -log_p.mean() / (math.log(2) * dims)
 
     def held_out() -> float:
@@ -129,10 +129,10 @@ def validate(
     given = {name: evenly(rows, most) for name, rows in (("labels", labels), ("cond", cond)) if rows is not None}
     x = to_levels(evenly(images, most), model, torch.Generator().manual_seed(VALIDATION_SEED))
     model.eval()
-    total = 0.0
+    total, device = 0.0, device_of(model)
     for i in range(0, len(x), VALIDATION_BATCH):
-        batch = {name: rows[i : i + VALIDATION_BATCH] for name, rows in given.items()}
-        total -= float(model.log_prob(x[i : i + VALIDATION_BATCH], **batch).double().sum())
+        batch = {name: rows[i : i + VALIDATION_BATCH].to(device) for name, rows in given.items()}
+        total -= float(model.log_prob(x[i : i + VALIDATION_BATCH].to(device), **batch).double().sum())
     return total / (math.log(2) * x.numel())
 
 
@@ -158,13 +158,15 @@ def save_samples(
 
     Completed from the upper half; `labels` are the images'. The model must not be conditioned on a map.
     """
-    given = to_levels(images, model, torch.Generator().manual_seed(VALIDATION_SEED))
+    device = device_of(model)
+    given = to_levels(images, model, torch.Generator().manual_seed(VALIDATION_SEED)).to(device)
+    labels = None if labels is None else labels.to(device)
     number, (height, width) = len(given), given.shape[-2:]
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     drawn = model.sample(
         2 * number, (height, width), labels=None if labels is None else labels.repeat(2), generator=generator
     )
-    known = (torch.arange(height) < height // 2)[:, None]
+    known = (torch.arange(height, device=device) < height // 2)[:, None]
     completed = model.sample(number, (height, width), given=given, known=known, labels=labels, generator=generator)
     save_grid(path, [to_pixels(v, model) for v in (drawn[:number], drawn[number:], given, completed)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgen.audio import mu_law_encode
 from fastgen.checkpoints import load_checkpoint
 from fastgen.checks import check_integer
-from fastgen.loop import LoopOptions, TrainingLog, evenly, fit, loop_options, training_part
+from fastgen.loop import LoopOptions, TrainingLog, device_of, evenly, fit, loop_options, training_part
 from fastgen.models.speech_vqvae import SpeechVQVAE
 
 MODELS: dict[str, type[SpeechVQVAE]] = {"SpeechVQVAE": SpeechVQVAE}
@@ -71,12 +71,12 @@ def train_speech_vqvae(
         raise ValueError(
             f"{op}: segment must be a multiple of {model.downsample} of at most {clips.shape[1]}, got {segment}"
         )
-    number = training_part(op, "clips", len(clips), loop["holdout"])
+    number, device = training_part(op, "clips", len(clips), loop["holdout"]), device_of(model)
 
     def loss() -> Tensor:
         chosen = clips[torch.randint(number, (loop["batch_size"],))]
         starts = torch.randint(clips.shape[1] - segment + 1, (len(chosen),))
-        return model.loss(chosen.gather(1, starts[:, None] + torch.arange(segment)))
+        return model.loss(chosen.gather(1, starts[:, None] + torch.arange(segment)).to(device))
 
     return fit(
         op, model, MODELS, loss, (lambda: validate(model, clips[number:])) if number < len(clips) else None,
@@ -90,7 +90,8 @@ def validate(model: SpeechVQVAE, clips: Tensor) -> float:
     chosen = evenly(clips, VALIDATION_CLIPS)
     chosen = chosen[:, : chosen.shape[1] // model.downsample * model.downsample]
     model.eval()
-    nats = sum(-float(model(part)[0].double().sum()) for part in chosen.split(VALIDATION_BATCH))
+    parts = (part.to(device_of(model)) for part in chosen.split(VALIDATION_BATCH))
+    nats = sum(-float(model(part)[0].double().sum()) for part in parts)
     return nats / (math.log(2) * chosen.numel())
 
 

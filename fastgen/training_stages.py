@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastgen.checkpoints import load_checkpoint, read_checkpoint
 from fastgen.checks import check_integer
 from fastgen.files import whole_file
-from fastgen.loop import Progress, TrainingLog
+from fastgen.loop import Progress, TrainingLog, device_of
 from fastgen.models import VQVAE, VQVAE2, GatedPixelCNN, GPTPrior, PixelModel, PixelSNAIL, TwoStage
 from fastgen.models.speech_vqvae import SpeechVQVAE
 from fastgen.training_images import MODELS, as_floats, check_images
@@ -60,13 +60,16 @@ def fingerprint(model: nn.Module) -> str:
 
 @torch.no_grad()
 def encode(model: Quantizer, data: Tensor) -> list[Tensor]:
-    """uint8 images (N, C, H, W), or int64 clips (N, T) -> int64 (N, h, w) for each map of codes, the top first."""
+    """uint8 images (N, C, H, W), or int64 clips (N, T) -> int64 (N, h, w) for each map of codes, the top first,
+    on the CPU."""
     model.eval()
+    device = device_of(model)
     if isinstance(model, SpeechVQVAE):
-        return [torch.cat([model.encode(part) for part in data.split(ENCODING_BATCH)])[:, None]]
+        clips = [model.encode(part.to(device)) for part in data.split(ENCODING_BATCH)]
+        return [torch.cat(clips)[:, None].cpu()]
     check_images("encode", model, data)
-    encoded = [model.encode(as_floats(part)) for part in data.split(ENCODING_BATCH)]
-    return [torch.cat(maps) for maps in zip(*(e if isinstance(e, tuple) else (e,) for e in encoded), strict=True)]
+    encoded = [model.encode(as_floats(part, device)) for part in data.split(ENCODING_BATCH)]
+    return [torch.cat(maps).cpu() for maps in zip(*(e if isinstance(e, tuple) else (e,) for e in encoded), strict=True)]
 
 
 def encode_once(path: str | os.PathLike[str], model: Quantizer, data: Tensor) -> list[Tensor]:
@@ -93,6 +96,7 @@ def train_priors(
     kinds: Sequence[str] | None = None,
     sizes: dict[str, int] | None = None,
     steps: int,
+    device: str | torch.device = "cpu",
     resume: bool = False,
     progress: Progress = True,
     **options: Any,
@@ -113,10 +117,12 @@ def train_priors(
         Parameters of the priors' models.
     steps
         Of each prior.
+    device
+        To encode and to train on.
     resume
         Go on from priors that are there, or that are cut short; a prior that has its steps is left as it is.
     progress, options
-        As in `train_pixels`: batch_size, learning_rate, schedule, clip_norm, holdout, seed, save_every.
+        As in `train_pixels`: batch_size, learning_rate, schedule, precision, clip_norm, holdout, seed, save_every.
 
     Returns
     -------
@@ -138,7 +144,7 @@ def train_priors(
     kinds = check_kinds(model, kinds)
     classes = 0 if labels is None else int(labels.max()) + 1
     check_priors(path, model, resume=resume)
-    codes = encode_once(path, model, data)
+    codes = encode_once(path, model.to(device), data)
     logs = {}
     for i, (level, kind, maps) in enumerate(zip(levels, kinds, codes, strict=True)):
         file, source = beside(path, level), f"{fingerprint(model)} {level}"
@@ -160,7 +166,7 @@ def train_priors(
             torch.manual_seed(options.get("seed", 0))
             prior = _prior(model, i, kind, sizes, tuple(maps.shape[1:]), classes)
         logs[level] = train_pixels(
-            prior, maps, labels=labels, cond=codes[i - 1] if i else None, steps=steps, checkpoint=file,
+            prior.to(device), maps, labels=labels, cond=codes[i - 1] if i else None, steps=steps, checkpoint=file,
             resume=file.exists(), source=source, progress=progress, **options,
         )  # fmt: skip
     return logs

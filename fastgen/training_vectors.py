@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgen.checkpoints import image_size, load_checkpoint
 from fastgen.checks import check_tensor
 from fastgen.images import save_grid
-from fastgen.loop import LoopOptions, TrainingLog, evenly, fit, loop_options, training_part
+from fastgen.loop import LoopOptions, TrainingLog, device_of, evenly, fit, loop_options, training_part
 from fastgen.models import FVSBN, NADE, VAE
 
 MODELS: dict[str, type[nn.Module]] = {"FVSBN": FVSBN, "NADE": NADE, "VAE": VAE}
@@ -22,7 +22,7 @@ VALIDATION_SEED = 0
 
 def binarised(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """uint8 (N, C, H, W) -> int64 (N, C H W), each pixel 1 with probability pixel / 255."""
-    return (torch.rand(images.shape, generator=generator) * 255 < images).flatten(1).long()
+    return (torch.rand(images.shape, generator=generator).to(images.device) * 255 < images).flatten(1).long()
 
 
 def train_vectors(
@@ -59,10 +59,10 @@ def train_vectors(
         raise ValueError(
             f"{op}: images must have {model.inputs} values each, as the model has inputs, got {tuple(images.shape)}"
         )
-    number = training_part(op, "images", len(images), loop["holdout"])
+    number, device = training_part(op, "images", len(images), loop["holdout"]), device_of(model)
 
     def loss() -> Tensor:
-        x = binarised(images[torch.randint(number, (loop["batch_size"],))])
+        x = binarised(images[torch.randint(number, (loop["batch_size"],))]).to(device)
         return model.loss(x) if isinstance(model, VAE) else -model.log_prob(x).mean()
 
     return fit(
@@ -75,12 +75,13 @@ def train_vectors(
 def validate(model: FVSBN | NADE | VAE, images: Tensor, *, most: int = VALIDATION_IMAGES) -> float:
     """Nats per image of at most `most` of the images, spread evenly; the same binarisation, and noise, each time."""
     generator = torch.Generator().manual_seed(VALIDATION_SEED)
-    x = binarised(evenly(images, most), generator)
+    x = binarised(evenly(images, most), generator).to(device_of(model))
     model.eval()
     total = 0.0
     for part in x.split(VALIDATION_BATCH):
         if isinstance(model, VAE):
-            log_p = model.elbo(part, noise=torch.randn(len(part), model.latent, generator=generator))
+            noise = torch.randn(len(part), model.latent, generator=generator)
+            log_p = model.elbo(part, noise=noise.to(part.device))
         else:
             log_p = model.log_prob(part)
         total -= float(log_p.double().sum())
@@ -107,7 +108,7 @@ def save_samples(path: str | os.PathLike[str], model: FVSBN | NADE | VAE, images
     or of the VAE their reconstructions' probabilities."""
     number, shape = len(images), images.shape
     generator = torch.Generator().manual_seed(seed)
-    given = binarised(images, torch.Generator().manual_seed(VALIDATION_SEED))
+    given = binarised(images, torch.Generator().manual_seed(VALIDATION_SEED)).to(device_of(model))
     model.eval()
     drawn = model.sample(2 * number, generator=generator).view(2, *shape)
     if isinstance(model, VAE):
@@ -115,5 +116,5 @@ def save_samples(path: str | os.PathLike[str], model: FVSBN | NADE | VAE, images
     else:
         known = torch.zeros(shape[1:], dtype=torch.bool)
         known[:, : shape[2] // 2] = True
-        last = model.sample(number, given=given, known=known.flatten(), generator=generator)
+        last = model.sample(number, given=given, known=known.flatten().to(given.device), generator=generator)
     save_grid(path, [drawn[0].float(), drawn[1].float(), given.view(shape).float(), last.view(shape).float()])

@@ -67,6 +67,15 @@ def test_resumed_training_is_the_uninterrupted_one(tmp_path: Path, split: int) -
         assert torch.equal(tensor, whole.state_dict()[name]), name
 
 
+def test_bfloat16_is_of_the_products_alone() -> None:
+    models = small(), small()
+    exact, rounded = (train(m, steps=3, precision=p) for m, p in zip(models, ("float32", "bfloat16"), strict=True))
+    assert rounded.losses != exact.losses
+    assert rounded.losses == pytest.approx(exact.losses, rel=0.01)
+    assert all(parameter.dtype == torch.float32 for parameter in models[1].parameters())
+    assert rounded.validation[-1][1] == validate(models[1], mu_law_encode(torch.cat([tone(), tone(0.01)]), 32)[3672:])
+
+
 def test_the_seed_chooses_the_segments() -> None:
     losses = [train(small(), steps=2, seed=seed).losses for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
@@ -160,6 +169,7 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         ({"steps": 1, "learning_rate": "a"}, "learning_rate must be finite and > 0, got 'a'"),
         ({"steps": True}, "steps must be an integer >= 1, got True"),
         ({"steps": 1, "schedule": "linear"}, r"schedule must be one of \('constant', 'cosine'\), got 'linear'"),
+        ({"steps": 1, "precision": "half"}, r"precision must be one of \('float32', 'bfloat16'\), got 'half'"),
         ({"steps": 1, "holdout": 1.0}, r"holdout must be a number of examples, or a share in \[0, 1\), got 1"),
         ({"steps": 1, "holdout": -1}, "holdout must be an integer >= 0, got -1"),
         ({"steps": 1, "holdout": math.nan}, "holdout must be a number of examples, or a share"),

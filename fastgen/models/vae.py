@@ -28,6 +28,7 @@ from fastgen.checks import (
     check_tensor,
     is_finite,
     readable,
+    under_autocast,
 )
 from fastgen.nn.conv2d import Conv2d, ConvTranspose2d
 from fastgen.nn.linear import Linear
@@ -356,7 +357,7 @@ class VAE(nn.Module):
         """log p(x | z) (N,) for z (N, Z), row n of row n mod B of x (B, D)."""
         if not torch.is_grad_enabled() and self.perceptron and self.distribution == "bernoulli":
             linear = [layer for layer in self.decoder.children() if isinstance(layer, nn.Linear)]
-            if z.dtype == linear[0].weight.dtype and not torch.is_autocast_enabled(z.device.type):
+            if z.dtype == linear[0].weight.dtype and not under_autocast(z.device):
                 weights, biases = [layer.weight for layer in linear], [layer.bias for layer in linear]
                 return bernoulli_perceptron(z, x.to(z.dtype), weights, biases)
         x = x.repeat(len(z) // max(1, len(x)), 1)

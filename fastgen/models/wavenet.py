@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import check_classes, check_integer, check_tensor, check_unit_range, is_finite
+from fastgen.checks import check_classes, check_integer, check_tensor, check_unit_range, is_finite, under_autocast
 from fastgen.models import wavenet_sampling
 from fastgen.models.progress import Progress
 from fastgen.nn.causal_conv1d import WaveNetLayer, folded_weight
@@ -341,7 +341,7 @@ class WaveNet(nn.Module):
                 f"WaveNet: local must be ({batch}, {self.local_channels}, frames), got {tuple(local.shape)}"
             )
         dtype = self.output.weight.dtype
-        if not local.is_floating_point() or (local.dtype != dtype and not torch.is_autocast_enabled(local.device.type)):
+        if not local.is_floating_point() or (local.dtype != dtype and not under_autocast(local.device)):
             raise TypeError(f"WaveNet: local must be {dtype}, as the model is, got {local.dtype}")
         self._check_device("local", local)
         if self.upsample is not None and local.shape[2]:

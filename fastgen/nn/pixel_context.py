@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import check_classes, check_tensor
+from fastgen.checks import check_classes, check_tensor, under_autocast
 from fastgen.nn.conv2d import Conv2d
 
 RESIDUAL_LAYERS = 2
@@ -86,7 +86,7 @@ class PixelContext(nn.Module):
         if 0 in low or size[0] % low[0] or size[1] % low[1]:
             raise ValueError(f"{name}: cond must have sides that divide the image's {size}, got {low}")
         if self.feature is not None:
-            if cond.dtype != self.feature.weight.dtype and not torch.is_autocast_enabled(cond.device.type):
+            if cond.dtype != self.feature.weight.dtype and not under_autocast(cond.device):
                 raise TypeError(f"{name}: cond must be {self.feature.weight.dtype}, as the model is, got {cond.dtype}")
             return
         if cond.dtype != torch.int64:

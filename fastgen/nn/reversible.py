@@ -29,7 +29,8 @@ class _Circumstances:
         self.rng = torch.get_rng_state()
         self.device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         kind = device.type
-        self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if kind != "meta" else None
+        known = torch.amp.is_autocast_available(kind)
+        self.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if known else None
         self.buffers = _snapshot(layer)
 
     @contextlib.contextmanager
