@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,33 @@ def read_checkpoint(path: str | os.PathLike[str], entries: Sequence[str], made_b
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name}: no such file; expected a checkpoint of {made_by}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PyTorch says of other people's pickles
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes break the unpickler in any of its steps
-        first_line = str(error).splitlines()[0] if str(error) and not str(error).isdigit() else type(error).__name__
-        raise ValueError(f"{name}: expected a checkpoint of {made_by}, unreadable: {first_line}") from error
+        raise ValueError(f"{name}: expected a checkpoint of {made_by}, {_unreadable(Path(path), error)}") from error
     if not isinstance(content, dict) or any(entry not in content for entry in entries):
-        came = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{name}: expected a checkpoint with the entries {', '.join(entries)}; got {came}")
+        came = f"entries {listed(sorted(map(str, content)))}" if isinstance(content, dict) else type(content).__name__
+        kind = content.get("model", "WaveNet" if "rate" in content else None) if isinstance(content, dict) else None
+        raise ValueError(f"{name}: expected a checkpoint of {made_by}, got {f'one of a {kind}' if kind else came}")
     return content
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    if "allowed global" in str(error):
+        return "it holds more than tensors and plain data"
+    return "it is cut short, damaged, or no file that torch.save wrote"
+
+
+def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write it whole or not at all; makes the folder."""
+    with whole_file(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # PyTorch's writer says no more of a full disk
+            raise OSError(f"{os.fspath(path)}: could not be written whole; is the disk full?") from error
 
 
 def load_parameters(path: str | os.PathLike[str], model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -85,8 +105,7 @@ def save_checkpoint(
         "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         **more,
     }
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    write_checkpoint(path, content)
 
 
 def load_checkpoint(

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastgen.backend import HAS_BFLOAT16, ON_X86, TRITON_OPS
 
@@ -78,6 +79,15 @@ def check(
         raise TypeError(f"{op}: {name} is {tensor.dtype}, {of} is {like.dtype}; all tensors must share one dtype")
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, {of} is on {like.device}")
+
+
+def check_channels(op: str, x: Tensor, weight: Tensor, *, of_x: int = 1, of_weight: int = 1) -> None:
+    """x has as many channels as the weight has inputs. A layer's weight is as it should be: x is named."""
+    if x.shape[of_x] != weight.shape[of_weight]:
+        raise ValueError(
+            f"{op}: x must have {weight.shape[of_weight]} channels, as the weight has, got {x.shape[of_x]}: "
+            f"{tuple(x.shape)}, weight {tuple(weight.shape)}"
+        )
 
 
 def under_autocast(device: torch.device) -> bool:
@@ -206,6 +216,8 @@ def differentiates(*tensors: Tensor | None) -> bool:
     """Whether a call must go through autograd: for a backward pass, or to refuse forward-mode differentiation."""
     if torch.autograd.forward_ad._current_level >= 0:
         return True
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False  # a trace takes up ops, and of an autograd function nothing that would run again
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -241,22 +253,66 @@ def check_weights(name: str, module: torch.nn.Module) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether values can be asked for: not on the device meta, nor in code that is being compiled."""
-    return x.device.type != "meta" and not torch.compiler.is_compiling()
+    """Whether values can be asked for: not on the device meta, nor in code that is being compiled or traced."""
+    return x.device.type != "meta" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def _vectorises() -> bool:
+    """Within torch.vmap, under which PyTorch's own ops take a batch at once, and the kernels each example alone."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.maybe_current_level() is None:
+        return False
+    return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack())
 
 
 def stands_in(x: Tensor, *, bfloat16: bool = False) -> bool:
-    """Whether a layer that stands in for PyTorch's may run a kernel for the CPU: torch.jit.trace is left to PyTorch,
-    and so are processors other than x86, whose PyTorch has not been compared. Of bfloat16, by autocast or not, only
-    what `bfloat16` says is faster, unless the processor has no instructions for it: PyTorch is slow there."""
+    """Whether a layer that stands in for PyTorch's may run a kernel for the CPU.
+
+    torch.jit.trace and torch.vmap are left to PyTorch, and so are processors other than x86, whose PyTorch has not been
+    compared. Of bfloat16, by autocast or not, only what `bfloat16` says is faster, unless the processor has no
+    instructions for it: PyTorch is slow there.
+    """
     if not isinstance(x, Tensor) or x.device.type != "cpu" or not ON_X86:
         return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.jit.is_tracing() or _vectorises():  # type: ignore[attr-defined]
         return False
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
     return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and (bfloat16 or not HAS_BFLOAT16))
+
+
+_intact = WeakIdKeyDictionary()  # permutations to the version in which they were found to be some
+
+
+def permutation_fault(order: Tensor) -> str | None:
+    """Why `order` (C,) does not hold each of 0 to C - 1 once."""
+    if not readable(order) or (
+        order.dtype == torch.int64 and torch.equal(order.sort().values.cpu(), torch.arange(len(order)))
+    ):
+        return None
+    shown = f"{order.tolist()[:10]}{' ...' if len(order) > 10 else ''}"
+    return f"must hold each of 0 to {len(order) - 1} once, got {order.dtype} {shown}"
+
+
+def refuses_order(name: str, own: Tensor, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> bool:
+    """Whether a state that is being loaded has an order of the right shape that is none; says so among the errors."""
+    order = state_dict.get(f"{prefix}order")
+    fault = permutation_fault(order) if isinstance(order, Tensor) and order.shape == own.shape else None
+    if fault:
+        errors.append(f"{name}: {prefix}order {fault}")
+    return fault is not None
+
+
+def intact(op: str, name: str, order: Tensor) -> Tensor:
+    """A permutation among a module's buffers, looked at again where it was written to: an average of buffers, as of
+    torch.optim.swa_utils with use_buffers=True, rounds whole numbers."""
+    if not readable(order) or order.is_inference() or _intact.get(order) == order._version:
+        return order
+    if fault := permutation_fault(order):
+        raise ValueError(f"{op}: {name} {fault}; averages of a model must leave its buffers out")
+    _intact[order] = order._version
+    return order
 
 
 def check_unit_range(op: str, name: str, x: Tensor) -> None:

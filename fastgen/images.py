@@ -23,6 +23,7 @@ NAMES = {  # of an array of images in an npz, the first that is there
     "train": ("train", "images", "x_train", "x"),
     "test": ("test", "test_images", "x_test"),
 }
+ARRAYS = (".npz", ".npy")
 MNIST = {"train": "train", "test": "t10k"}
 
 
@@ -32,9 +33,10 @@ def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None 
     Parameters
     ----------
     path
-        An IDX file of images (.gz or not), a folder that holds MNIST's `train-images-idx3-ubyte`, an npz archive with a
-        uint8 array (N, H, W), (N, H, W, C) or (N, C, H, W), or a folder of pictures, searched with its subfolders and
-        read in the order of their names. None: the 1797 digits of 8 x 8 pixels that come with scikit-learn.
+        An IDX file of images (.gz or not), a folder that holds MNIST's `train-images-idx3-ubyte`, an npz archive or npy
+        file with a uint8 array (N, H, W), (N, H, W, C) or (N, C, H, W), or a folder of pictures, searched with its
+        subfolders and read in the order of their names. None: the 1797 digits of 8 x 8 pixels that come with
+        scikit-learn.
     size
         Side to which pictures of a folder are cropped and resized; without it they must all have one size. Gray
         pictures of 16 bits are scaled to 8.
@@ -60,7 +62,7 @@ def load_images(path: str | os.PathLike[str] | None = None, *, size: int | None 
     if path.is_dir():
         found = _idx_of(path, "images-idx3", part)
         return _folder(path, size) if found is None else _idx(found)
-    if path.suffix == ".npz":
+    if path.suffix in ARRAYS:
         return _npz(path, part)
     return _idx(path)
 
@@ -99,11 +101,14 @@ def _bytes(path: Path) -> bytes:
 
 
 def _arrays(path: Path) -> dict[str, Any]:
-    """Of an npz archive."""
+    """Of an npz archive, or of an npy file the one there is."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; expected an npz archive")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {path.stem: loaded}
+        with loaded as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path}: expected an npz archive, unreadable: {error}") from error
@@ -189,7 +194,7 @@ def _eight_bits(file: Path, picture: Any) -> Any:
 
 
 def load_codes(path: str | os.PathLike[str]) -> Tensor:
-    """Maps of codes, int64 (N, H, W), from an npz archive with an array of integers of that shape.
+    """Maps of codes, int64 (N, H, W), from an npz archive or npy file with an array of integers of that shape.
 
     Raises
     ------
@@ -233,7 +238,7 @@ def load_labels(path: str | os.PathLike[str] | None = None, *, part: str = "trai
             name = f"{MNIST[part]}-labels-idx1-ubyte"
             raise FileNotFoundError(f"{path}: expected {name} (.gz or not) in the folder, found none")
         path = found
-    if path.suffix == ".npz":
+    if path.suffix in ARRAYS:
         arrays = _arrays(path)
         rows = {name: a for name, a in arrays.items() if np.issubdtype(a.dtype, np.integer) and a.ndim == 1}
         if not rows:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgen.audio import mu_law_encode
-from fastgen.checkpoints import load_parameters, read_checkpoint, refuse_other_model
+from fastgen.checkpoints import load_parameters, read_checkpoint, refuse_other_model, write_checkpoint
 from fastgen.checks import check_integer
-from fastgen.files import whole_file
 from fastgen.loop import LoopOptions, TrainingLog, adam, begin, device_of, loop_options, optimise
 from fastgen.models import WaveNet
 
@@ -120,8 +119,7 @@ def save_checkpoint(
         "rng": None if generator is None else generator.get_state(),
         **more,
     }
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    write_checkpoint(path, content)
 
 
 def load_wavenet(path: str | os.PathLike[str]) -> tuple[WaveNet, int]:

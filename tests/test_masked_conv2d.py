@@ -434,7 +434,7 @@ BAD = {
     "x rank": ({"x": torch.zeros(3, 4)}, ValueError, r"x must have shape .* got \(3, 4\)"),
     "x dtype": ({"x": torch.zeros(2, 3, 4, 4, dtype=torch.int64)}, TypeError, "x must be float32.*got torch.int64"),
     "mixed": ({"x": torch.zeros(2, 3, 4, 4)}, TypeError, "weight is torch.float64, x is torch.float32"),
-    "channels": ({"weight": torch.zeros(8, 4, 3, 3).double()}, ValueError, r"weight must have shape .*got \(8, 4, 3"),
+    "channels": ({"weight": torch.zeros(8, 4, 3, 3).double()}, ValueError, "x must have 4 channels, .*got 3"),
     "no rows": ({"weight": torch.zeros(0, 3, 3, 3).double(), "bias": None}, ValueError, "row.*got 0"),
     "no taps": ({"weight": torch.zeros(8, 3, 0, 3).double()}, ValueError, r"kernel size >= 1, got \(0, 3\)"),
     "bias": ({"bias": torch.zeros(7).double()}, ValueError, r"bias must have shape \(8,\), got \(7,\)"),

@@ -125,9 +125,9 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with pytest.raises(FileNotFoundError, match=r"a\.pt: no such file"):
         load_wavenet(path)
-    for content in (b"", b"text", b"PK\x03\x04 cut short"):
+    for content, why in ((b"", "is empty"), (b"text", "no file that torch.save"), (b"PK\x03\x04 cut", "cut short")):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.pt: expected a checkpoint"):
+        with pytest.raises(ValueError, match=rf"a\.pt: expected a checkpoint of train_wavenet, .*{why}"):
             load_wavenet(path)
     save_checkpoint(path, small(), RATE)
     path.write_bytes(path.read_bytes()[:5000])
@@ -135,8 +135,28 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         load_wavenet(path)
     for other in ({"weights": torch.zeros(1)}, [1, 2], torch.zeros(3)):
         torch.save(other, path)
-        with pytest.raises(ValueError, match=r"a\.pt: expected a checkpoint with the entries"):
+        with pytest.raises(ValueError, match=r"a\.pt: expected a checkpoint of train_wavenet, got (ent|list|Te)"):
             load_wavenet(path)
+    torch.save({"model": "NADE"}, path)
+    with pytest.raises(ValueError, match=r"a\.pt: expected a checkpoint of train_wavenet, got one of a NADE"):
+        load_wavenet(path)
+    torch.save(Path("a"), path)
+    with pytest.raises(ValueError, match=r"of train_wavenet, it holds more than tensors and plain data$"):
+        load_wavenet(path)
+
+
+def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, small(), RATE)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 389568 vs 389520")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"a\.pt: could not be written whole; is the disk full\?"):
+        save_checkpoint(path, small(), RATE)
+    assert path.read_bytes() == before
 
 
 def test_what_cannot_be_resumed(tmp_path: Path) -> None:

@@ -76,6 +76,22 @@ def test_codes_and_outputs_from_indices():
         close(b.get_output_from_indices(indices), quantized)
 
 
+@pytest.mark.parametrize("options", [{}, {"learnable_codebook": True, "ema_update": False}, {"codebook_dim": 8}])
+def test_gradients_in_evaluation_are_the_peers(options):
+    a, b = pair(options)
+    grads = []
+    for module in (a.eval(), b.eval()):
+        x = torch.randn(4, 50, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        quantized = module(x)[0]
+        if quantized.requires_grad:
+            quantized.square().mean().backward()
+        grads.append({"x": x.grad} | {name: p.grad for name, p in module.named_parameters()})
+    for name, grad in grads[0].items():
+        assert (grad is None) == (grads[1][name] is None), name
+        if grad is not None:
+            close(grad, grads[1][name])
+
+
 def test_gradient_accumulation_updates_once():
     torch.manual_seed(0)
     b = VectorQuantize(8, 16)

@@ -11,7 +11,7 @@ import torch
 
 from fastgen.__main__ import main
 from fastgen.checkpoints import save_checkpoint
-from fastgen.images import load_images, pad_to_multiple, save_grid
+from fastgen.images import load_codes, load_images, load_labels, pad_to_multiple, save_grid
 from fastgen.models import VQVAE, VQVAE2
 from fastgen.models.vqvae import perplexity
 from fastgen.training_images import as_floats, code_perplexities, load_vqvae, train_vqvae, validate
@@ -177,7 +177,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"missing: quantizer\._codebook\.embed"):
         load_vqvae(path)
     path.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="unreadable"):
+    with pytest.raises(ValueError, match="damaged, or no file that"):
         load_vqvae(path)
 
 
@@ -233,6 +233,14 @@ def test_bad_files(message, tmp_path):
         path.write_bytes(BAD_FILES[message])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_images(path)
+
+
+def test_one_array_in_a_file(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(48, dtype=np.uint8).reshape(3, 4, 4))
+    np.save(tmp_path / "b.npy", np.arange(3))
+    assert load_images(tmp_path / "a.npy").flatten().tolist() == list(range(48))
+    assert load_codes(tmp_path / "a.npy").shape == (3, 4, 4)
+    assert load_labels(tmp_path / "b.npy").tolist() == [0, 1, 2]
 
 
 def test_more_bad_files(tmp_path):

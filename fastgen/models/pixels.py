@@ -294,6 +294,8 @@ class PixelModel(nn.Module):
             x = x[:, None]
         if x.dim() != 4 or x.shape[1] != self.image_channels or 0 in x.shape[2:]:
             raise ValueError(f"{self._name}: {name} must be {shape} with at least one pixel, got {tuple(x.shape)}")
+        if x.dtype == torch.uint8:  # as images come
+            x = x.long()
         if x.dtype != torch.int64:
             raise TypeError(f"{self._name}: {name} must be int64 values in [0, {self.levels}), got {x.dtype}")
         device = self.head.out.weight.device

@@ -17,7 +17,10 @@ from fastgen.checks import (
     check_temperature,
     check_tensor,
     check_weights,
+    intact,
+    permutation_fault,
     readable,
+    refuses_order,
 )
 from fastgen.ops import distributions
 
@@ -55,18 +58,20 @@ class VectorModel(nn.Module):
         if order is None:
             order = torch.arange(inputs)
         try:
-            order = order.detach().cpu() if isinstance(order, Tensor) else torch.tensor(list(order))
+            order = order.detach() if isinstance(order, Tensor) else torch.tensor(list(order))
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name}: order must be {inputs} whole numbers, got {order!r}") from None
         if order.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
             order = order.long()
-        if order.shape != (inputs,) or order.dtype != torch.int64 or not torch.equal(
-            order.sort().values, torch.arange(inputs)
-        ):  # fmt: skip
-            raise ValueError(
-                f"{name}: order must be a permutation of 0 ... {inputs - 1}, got {order.tolist()[:10]} ..."
-            )
-        self.register_buffer("order", order)
+        if order.shape != (inputs,):
+            raise ValueError(f"{name}: order must be {inputs} whole numbers, got {tuple(order.shape)}")
+        if fault := permutation_fault(order):
+            raise ValueError(f"{name}: order {fault}")
+        self.register_buffer("order", order.clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not refuses_order(self._name, self.order, state_dict, prefix, args[-1]):
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     @abstractmethod
     def parameters_in_order(self, x: Tensor, backend: str | None) -> Tensor:
@@ -92,8 +97,9 @@ class VectorModel(nn.Module):
         TypeError, ValueError
             For x of another size, or other values.
         """
-        out = self.parameters_in_order(self._check(x)[:, self.order], backend)
-        return out[:, self.order.argsort()]
+        order = intact(self._name, "order", self.order)
+        out = self.parameters_in_order(self._check(x)[:, order], backend)
+        return out[:, order.argsort()]
 
     def log_prob(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """Log-probability (B,) in nats; arguments as in `forward`."""
@@ -178,9 +184,10 @@ class VectorModel(nn.Module):
         elif known is not None:
             raise ValueError(f"{name}: known was given without the vectors, given=")
         check_weights(name, self)
-        u = uniforms.float().clamp(max=1 - 2**-24)[:, self.order]
-        drawn = self.sample_in_order(u, fixed[:, self.order], temperature, backend)
-        return drawn[:, self.order.argsort()]
+        order = intact(name, "order", self.order)
+        u = uniforms.float().clamp(max=1 - 2**-24)[:, order]
+        drawn = self.sample_in_order(u, fixed[:, order], temperature, backend)
+        return drawn[:, order.argsort()]
 
     def _check(self, x: Tensor) -> Tensor:
         name = self._name

@@ -29,8 +29,8 @@ class Conv2d(nn.Conv2d):
     kernels), save for small images, and `fastgen.ops.downsample_conv2d` where a kernel of 4x4 with stride 2 and padding
     1 halves even sides; all with dilation and groups 1 and zeros for padding. In bfloat16, by autocast or not, it does
     the same on processors without instructions for it; on those that multiply pairs of bfloat16, but no tiles, it runs
-    `conv2d`, save for 3x3 kernels over small images or many channels. Anything else, torch.jit.trace included, is
-    PyTorch's. Gradients of the kernels are first-order.
+    `conv2d`, save for 3x3 kernels over small images or many channels. Anything else, torch.jit.trace and torch.vmap
+    included, is PyTorch's. Gradients of the kernels are first-order.
 
     Parameters
     ----------

@@ -7,12 +7,13 @@ float32 (float64 for float64) of the direction that ran; with `cond`, `forward(x
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.checks import check_integer, check_tensor
+from fastgen.checks import check_integer, check_tensor, intact, permutation_fault, refuses_order
 from fastgen.nn.reversible import buffers_kept, call, call_inverse, run_reversibly
 from fastgen.ops.affine_coupling import affine_coupling
 
@@ -51,16 +52,15 @@ class FlowSequence(nn.Module):
 
     @property
     def drift(self) -> list[float]:
-        """Of each layer, after a backward pass with `reversible` and `debug`: see the class."""
-        if not self._drift:
-            raise RuntimeError("FlowSequence: drift is known after a backward pass with reversible=True and debug=True")
+        """Of each layer, after a backward pass with `reversible` and `debug`, empty before: see the class."""
         return self._drift
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, ...) -> z, log_det (B,)."""
         check_tensor("FlowSequence", "x", x)
         inputs = self._check(x, cond, False) if self.debug else None
-        if self.reversible and self.layers and torch.is_grad_enabled():
+        recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if self.reversible and self.layers and recorded:
             self._drift = []
             return run_reversibly(self._flat(), x, cond, inputs, self._drift)
         log_det = zero_log_det(x)
@@ -161,17 +161,23 @@ class Permutation(nn.Module):
                 raise ValueError(f"Permutation: order must be 'reverse', 'random' or a tensor, got {order!r}")
             order = torch.randperm(channels) if order == "random" else torch.arange(channels).flip(0)
         check_tensor("Permutation", "order", order)
-        if order.dtype != torch.int64 or not torch.equal(order.sort().values.cpu(), torch.arange(channels)):
-            raise ValueError(f"Permutation: order must hold each of 0 to {channels - 1} once, got {order.tolist()}")
+        if order.shape != (channels,):
+            raise ValueError(f"Permutation: order must have shape ({channels},), got {tuple(order.shape)}")
+        if fault := permutation_fault(order):
+            raise ValueError(f"Permutation: order {fault}")
         self.register_buffer("order", order.clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not refuses_order("Permutation", self.order, state_dict, prefix, args[-1]):
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, *S) -> the same shape, zeros (B,)."""
-        return self._ordered(x, self.order), zero_log_det(x)
+        return self._ordered(x, intact("Permutation", "order", self.order)), zero_log_det(x)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo `forward`."""
-        return self._ordered(z, self.order.argsort()), zero_log_det(z)
+        return self._ordered(z, intact("Permutation", "order", self.order).argsort()), zero_log_det(z)
 
     def _ordered(self, x: Tensor, order: Tensor) -> Tensor:
         check_tensor("Permutation", "x", x)

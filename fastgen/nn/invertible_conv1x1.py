@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.checks import check_integer
+from fastgen.checks import check_integer, intact, permutation_fault
 from fastgen.nn.actnorm import ActNorm
 from fastgen.ops.actnorm import actnorm
 from fastgen.ops.invertible_conv1x1 import invertible_conv1x1, lu_weight, mix_channels
@@ -37,24 +37,28 @@ class InvertibleConv1x1(nn.Module):
         super().__init__()
         check_integer("InvertibleConv1x1", "channels", channels)
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
-        self.lu = lu
+        self.lu, kind = lu, torch.get_default_dtype()
         self.actnorm = ActNorm(channels) if actnorm else None
         if not lu:
-            self.weight = nn.Parameter(rotation.float())
+            self.weight = nn.Parameter(rotation.to(kind))
             return
         p, lower, upper = torch.linalg.lu(rotation)
         diagonal = upper.diagonal()
-        self.lower = nn.Parameter(lower.tril(-1).float())
-        self.upper = nn.Parameter(upper.triu(1).float())
-        self.log_diagonal = nn.Parameter(diagonal.abs().log().float())
-        self.register_buffer("sign", diagonal.sign().float())
+        self.lower = nn.Parameter(lower.tril(-1).to(kind))
+        self.upper = nn.Parameter(upper.triu(1).to(kind))
+        self.log_diagonal = nn.Parameter(diagonal.abs().log().to(kind))
+        self.register_buffer("sign", diagonal.sign().to(kind))
         self.register_buffer("permutation", p.argmax(1))
 
     def matrix(self) -> Tensor:
         """The matrix (C, C), without the actnorm."""
         if not self.lu:
             return self.weight
-        return lu_weight(self.lower, self.upper, self.log_diagonal, self.sign, self.permutation)
+        return lu_weight(*self._factors())
+
+    def _factors(self) -> tuple[Tensor, ...]:
+        order = intact("InvertibleConv1x1", "permutation", self.permutation)
+        return self.lower, self.upper, self.log_diagonal, self.sign, order
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, *S) -> the same shape, log_det (B,)."""
@@ -70,8 +74,7 @@ class InvertibleConv1x1(nn.Module):
         norm = self.actnorm
         affine = (None, None) if norm is None else (norm.log_scale, norm.shift)
         if self.lu:
-            factors = (self.lower, self.upper, self.log_diagonal, self.sign, self.permutation)
-            return invertible_conv1x1(x, *factors, *affine, inverse=inverse)
+            return invertible_conv1x1(x, *self._factors(), *affine, inverse=inverse)
         kind = torch.promote_types(x.dtype, torch.float32)
         weight = self.weight.double()
         log_det = x.shape[2:].numel() * torch.linalg.slogdet(weight)[1].to(kind).expand(x.shape[0])
@@ -107,8 +110,6 @@ class InvertibleConv1x1(nn.Module):
             faults.append(f"log_diagonal must lie within +-{LARGEST_LOG}, or the matrix is singular")
         if "sign" in loaded and not bool((loaded["sign"].abs() == 1).all()):
             faults.append("sign must hold 1 and -1 alone, or the matrix is singular")
-        if "permutation" in loaded:
-            order = loaded["permutation"].sort().values
-            if not torch.equal(order, torch.arange(len(order), device=order.device)):
-                faults.append(f"permutation must hold each of 0 to {len(order) - 1} once, or the matrix is singular")
+        if "permutation" in loaded and (fault := permutation_fault(loaded["permutation"])):
+            faults.append(f"permutation {fault}")
         return faults

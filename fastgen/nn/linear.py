@@ -17,7 +17,8 @@ class Linear(nn.Linear):
     """torch.nn.Linear, whose parameters, their initialisation and state it has.
 
     On x86 it runs `fastgen.ops.linear` in float32 and float64, save for small products, and in bfloat16, by autocast or
-    not, where the processor has no instructions for it; anything else, torch.jit.trace included, is PyTorch's.
+    not, where the processor has no instructions for it; anything else, torch.jit.trace and torch.vmap included, is
+    PyTorch's.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ class _Masked(nn.Module):
 
     def reset_parameters(self) -> None:
         """As in torch.nn.Conv2d, but with the fan-in of the live taps."""
-        live = weight_mask(self.weight, self.mask, self.colors, self.halves)
-        bound = 1 / math.sqrt(max(1.0, float(live.expand_as(self.weight).sum((1, 2, 3)).float().mean())))
+        taps = torch.zeros((), device="cpu").expand_as(self.weight)  # readable where the weight is not, on "meta"
+        live = weight_mask(taps, self.mask, self.colors, self.halves).expand_as(taps)
+        bound = 1 / math.sqrt(max(1.0, float(live.sum((1, 2, 3)).float().mean())))
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound)

@@ -302,8 +302,9 @@ class VectorQuantize(nn.Module):
 
         Returns
         -------
-        quantized, as x; indices int64, x's shape without features, (..., heads) for several, -1 for padding; loss ()
-        float32, zero in evaluation. With return_loss_breakdown, also a LossBreakdown.
+        quantized, as x, in training with a gradient for x, in evaluation the codes themselves; indices int64, x's shape
+        without features, (..., heads) for several, -1 for padding; loss () float32, zero in evaluation. With
+        return_loss_breakdown, also a LossBreakdown.
 
         Raises
         ------
@@ -321,6 +322,8 @@ class VectorQuantize(nn.Module):
         book = self._codebook
         moved = self._features_to_end(x)
         rows, kept = self._rows(moved, mask)
+        if not self.training:
+            rows = [part.detach() for part in rows]
         book.initialise(rows, kept)
         temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
         temperature = temperature if self.stochastic_sample_codes and self.training else 0.0
@@ -340,7 +343,7 @@ class VectorQuantize(nn.Module):
         if self.training and self.commitment_weight > 0:
             loss = loss + commitment * self.commitment_weight
 
-        quantized = self._outputs([p.quantized for p in parts], x, embed, [p.indices for p in parts])
+        quantized = self._outputs([p.quantized for p in parts], rows[0], embed, [p.indices for p in parts])
         quantized = self.project_out(quantized.to(x.dtype)).reshape(moved.shape)
         chosen = torch.stack([p.indices for p in parts], -1) if len(parts) > 1 else parts[0].indices
         chosen = chosen.reshape(*moved.shape[:-1], *((self.heads,) if self.heads > 1 else ()))

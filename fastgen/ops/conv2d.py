@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, differentiates, first_order, quick_apply
+from fastgen.checks import autocast, check, check_channels, differentiates, first_order, quick_apply
 
 
 def conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
@@ -70,9 +70,8 @@ def check_convolution(
 ) -> None:
     """Raise on arguments that do not fit; size: of kernels, None for any; inputs: the weight's dimension of them."""
     check(op, "x", x, x, (None, None, None, None))
-    channels: list[int | None] = [None, None]
-    channels[inputs] = x.shape[1]
-    check(op, "weight", weight, x, (*channels, size, size))
+    check(op, "weight", weight, x, (None, None, size, size))
+    check_channels(op, x, weight, of_weight=inputs)
     if min(weight.shape[:2]) < 1:
         raise ValueError(f"{op}: weight needs at least one channel each way, got {tuple(weight.shape)}")
     if bias is not None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import autocast, check, check_integer, differentiates, first_order, quick_apply
+from fastgen.checks import autocast, check, check_channels, check_integer, differentiates, first_order, quick_apply
 
 MOST_DILATION = 2**31 - 1  # (K - 1) * dilation stays far within 64 bits
 
@@ -87,7 +87,8 @@ class _GatedCausalConv1d(torch.autograd.Function):
 def check_gate(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, cond: Tensor | None, dilation: int) -> None:
     """Raise on arguments that do not fit together, naming the argument, what was expected and what came."""
     check(op, "x", x, x, (None, None, None))
-    check(op, "weight", weight, x, (None, x.shape[1], None))
+    check(op, "weight", weight, x, (None, None, None))
+    check_channels(op, x, weight)
     rows = weight.shape[0]
     if rows % 2 or rows == 0:
         raise ValueError(f"{op}: weight needs an even number of rows (tanh half, sigmoid half), got {rows}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import lib, resolve
-from fastgen.checks import autocast, check, differentiates, first_order, quick_apply
+from fastgen.checks import autocast, check, check_channels, differentiates, first_order, quick_apply
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,7 +86,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     if x.dim() < 1:
         raise ValueError(f"{op}: x must be (..., C), got {tuple(x.shape)}")
     check(op, "x", x, x, (None,) * x.dim())
-    check(op, "weight", weight, x, (None, x.shape[-1]))
+    check(op, "weight", weight, x, (None, None))
+    check_channels(op, x, weight, of_x=-1)
     if bias is not None:
         check(op, "bias", bias, x, (weight.shape[0],))
     if resolve(op, backend, x.device, x.dtype) == "reference" or x.numel() == 0 or weight.numel() == 0:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import has_triton_kernels, lib, resolve
-from fastgen.checks import autocast, check, check_integer, differentiates, first_order, quick_apply
+from fastgen.checks import autocast, check, check_channels, check_integer, differentiates, first_order, quick_apply
 
 MASKS = ("A", "B", "vertical", "vertical_B")
 
@@ -43,10 +43,10 @@ def positions(height: int, width: int, margin: int) -> int:
 
 def mask_2d(mask: str, kernel_size: tuple[int, int], *, device: torch.device | None = None) -> Tensor:
     """(KH, KW) bool: which taps are live for one color group; the pixel itself is at (KH // 2, KW // 2)."""
-    (height, width), live = kernel_size, torch.zeros(kernel_size, dtype=torch.bool, device=device)
-    live[: height // 2] = True
-    live[height // 2, : {"A": width // 2, "B": width // 2 + 1, "vertical": 0, "vertical_B": width}[mask]] = True
-    return live
+    height, width = kernel_size
+    row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    in_row = {"A": width // 2, "B": width // 2 + 1, "vertical": 0, "vertical_B": width}[mask]
+    return (row < height // 2) | ((row == height // 2) & (column < in_row))
 
 
 def weight_mask(weight: Tensor, mask: str, colors: int = 1, halves: int = 1) -> Tensor:
@@ -138,7 +138,8 @@ class _MaskedConv2d(torch.autograd.Function):
 def check_masked(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, mask: str, colors: int, halves: int) -> None:
     """Raise on arguments that do not fit together, naming the argument, what was expected and what came."""
     check(op, "x", x, x, (None, None, None, None))
-    check(op, "weight", weight, x, (None, x.shape[1], None, None))
+    check(op, "weight", weight, x, (None, None, None, None))
+    check_channels(op, x, weight)
     rows, channels, *kernel = weight.shape
     if min(kernel) < 1:
         raise ValueError(f"{op}: weight needs a kernel size >= 1, got {tuple(kernel)}")
