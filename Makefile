@@ -6,7 +6,7 @@
 #             gpu-test (in GPU_JOBS processes), gpu-check (compute-sanitizer) and gpu-bench, each also alone; OUT is
 #             where the figures go, ONLY a regular expression for the names of what is measured
 # make gpu-tune  there too: measure the kernels' tiles and write the table that they read (minutes)
-# make bench  the benchmarks, and the README's table from them
+# make bench  the benchmarks, and the tables and plots of README.md and bench/README.md from them
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3

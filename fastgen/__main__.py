@@ -384,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--record", type=Path, metavar="FILE.json", help="to put the figures in, too")
     evaluate.add_argument("--name", help="of the entry in it, default: the checkpoint's")
 
-    bench = command("bench", _bench, "run the benchmarks of a source checkout and write the README's tables")
+    bench = command("bench", _bench, "run the benchmarks of a source checkout and write its tables and plots")
     bench.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="files of bench/ to run, without bench_ and .py"
     )
