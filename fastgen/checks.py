@@ -282,7 +282,7 @@ def stands_in(x: Tensor, *, bfloat16: bool = False) -> bool:
     return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and (bfloat16 or not HAS_BFLOAT16))
 
 
-_intact = WeakIdKeyDictionary()  # permutations to the version in which they were found to be some
+_intact = WeakIdKeyDictionary()  # permutations to the version that was looked at, and whether it changes nothing
 
 
 def permutation_fault(order: Tensor) -> str | None:
@@ -307,12 +307,17 @@ def refuses_order(name: str, own: Tensor, state_dict: dict[str, Any], prefix: st
 def intact(op: str, name: str, order: Tensor) -> Tensor:
     """A permutation among a module's buffers, looked at again where it was written to: an average of buffers, as of
     torch.optim.swa_utils with use_buffers=True, rounds whole numbers."""
-    if not readable(order) or order.is_inference() or _intact.get(order) == order._version:
+    if not readable(order) or order.is_inference() or _intact.get(order, (None,))[0] == order._version:
         return order
     if fault := permutation_fault(order):
         raise ValueError(f"{op}: {name} {fault}; averages of a model must leave its buffers out")
-    _intact[order] = order._version
+    _intact[order] = order._version, torch.equal(order.cpu(), torch.arange(len(order)))
     return order
+
+
+def changes_nothing(order: Tensor) -> bool:
+    """Whether `intact` has found that a permutation leaves everything where it is."""
+    return readable(order) and not order.is_inference() and _intact.get(order) == (order._version, True)
 
 
 def check_unit_range(op: str, name: str, x: Tensor) -> None:

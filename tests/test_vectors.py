@@ -141,3 +141,16 @@ def test_orders_of_any_whole_numbers_and_weights_that_are_none(name):
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match=r"weights must be finite, \w+ is not"):
         model.sample(2)
+
+
+@pytest.mark.parametrize("model", [FVSBN, NADE])
+def test_an_order_that_is_loaded_counts(model):
+    x = torch.randint(2, (5, 6))
+    ordered, other = model(6, order=[3, 0, 5, 1, 4, 2]), model(6)
+    for parameter in ordered.parameters():
+        torch.nn.init.normal_(parameter)
+    other.log_prob(x)  # its inputs lie in order
+    other.load_state_dict(ordered.state_dict())
+    assert torch.equal(other.log_prob(x), ordered.log_prob(x))
+    other.order.copy_(torch.arange(6))
+    assert not torch.equal(other.log_prob(x), ordered.log_prob(x))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import (
+    changes_nothing,
     check_classes,
     check_generator,
     check_integer,
@@ -97,9 +98,10 @@ class VectorModel(nn.Module):
         TypeError, ValueError
             For x of another size, or other values.
         """
-        order = intact(self._name, "order", self.order)
-        out = self.parameters_in_order(self._check(x)[:, order], backend)
-        return out[:, order.argsort()]
+        x, order = self._check(x), intact(self._name, "order", self.order)
+        if changes_nothing(order):
+            return self.parameters_in_order(x, backend)
+        return self.parameters_in_order(x[:, order], backend)[:, order.argsort()]
 
     def log_prob(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """Log-probability (B,) in nats; arguments as in `forward`."""
