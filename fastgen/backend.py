@@ -176,7 +176,6 @@ def _has_kernel(op: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgen::{op}", "CPU")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not(op: str, backend: str) -> str | None:
     """The reason why `backend` cannot run `op` on this machine, or None where it can.
 
@@ -204,6 +203,10 @@ def why_not(op: str, backend: str) -> str | None:
     if backend == "cuda" and op in CUDA_OPS:
         return _cuda_reason or _why_no_gpu()
     return "this version has no GPU kernel for it"
+
+
+# torch.compiler.assume_constant_result, without the second that importing the compiler takes
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

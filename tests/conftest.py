@@ -71,6 +71,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:.*deterministic")
 
 
+def pytest_sessionstart() -> None:
+    """What `again` wants to be sure of, in the process that it starts."""
+    exec(os.environ.get("FASTGEN_TEST_CHECK", ""))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """FASTGEN_TEST_SHARD=2/8: the second of eight shares of the tests."""
     which, _, shares = os.environ.get("FASTGEN_TEST_SHARD", "1/1").partition("/")
@@ -169,12 +174,11 @@ def again() -> Callable[..., None]:
     def run(selection: str, *names: str, check: str, **environment: str) -> None:
         if os.environ.get("FASTGEN_TEST_NESTED"):
             pytest.skip("already within another run")
-        env = os.environ | {"FASTGEN_TEST_NESTED": "1"} | environment
-        subprocess.run([sys.executable, "-P", "-c", check], env=env, check=True)
+        env = os.environ | {"FASTGEN_TEST_NESTED": "1", "FASTGEN_TEST_CHECK": check} | environment
         files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
         command = [sys.executable, "-P", "-m", "pytest", "-q", *files, "-k", selection]
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-        assert done.returncode == 0, done.stdout[-3000:]
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     return run
 
