@@ -28,7 +28,6 @@
 namespace fastgen {
 namespace {
 
-constexpr int kPanelVectors = 8;
 constexpr int kBlock = 64;  // inputs that share a unit
 
 // Matrices of words that vectors of rows share.
@@ -36,6 +35,10 @@ struct Int24 {};
 struct Int12 {};
 template <class W>
 constexpr bool kShared = std::is_same_v<W, Int24> || std::is_same_v<W, Int12>;
+// Vectors of rows in a panel. As many as one pass over it multiplies, so that weights are read in the order in which
+// they lie, which is what processors fetch ahead best; where words are shared, a single column has room for eight sums.
+template <class W>
+constexpr int kPanelVectors = kShared<W> ? 8 : 4;
 template <class W>
 constexpr bool kFixed = std::is_same_v<W, int16_t> || std::is_same_v<W, Int12>;
 // How weights are stored where each is read for a few columns alone.
@@ -50,6 +53,7 @@ template <class W>
 struct PackedMatrix {
   int rows = 0, k = 0;
   const W* data = nullptr;
+  bool far = false;  // no cache holds it until it is read the next time
 
   int padded_rows() const { return static_cast<int>(round_up(rows, kF)); }
   int padded_k() const { return kFixed<W> ? static_cast<int>(round_up(k, 16)) : k; }
@@ -71,12 +75,12 @@ struct PackedMatrix {
     const int most = kFixed<W> ? kBlock : std::max(k, 1);
     for (int begin = 0; begin < padded_k(); begin += most) f(begin, std::min(most, padded_k() - begin));
   }
-  // f(first row, vectors of rows) for each panel: kPanelVectors, and at the end up to 4.
+  // f(first row, vectors of rows) for each panel: kPanelVectors, and at the end fewer, up to 4.
   template <class F>
   void for_each_panel(F&& f) const {
     for (int row = 0, width; row < padded_rows(); row += width * kF) {
       const int left = (padded_rows() - row) / kF;
-      f(row, width = left >= kPanelVectors ? kPanelVectors : std::min(left, 4));
+      f(row, width = left >= kPanelVectors<W> ? kPanelVectors<W> : std::min(left, 4));
     }
   }
 };

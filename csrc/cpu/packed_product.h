@@ -178,13 +178,13 @@ void panel_product(const W* panel, int k, const Inputs<W>& x, int block, int fir
   }
 }
 
-// panel_product for each width (1 to 4, and 8) and number of columns.
+// panel_product for each width (1 to 4, and a panel's) and number of columns.
 template <class W>
 using PanelProduct = void (*)(const W*, int, const Inputs<W>&, int, int, const float* const*, float* const*, int);
 template <class W, int... NS>
 constexpr std::array<std::array<PanelProduct<W>, 5>, kPanelColumns> panel_products(std::integer_sequence<int, NS...>) {
   return {{{panel_product<1, NS + 1>, panel_product<2, NS + 1>, panel_product<3, NS + 1>, panel_product<4, NS + 1>,
-            panel_product<kPanelVectors, NS + 1>}...}};
+            panel_product<kPanelVectors<W>, NS + 1>}...}};
 }
 template <class W>
 constexpr auto kPanelProducts = panel_products<W>(std::make_integer_sequence<int, kPanelColumns>{});
@@ -192,23 +192,35 @@ constexpr auto kPanelProducts = panel_products<W>(std::make_integer_sequence<int
 // y[s] = init[s] + matrix * x[s]. Every init[s] and y[s] holds padded_rows values.
 template <class W>
 void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* init, float* const* y, int columns) {
-  const auto* data = reinterpret_cast<const uint8_t*>(m.data);
-  const uint8_t* w = data;
+  constexpr int kFar = 16 << 10;  // bytes
+  const auto* w = reinterpret_cast<const uint8_t*>(m.data);
   const int groups = (columns + kPanelColumns - 1) / kPanelColumns;
-  // with many columns, a block of inputs at a time, whose weights stay in the nearest cache
-  const int most = kFixed<W> || (groups > 1 && !kShared<W>) ? kBlock : std::max(m.k, 1);
-  for (int block = 0, begin = 0; begin < m.padded_k(); ++block, begin += most) {
-    const int k = std::min(most, m.padded_k() - begin);
-    m.for_each_panel([&](int row, int vectors) {
-      if constexpr (std::is_same_v<W, float>) w = data + 4 * (int64_t{row} * m.k + int64_t{begin} * vectors * kF);
-      for (int g = 0, s = 0; g < groups; ++g) {
-        const int n = (columns - s) / (groups - g);  // sizes as equal as possible: 4 columns are 2 + 2, not 3 + 1
-        kPanelProducts<W>[n - 1][std::min(vectors, 5) - 1](reinterpret_cast<const W*>(w), k, x, block, s, init, y, row);
-        s += n;
-      }
-      w += int64_t{vectors} * kF * m.row_bytes(vectors, k);
+  // where the columns' products take longer than one row of weights takes to come, the next ones come meanwhile
+  const bool ahead = m.far && (kFixed<W> ? columns : groups) > 1;
+  // some inputs of a panel
+  const auto multiply = [&](int row, int vectors, int block, int k, const float* const* from) {
+    const int bytes = vectors * kF * m.row_bytes(vectors, k);
+    for (int g = 0, s = 0; g < groups; ++g) {
+      const int n = (columns - s) / (groups - g);  // sizes as equal as possible: 4 columns are 2 + 2, not 3 + 1
+      if (ahead)
+        for (int i = bytes / groups * g; i < bytes / groups * (g + 1); i += 64) __builtin_prefetch(w + kFar + i);
+      kPanelProducts<W>[n - 1][std::min(vectors, 5) - 1](reinterpret_cast<const W*>(w), k, x, block, s, from, y, row);
+      s += n;
+    }
+    w += bytes;
+  };
+  if constexpr (kFixed<W>) {
+    int block = 0;
+    m.for_each_block([&](int, int k) {
+      m.for_each_panel([&](int row, int vectors) { multiply(row, vectors, block, k, block > 0 ? y : init); });
+      ++block;
     });
-    init = y;
+  } else {
+    // with many columns some inputs at a time, whose weights stay in the nearest cache
+    const int most = groups > 1 && !kShared<W> ? kBlock : std::max(m.k, 1);
+    m.for_each_panel([&](int row, int vectors) {
+      for (int k = 0; k < m.k; k += most) multiply(row, vectors, k / most, std::min(most, m.k - k), k > 0 ? y : init);
+    });
   }
 }
 

@@ -90,6 +90,8 @@ struct PackedProgram {
       }
       matrices.push_back(matrix);
     }
+    for (SplitMatrix<W>& matrix : matrices)
+      for (PackedMatrix<W>& part : matrix.part) part.far = bytes > shared_cache_bytes() / 2;
   }
 };
 

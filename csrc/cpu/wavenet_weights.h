@@ -54,6 +54,17 @@ struct Packed {
     output_bias = vector(round_up(s.outputs, 16));
     input_bias = vector(s.residual_padded());
     input = vector(static_cast<int64_t>(s.inputs) * s.residual_padded());
+    if (bytes > shared_cache_bytes() / 2) each_matrix([](PackedMatrix<W>& m) { m.far = true; });
+  }
+
+ private:
+  template <class F>
+  void each_matrix(F&& f) {
+    for (Layer& layer : layers) {
+      for (PackedMatrix<W>* m : {&layer.current, &layer.residual, &layer.skip}) f(*m);
+      for (PackedMatrix<W>& m : layer.old) f(m);
+    }
+    f(hidden), f(output);
   }
 };
 
