@@ -12,11 +12,11 @@ from fastgen.models import WaveNet
 
 vocoder = pytest.importorskip("wavenet_vocoder", reason="pip install wavenet_vocoder==0.1.1")
 
-NETWORKS = {  # layers, cycles, skip channels
-    "20 layers R64 S128": (20, 2, 128),
-    "30 layers R64 S256": (30, 3, 256),
+NETWORKS = {  # layers, cycles, residual, gate and skip channels, kernel size; and steps to generate
+    "20 layers R64 S128 K2": (20, 2, 64, 128, 128, 2, 16000),
+    "30 layers R64 S256 K2": (30, 3, 64, 128, 256, 2, 16000),
+    "24 layers R512 S256 K3": (24, 4, 512, 512, 256, 3, 400),  # of wavenet_vocoder's speech; 120 MB in float32
 }
-STEPS = 16000
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
@@ -28,13 +28,13 @@ def threads(request):
 
 
 def networks(name):
-    layers, cycles, skip = NETWORKS[name]
+    layers, cycles, residual, gate, skip, kernel_size, _ = NETWORKS[name]
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peer = vocoder.WaveNet(
-            out_channels=256, layers=layers, stacks=cycles, residual_channels=64, gate_channels=128,
-            skip_out_channels=skip, kernel_size=2, dropout=0.0,
+            out_channels=256, layers=layers, stacks=cycles, residual_channels=residual, gate_channels=gate,
+            skip_out_channels=skip, kernel_size=kernel_size, dropout=0.0,
         ).eval()  # fmt: skip
         model = WaveNet.from_wavenet_vocoder(peer, stacks=cycles)
         peer.make_generation_fast_()
@@ -54,10 +54,11 @@ def verify(model, peer):
 def test_batch_1(network, threads, contest, benchmark):
     model, peer = networks(network)
     verify(model, peer)
-    uniforms = torch.rand(1, STEPS)
+    all_steps = NETWORKS[network][-1]
+    uniforms = torch.rand(1, all_steps)
 
     def ours(dtype):
-        return lambda: model.generate(STEPS, uniforms=uniforms, dtype=dtype, backend="cpu")
+        return lambda: model.generate(all_steps, uniforms=uniforms, dtype=dtype, backend="cpu")
 
     few, slow = 200, 100
 
@@ -76,8 +77,8 @@ def test_batch_1(network, threads, contest, benchmark):
     )
     steps = {"wavenet_vocoder": few, "PyTorch queue": slow}
     benchmark.extra_info.update(
-        case=f"generate {network} K2, batch 1, {threads} thread{'s' * (threads > 1)}",
-        samples_per_second={name: steps.get(name, STEPS) / s for name, s in median.items()},
+        case=f"generate {network}, batch 1, {threads} thread{'s' * (threads > 1)}",
+        samples_per_second={name: steps.get(name, all_steps) / s for name, s in median.items()},
         peak_extra_bytes={"float32": peak_extra_bytes(ours(torch.float32))},
         isa=backend.cpu_isa,
         isa_forced=bool(os.environ.get("FASTGEN_CPU_ISA")),
@@ -85,10 +86,10 @@ def test_batch_1(network, threads, contest, benchmark):
 
 
 @pytest.mark.parametrize("batch", [16, 64])
-def test_batches(batch, contest, benchmark):
-    name = "20 layers R64 S128"
+@pytest.mark.parametrize("name", ["20 layers R64 S128 K2", "24 layers R512 S256 K3"])
+def test_batches(name, batch, contest, benchmark):
     model, _ = networks(name)
-    steps = 2000
+    steps = NETWORKS[name][-1] // 8
     uniforms = torch.rand(batch, steps)
     one = model.generate(steps, uniforms=uniforms[:1], backend="cpu")
     many = model.generate(steps, uniforms=uniforms, batch_size=batch, backend="cpu")
@@ -99,7 +100,7 @@ def test_batches(batch, contest, benchmark):
 
     median = contest({"float32": ours(torch.float32), "bfloat16": ours(torch.bfloat16)}, rounds=5)
     benchmark.extra_info.update(
-        case=f"generate {name} K2, batch {batch}, {torch.get_num_threads()} threads",
+        case=f"generate {name}, batch {batch}, {torch.get_num_threads()} threads",
         samples_per_second={name: batch * steps / s for name, s in median.items()},
         isa=backend.cpu_isa,
     )
