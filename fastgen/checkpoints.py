@@ -61,8 +61,9 @@ def load_parameters(path: str | os.PathLike[str], model: nn.Module, state: dict[
         "misshapen": [
             f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
             for k, v in expected.items()
-            if k in state and state[k].shape != v.shape
+            if isinstance(state.get(k), Tensor) and state[k].shape != v.shape
         ],
+        "no tensors": [k for k in expected if k in state and not isinstance(state[k], Tensor)],
     }
     found = "; ".join(f"{kind}: {listed(keys)}" for kind, keys in faults.items() if keys)
     if found:
@@ -72,6 +73,16 @@ def load_parameters(path: str | os.PathLike[str], model: nn.Module, state: dict[
     except RuntimeError as error:  # what a layer refuses: singular matrices, NaN
         reason = " ".join(str(error).split("\n\t", 1)[-1].split())
         raise ValueError(f"{os.fspath(path)}: holds parameters that a layer refuses: {reason}") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state, but for how the optimizer goes over the parameters; ValueError for one that does not fit them."""
+    fused = optimizer.param_groups[0].get("fused")
+    optimizer.load_state_dict(state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]})
+    for parameter, moments in optimizer.state.items():
+        wrong = [k for k, v in moments.items() if v.shape != (() if k == "step" else parameter.shape)]
+        if wrong:
+            raise ValueError(f"{listed(wrong)} of another shape than the parameter, {tuple(parameter.shape)}")
 
 
 def refuse_other_model(path: str | os.PathLike[str], ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -150,7 +161,7 @@ def restore_checkpoint(
     refuse_other_model(path, {"model": type(model).__name__, **ours}, content | content["config"])
     load_parameters(path, model, content["state_dict"])
     try:
-        optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(optimizer, content["optimizer"])
         torch.set_rng_state(content["rng"])
         device, state = next(model.parameters()).device, content.get("device_rng")
         if device.type == "cuda" and state is not None:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastgen.backend import HAS_BFLOAT16, ON_X86, TRITON_OPS
 
@@ -282,9 +281,6 @@ def stands_in(x: Tensor, *, bfloat16: bool = False) -> bool:
     return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and (bfloat16 or not HAS_BFLOAT16))
 
 
-_intact = WeakIdKeyDictionary()  # permutations to the version that was looked at, and whether it changes nothing
-
-
 def permutation_fault(order: Tensor) -> str | None:
     """Why `order` (C,) does not hold each of 0 to C - 1 once."""
     if not readable(order) or (
@@ -302,22 +298,6 @@ def refuses_order(name: str, own: Tensor, state_dict: dict[str, Any], prefix: st
     if fault:
         errors.append(f"{name}: {prefix}order {fault}")
     return fault is not None
-
-
-def intact(op: str, name: str, order: Tensor) -> Tensor:
-    """A permutation among a module's buffers, looked at again where it was written to: an average of buffers, as of
-    torch.optim.swa_utils with use_buffers=True, rounds whole numbers."""
-    if not readable(order) or order.is_inference() or _intact.get(order, (None,))[0] == order._version:
-        return order
-    if fault := permutation_fault(order):
-        raise ValueError(f"{op}: {name} {fault}; averages of a model must leave its buffers out")
-    _intact[order] = order._version, torch.equal(order.cpu(), torch.arange(len(order)))
-    return order
-
-
-def changes_nothing(order: Tensor) -> bool:
-    """Whether `intact` has found that a permutation leaves everything where it is."""
-    return readable(order) and not order.is_inference() and _intact.get(order) == (order._version, True)
 
 
 def check_unit_range(op: str, name: str, x: Tensor) -> None:

@@ -179,6 +179,8 @@ def begin(
         content = restore(checkpoint)
         log.step, log.seconds = content["step"], content.get("seconds", 0.0)
         log.history = content.get("validation", [])
+        if not isinstance(log.history, list) or not isinstance(log.seconds, int | float):
+            raise ValueError(f"{os.fspath(checkpoint)}: holds a damaged training state: its validation or seconds")
         if steps is not None and log.step >= steps:
             raise ValueError(f"{os.fspath(checkpoint)}: is at step {log.step}; steps must be larger, got {steps}")
     elif checkpoint is not None and Path(checkpoint).exists():

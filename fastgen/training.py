@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from fastgen.audio import mu_law_encode
-from fastgen.checkpoints import load_parameters, read_checkpoint, refuse_other_model, write_checkpoint
+from fastgen.checkpoints import (
+    load_optimizer,
+    load_parameters,
+    read_checkpoint,
+    refuse_other_model,
+    write_checkpoint,
+)
 from fastgen.checks import check_integer
 from fastgen.loop import LoopOptions, TrainingLog, adam, begin, device_of, loop_options, optimise
 from fastgen.models import WaveNet
@@ -160,7 +166,7 @@ def _restore(
     refuse_other_model(path, model.config, content["config"])
     load_parameters(path, model, content["state_dict"])
     try:
-        optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(optimizer, content["optimizer"])
         generator.set_state(content["rng"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: holds a damaged training state: {error!r}") from error

@@ -145,6 +145,31 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         load_wavenet(path)
 
 
+@pytest.mark.parametrize(
+    ("entry", "damage", "message"),
+    [
+        (
+            "optimizer",
+            lambda state: state["state"][0].update(exp_avg=torch.zeros(2)),
+            "damaged training state.*exp_avg",
+        ),
+        ("state_dict", lambda state: state.update({next(iter(state)): 5}), "no tensors: "),
+        ("validation", lambda _: "x", "damaged training state"),
+        ("seconds", lambda _: None, "damaged training state"),
+    ],
+)
+def test_damaged_states_are_refused(entry: str, damage: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    train(small(), steps=1, checkpoint=path)
+    content = torch.load(path)
+    made = damage(content[entry])  # type: ignore[operator]
+    if not isinstance(content[entry], dict):
+        content[entry] = made
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        train(small(), steps=2, checkpoint=path, resume=True)
+
+
 def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.pt"
     save_checkpoint(path, small(), RATE)

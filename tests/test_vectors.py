@@ -149,7 +149,7 @@ def test_an_order_that_is_loaded_counts(model):
     ordered, other = model(6, order=[3, 0, 5, 1, 4, 2]), model(6)
     for parameter in ordered.parameters():
         torch.nn.init.normal_(parameter)
-    other.log_prob(x)  # its inputs lie in order
+    other.log_prob(x)
     other.load_state_dict(ordered.state_dict())
     assert torch.equal(other.log_prob(x), ordered.log_prob(x))
     other.order.copy_(torch.arange(6))

@@ -92,6 +92,14 @@ def test_gradients_in_evaluation_are_the_peers(options):
             close(grad, grads[1][name])
 
 
+def test_encodecs_quantizer_is_not_straight_through_in_evaluation():
+    layer, x = VectorQuantization(8, 16, codebook_dim=3).eval(), torch.randn(2, 8, 5, requires_grad=True)
+    layer(x)[0].sum().backward()
+    assert x.grad is None
+    assert layer.project_in.weight.grad is None
+    assert layer.project_out.weight.grad is not None
+
+
 def test_gradient_accumulation_updates_once():
     torch.manual_seed(0)
     b = VectorQuantize(8, 16)

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.checks import (
-    changes_nothing,
     check_classes,
     check_generator,
     check_integer,
     check_temperature,
     check_tensor,
     check_weights,
-    intact,
     permutation_fault,
     readable,
     refuses_order,
@@ -98,10 +96,8 @@ class VectorModel(nn.Module):
         TypeError, ValueError
             For x of another size, or other values.
         """
-        x, order = self._check(x), intact(self._name, "order", self.order)
-        if changes_nothing(order):
-            return self.parameters_in_order(x, backend)
-        return self.parameters_in_order(x[:, order], backend)[:, order.argsort()]
+        out = self.parameters_in_order(self._check(x)[:, self.order], backend)
+        return out[:, self.order.argsort()]
 
     def log_prob(self, x: Tensor, *, backend: str | None = None) -> Tensor:
         """Log-probability (B,) in nats; arguments as in `forward`."""
@@ -186,10 +182,9 @@ class VectorModel(nn.Module):
         elif known is not None:
             raise ValueError(f"{name}: known was given without the vectors, given=")
         check_weights(name, self)
-        order = intact(name, "order", self.order)
-        u = uniforms.float().clamp(max=1 - 2**-24)[:, order]
-        drawn = self.sample_in_order(u, fixed[:, order], temperature, backend)
-        return drawn[:, order.argsort()]
+        u = uniforms.float().clamp(max=1 - 2**-24)[:, self.order]
+        drawn = self.sample_in_order(u, fixed[:, self.order], temperature, backend)
+        return drawn[:, self.order.argsort()]
 
     def _check(self, x: Tensor) -> Tensor:
         name = self._name

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.checks import check_integer, intact, permutation_fault
+from fastgen.checks import check_integer, permutation_fault
 from fastgen.nn.actnorm import ActNorm
 from fastgen.ops.actnorm import actnorm
 from fastgen.ops.invertible_conv1x1 import invertible_conv1x1, lu_weight, mix_channels
@@ -57,8 +57,7 @@ class InvertibleConv1x1(nn.Module):
         return lu_weight(*self._factors())
 
     def _factors(self) -> tuple[Tensor, ...]:
-        order = intact("InvertibleConv1x1", "permutation", self.permutation)
-        return self.lower, self.upper, self.log_diagonal, self.sign, order
+        return self.lower, self.upper, self.log_diagonal, self.sign, self.permutation
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, *S) -> the same shape, log_det (B,)."""

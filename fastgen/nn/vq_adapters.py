@@ -164,6 +164,8 @@ class VectorQuantization(nn.Module):
         """x (B, D, N) -> quantized as x, indices (B, N), loss (1,), zero in evaluation."""
         rows = self._rows(x)
         flat = rows.reshape(-1, rows.shape[-1])
+        if not self.training:
+            flat = flat.detach()
         self._codebook.initialise([flat], None)
         out = quantize("VectorQuantization", flat, self.codebook)
         if self.training:
