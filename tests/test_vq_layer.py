@@ -76,15 +76,24 @@ def test_codes_and_outputs_from_indices():
         close(b.get_output_from_indices(indices), quantized)
 
 
-@pytest.mark.parametrize("options", [{}, {"learnable_codebook": True, "ema_update": False}, {"codebook_dim": 8}])
-def test_gradients_in_evaluation_are_the_peers(options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"learnable_codebook": True, "ema_update": False}, {"codebook_dim": 8},
+        {"codebook_dim": 8, "learnable_codebook": True, "ema_update": False},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("of_x", [True, False])
+def test_whose_gradients_are_the_peers(options, training, of_x):
     a, b = pair(options)
     grads = []
-    for module in (a.eval(), b.eval()):
-        x = torch.randn(4, 50, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        quantized = module(x)[0]
-        if quantized.requires_grad:
-            quantized.square().mean().backward()
+    for module in (a.train(training), b.train(training)):
+        x = torch.randn(4, 50, 32, generator=torch.Generator().manual_seed(0), requires_grad=of_x)
+        quantized, _, loss = module(x)
+        total = quantized.square().mean() + loss.sum()
+        if total.requires_grad:
+            total.backward()
         grads.append({"x": x.grad} | {name: p.grad for name, p in module.named_parameters()})
     for name, grad in grads[0].items():
         assert (grad is None) == (grads[1][name] is None), name

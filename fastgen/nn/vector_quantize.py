@@ -343,7 +343,8 @@ class VectorQuantize(nn.Module):
         if self.training and self.commitment_weight > 0:
             loss = loss + commitment * self.commitment_weight
 
-        quantized = self._outputs([p.quantized for p in parts], rows[0], embed, [p.indices for p in parts])
+        passes = self.training and x.requires_grad
+        quantized = self._outputs([p.quantized for p in parts], passes, embed, [p.indices for p in parts])
         quantized = self.project_out(quantized.to(x.dtype)).reshape(moved.shape)
         chosen = torch.stack([p.indices for p in parts], -1) if len(parts) > 1 else parts[0].indices
         chosen = chosen.reshape(*moved.shape[:-1], *((self.heads,) if self.heads > 1 else ()))
@@ -353,10 +354,12 @@ class VectorQuantize(nn.Module):
         parts_of_loss = (LossBreakdown(commitment, zero, zero, zero),) if return_loss_breakdown else ()
         return self._features_back(quantized), chosen, loss, *parts_of_loss
 
-    def _outputs(self, quantized: list[Tensor], x: Tensor, embed: Tensor, indices: list[Tensor]) -> Tensor:
-        """(N, codebook_dim * heads). An input without gradient passes them on to codes that are learned."""
-        if embed.requires_grad and not x.requires_grad:
+    def _outputs(self, quantized: list[Tensor], passes: bool, embed: Tensor, indices: list[Tensor]) -> Tensor:
+        """(N, codebook_dim * heads). Where gradients do not pass to the input, they go to codes that are learned."""
+        if not passes and embed.requires_grad:
             quantized = [look_up("VectorQuantize", i, c) for i, c in zip(indices, embed, strict=True)]
+        elif not passes:
+            quantized = [part.detach() for part in quantized]
         out = torch.stack(quantized, 1) if len(quantized) > 1 else quantized[0]
         return out.reshape(-1, self.codebook_dim * self.heads)
 
