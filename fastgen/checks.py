@@ -281,20 +281,19 @@ def stands_in(x: Tensor, *, bfloat16: bool = False) -> bool:
     return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and (bfloat16 or not HAS_BFLOAT16))
 
 
-def permutation_fault(order: Tensor) -> str | None:
-    """Why `order` (C,) does not hold each of 0 to C - 1 once."""
-    if not readable(order) or (
-        order.dtype == torch.int64 and torch.equal(order.sort().values.cpu(), torch.arange(len(order)))
-    ):
+def permutation_fault(order: Tensor, size: int) -> str | None:
+    """Why `order` does not hold each of 0 to size - 1 once."""
+    fits = order.shape == (size,) and order.dtype == torch.int64
+    if fits and (not readable(order) or torch.equal(order.sort().values.cpu(), torch.arange(size))):
         return None
-    shown = f"{order.tolist()[:10]}{' ...' if len(order) > 10 else ''}"
-    return f"must hold each of 0 to {len(order) - 1} once, got {order.dtype} {shown}"
+    shown = f" {order.tolist()[:10]}{' ...' if size > 10 else ''}" if fits else ""
+    return f"must hold each of 0 to {size - 1} once, got {order.dtype} {tuple(order.shape)}{shown}"
 
 
 def refuses_order(name: str, own: Tensor, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> bool:
     """Whether a state that is being loaded has an order of the right shape that is none; says so among the errors."""
     order = state_dict.get(f"{prefix}order")
-    fault = permutation_fault(order) if isinstance(order, Tensor) and order.shape == own.shape else None
+    fault = permutation_fault(order, len(own)) if isinstance(order, Tensor) and order.shape == own.shape else None
     if fault:
         errors.append(f"{name}: {prefix}order {fault}")
     return fault is not None

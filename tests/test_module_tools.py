@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from elsewhere import DEVICE, Elsewhere
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastgen import nn as fn
@@ -84,6 +85,14 @@ def test_a_state_with_a_bad_order_is_refused(module):
         assert torch.equal(module.state_dict()[key], before[key])
 
 
+def test_an_order_from_elsewhere_goes_where_the_parameters_are():
+    order = torch.randperm(10)
+    with torch.device("meta"):
+        assert NADE(10, hidden=4, order=order).order.is_meta
+    with Elsewhere():
+        assert NADE(10, hidden=4, order=order.to(DEVICE)).order.device.type == "cpu"
+
+
 @pytest.mark.parametrize("lu", [True, False])
 def test_the_default_dtype_is_the_parameters(lu):
     torch.set_default_dtype(torch.float64)
@@ -111,9 +120,12 @@ def test_the_default_dtype_is_the_parameters(lu):
         (fn.FlowSequence(fn.InvertibleConv1x1(8), reversible=True), (2, 8, 9)),
     ],
 )
-def test_traces_hold_the_ops(module, shape, tmp_path):
+def test_traces_hold_the_ops(module, shape, tmp_path, need):
+    need("masked_conv2d", "cpu")
     x = torch.randn(shape)
-    torch.jit.save(torch.jit.trace(module, x), tmp_path / "a.pt")
+    traced = torch.jit.trace(module, x)
+    assert "fastgen::" in str(traced.inlined_graph)
+    torch.jit.save(traced, tmp_path / "a.pt")
     again, first = torch.jit.load(tmp_path / "a.pt"), x[:1].clone()
     torch.testing.assert_close(again(first), module(first), check_device=False)
 

@@ -62,11 +62,9 @@ class VectorModel(nn.Module):
             raise TypeError(f"{name}: order must be {inputs} whole numbers, got {order!r}") from None
         if order.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
             order = order.long()
-        if order.shape != (inputs,):
-            raise ValueError(f"{name}: order must be {inputs} whole numbers, got {tuple(order.shape)}")
-        if fault := permutation_fault(order):
+        if fault := permutation_fault(order, inputs):
             raise ValueError(f"{name}: order {fault}")
-        self.register_buffer("order", order.clone())
+        self.register_buffer("order", order.clone().to(torch.get_default_device()))  # where the parameters will be
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not refuses_order(self._name, self.order, state_dict, prefix, args[-1]):

@@ -161,9 +161,7 @@ class Permutation(nn.Module):
                 raise ValueError(f"Permutation: order must be 'reverse', 'random' or a tensor, got {order!r}")
             order = torch.randperm(channels) if order == "random" else torch.arange(channels).flip(0)
         check_tensor("Permutation", "order", order)
-        if order.shape != (channels,):
-            raise ValueError(f"Permutation: order must have shape ({channels},), got {tuple(order.shape)}")
-        if fault := permutation_fault(order):
+        if fault := permutation_fault(order, channels):
             raise ValueError(f"Permutation: order {fault}")
         self.register_buffer("order", order.clone())
 

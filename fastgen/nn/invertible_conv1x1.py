@@ -109,6 +109,6 @@ class InvertibleConv1x1(nn.Module):
             faults.append(f"log_diagonal must lie within +-{LARGEST_LOG}, or the matrix is singular")
         if "sign" in loaded and not bool((loaded["sign"].abs() == 1).all()):
             faults.append("sign must hold 1 and -1 alone, or the matrix is singular")
-        if "permutation" in loaded and (fault := permutation_fault(loaded["permutation"])):
+        if "permutation" in loaded and (fault := permutation_fault(loaded["permutation"], len(self.lower))):
             faults.append(f"permutation {fault}")
         return faults
