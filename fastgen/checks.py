@@ -284,7 +284,7 @@ def stands_in(x: Tensor, *, bfloat16: bool = False) -> bool:
 def permutation_fault(order: Tensor, size: int) -> str | None:
     """Why `order` does not hold each of 0 to size - 1 once."""
     fits = order.shape == (size,) and order.dtype == torch.int64
-    if fits and (not readable(order) or torch.equal(order.sort().values.cpu(), torch.arange(size))):
+    if fits and (not readable(order) or torch.equal(order.sort().values.cpu(), torch.arange(size, device="cpu"))):
         return None
     shown = f" {order.tolist()[:10]}{' ...' if size > 10 else ''}" if fits else ""
     return f"must hold each of 0 to {size - 1} once, got {order.dtype} {tuple(order.shape)}{shown}"
