@@ -56,6 +56,8 @@ struct PackedMatrix {
   bool far = false;  // no cache holds it until it is read the next time
 
   int padded_rows() const { return static_cast<int>(round_up(rows, kF)); }
+  // Narrow where reading takes longest, so that more threads find one.
+  int panel_vectors() const { return far ? 4 : kPanelVectors<W>; }
   int padded_k() const { return kFixed<W> ? static_cast<int>(round_up(k, 16)) : k; }
   // For each row of a block of k inputs, in a panel of so many vectors; a unit is a float.
   static int row_bytes(int vectors, int k) {
@@ -75,12 +77,12 @@ struct PackedMatrix {
     const int most = kFixed<W> ? kBlock : std::max(k, 1);
     for (int begin = 0; begin < padded_k(); begin += most) f(begin, std::min(most, padded_k() - begin));
   }
-  // f(first row, vectors of rows) for each panel: kPanelVectors, and at the end fewer, up to 4.
+  // f(first row, vectors of rows) for each panel: panel_vectors, and at the end fewer, up to 4.
   template <class F>
   void for_each_panel(F&& f) const {
     for (int row = 0, width; row < padded_rows(); row += width * kF) {
       const int left = (padded_rows() - row) / kF;
-      f(row, width = left >= kPanelVectors<W> ? kPanelVectors<W> : std::min(left, 4));
+      f(row, width = left >= panel_vectors() ? panel_vectors() : std::min(left, 4));
     }
   }
 };

@@ -189,21 +189,35 @@ constexpr std::array<std::array<PanelProduct<W>, 5>, kPanelColumns> panel_produc
 template <class W>
 constexpr auto kPanelProducts = panel_products<W>(std::make_integer_sequence<int, kPanelColumns>{});
 
-// y[s] = init[s] + matrix * x[s]. Every init[s] and y[s] holds padded_rows values.
+// Some rows of a matrix, or of a column, from one panel to another.
+struct Rows {
+  int begin = 0, end = std::numeric_limits<int>::max();
+  int count() const { return end - begin; }
+  bool hold(int row) const { return row >= begin && row < end; }
+};
+
+// y[s] = init[s] + matrix * x[s], of the rows asked for. Every init[s] and y[s] holds padded_rows values.
 template <class W>
-void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* init, float* const* y, int columns) {
+void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* init, float* const* y, int columns,
+             Rows rows = {}) {
   constexpr int kFar = 16 << 10;  // bytes
   const auto* w = reinterpret_cast<const uint8_t*>(m.data);
   const int groups = (columns + kPanelColumns - 1) / kPanelColumns;
   // where the columns' products take longer than one row of weights takes to come, the next ones come meanwhile
   const bool ahead = m.far && (kFixed<W> ? columns : groups) > 1;
+  // in a block beyond the rows asked for come those of the next one
+  const uint8_t* end = nullptr;
+  int64_t left_out = 0;
   // some inputs of a panel
   const auto multiply = [&](int row, int vectors, int block, int k, const float* const* from) {
     const int bytes = vectors * kF * m.row_bytes(vectors, k);
-    for (int g = 0, s = 0; g < groups; ++g) {
+    for (int g = 0, s = 0; g < groups && rows.hold(row); ++g) {
       const int n = (columns - s) / (groups - g);  // sizes as equal as possible: 4 columns are 2 + 2, not 3 + 1
       if (ahead)
-        for (int i = bytes / groups * g; i < bytes / groups * (g + 1); i += 64) __builtin_prefetch(w + kFar + i);
+        for (int i = bytes / groups * g; i < bytes / groups * (g + 1); i += 64) {
+          const uint8_t* next = w + kFar + i;
+          __builtin_prefetch(end && next >= end ? next + left_out : next);
+        }
       kPanelProducts<W>[n - 1][std::min(vectors, 5) - 1](reinterpret_cast<const W*>(w), k, x, block, s, from, y, row);
       s += n;
     }
@@ -212,6 +226,12 @@ void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* i
   if constexpr (kFixed<W>) {
     int block = 0;
     m.for_each_block([&](int, int k) {
+      if (rows.end < m.padded_rows() || rows.begin > 0) {
+        const int64_t row_bytes = m.row_bytes(m.panel_vectors(), k);
+        const int last = std::min(rows.end, m.padded_rows());
+        end = w + last * row_bytes;
+        left_out = (m.padded_rows() - last + rows.begin) * row_bytes;
+      }
       m.for_each_panel([&](int row, int vectors) { multiply(row, vectors, block, k, block > 0 ? y : init); });
       ++block;
     });

@@ -1,4 +1,5 @@
-// Two threads that work on one thing together: how they meet, send each other word, and part again.
+// Threads that work on one thing together: how they meet, send each other word, and part again. Two of them may have
+// different roles; a team of any number goes in step, each doing its share.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +7,7 @@
 #include <chrono>
 #include <limits>
 #include <thread>
+#include <vector>
 
 #include "../fastgen.h"
 
@@ -14,6 +16,7 @@ namespace {
 
 constexpr int kPatience = 20000;          // polls before a waiting thread offers its core to others
 constexpr double kLostShare = 0.3;        // of the time spent waiting beyond patience, above which the two part
+constexpr double kLostByTeam = 0.5;       // the same of a team
 constexpr double kLostAtLeast = 0.02;     // seconds
 constexpr double kMeetingTime = 5e-3;     // seconds to wait for a second thread
 constexpr double kSlowHandOff = 1e-6;     // seconds one way, above which two threads are slower than one
@@ -91,6 +94,61 @@ class Meeting {
   std::atomic<int> state_{kNobody};
   bool quick_ = true;
   Flag there_, back_;
+};
+
+// Up to `most` threads that do everything together, a part each: nobody goes on before all have come as far. Part 0
+// leads. The pool may have fewer threads to give: who has not come in time stays away.
+class Team {
+ public:
+  explicit Team(int most) : flags_(most) {}
+
+  // For the thread that leads.
+  void gather() {
+    const double called = now();
+    const auto missing = [&] { return size_.load(std::memory_order_relaxed) < static_cast<int>(flags_.size()); };
+    while (missing() && now() - called < kMeetingTime) std::this_thread::yield();
+    parts_.store(size_.fetch_add(kClosed, std::memory_order_relaxed), std::memory_order_release);
+    start_ = now();
+  }
+  // For the others: their part, or 0 if they come too late.
+  int join() {
+    const int part = size_.fetch_add(1, std::memory_order_relaxed);
+    if (part >= kClosed) return 0;
+    while (parts() == 0) std::this_thread::yield();
+    return part;
+  }
+  int parts() const { return parts_.load(std::memory_order_acquire); }
+
+  // What each has written before, all may read after.
+  void meet(int part) {
+    const int64_t met = ++flags_[part].met;
+    flags_[part].publish(met);
+    const int parts = parts_.load(std::memory_order_relaxed);
+    const auto all_here = [&] {
+      bool here = true;
+      for (int i = 0; i < parts; ++i) here &= flags_[i].step.load(std::memory_order_acquire) >= met;
+      return here;
+    };
+    for (int spins = 0; spins < kPatience; spins += parts)
+      if (all_here()) return;
+    const double waited = now();
+    while (!all_here()) std::this_thread::yield();
+    if (part == 0) lost_ += now() - waited;
+  }
+
+  // The leader says at times, before a meeting, whether the team is still worth it; all hear after it.
+  void review() { parted_ = lost_ > kLostAtLeast && lost_ > kLostByTeam * (now() - start_); }
+  bool parted() const { return parted_; }
+
+ private:
+  static constexpr int kClosed = 1 << 16;
+  struct Member : Flag {
+    int64_t met = 0;
+  };
+  std::atomic<int> size_{1}, parts_{0};  // who has come; and who had when the leader began
+  double start_ = 0, lost_ = 0;
+  bool parted_ = false;
+  std::vector<Member> flags_;
 };
 
 }  // namespace

@@ -1,25 +1,67 @@
-// WaveNet sampling: the whole time loop in one call. See wavenet_streams.h.
-#include "wavenet_streams.h"
+// WaveNet sampling: the whole time loop in one call. See wavenet_streams.h and wavenet_roles.h.
+#include "wavenet_roles.h"
 
 namespace fastgen {
 namespace {
 
+constexpr int64_t kMost = 64;          // streams at once; of more, what passes between layers leaves the cache
+constexpr int64_t kEnough = 32;        // streams for which a thread can read all weights by itself
+constexpr int64_t kFew = 3;            // streams for which reading weights takes longer than multiplying them
+constexpr int64_t kShare = 128 << 10;  // bytes of a layer to read, for which a member of a team is worth its meetings
+
+// How many threads are to share each layer; two that share it have less of each other than two with roles, unless
+// nothing but memory is what they wait for.
 template <class W>
-void generate(const Job& job, const uint8_t* packed) {
-  const Packed<W> net(job.shape, packed);
-  const int64_t threads = torch::stable::get_num_threads();
-  if (job.streams == 1) {
-    const bool two = threads > 1 && std::thread::hardware_concurrency() > 1 && job.shape.layers > 0;
-    Streams<W>(job, net, 0, 1, two).run();
+int64_t team_size(const Packed<W>& net, int64_t threads) {
+  int64_t most = 0;
+  for (const auto& layer : net.layers) {
+    int64_t bytes = layer.current.bytes() + layer.residual.bytes() + layer.skip.bytes();
+    for (const auto& old : layer.old) bytes += old.bytes() / kAhead;
+    most = std::max(most, bytes / kShare);
+  }
+  const int64_t size = std::min(threads, most);
+  return size > 2 || (size == 2 && net.far) ? size : 1;
+}
+
+template <class W>
+void run_team(const Job& job, const Packed<W>& net, int64_t first, int64_t count, int64_t size) {
+  Streams<W> leader(job, net, first, count, false);
+  Team team(static_cast<int>(size));
+  for_each_worker(size, [&](int64_t i) {
+    if (i == 0) {
+      team.gather();
+      leader.run_with(team, 0);
+    } else if (const int part = team.join()) {
+      Streams<W>(job, net, first, count, false, &leader).run_with(team, part);
+    }
+  });
+}
+
+// Whether a team draws all streams: weights then come from memory once for all of them.
+template <class W>
+bool together(const Packed<W>& net, int64_t streams, int64_t threads) {
+  return team_size(net, threads) > 1 && (streams == 1 || (net.far && streams < kEnough * threads));
+}
+
+template <class W>
+void generate(const Job& job, const Packed<W>& net) {
+  const int64_t threads = torch::stable::get_num_threads(), n = job.streams;
+  if (together(net, n, threads)) {
+    const int64_t rounds = (n + kMost - 1) / kMost;
+    for (int64_t i = 0; i < rounds; ++i)
+      run_team(job, net, i * n / rounds, (i + 1) * n / rounds - i * n / rounds, team_size(net, threads));
     return;
   }
-  // of more at once what passes between layers leaves the cache
-  constexpr int64_t kMost = 64;
-  const int64_t workers = std::min(threads, job.streams), share = (job.streams + workers - 1) / workers;
+  if (2 * n <= threads && std::thread::hardware_concurrency() > 1 && job.shape.layers > 0) {
+    std::vector<std::unique_ptr<Streams<W>>> pairs;
+    for (int64_t i = 0; i < n; ++i) pairs.push_back(std::make_unique<Streams<W>>(job, net, i, 1, true));
+    return for_each_worker(2 * n, [&](int64_t i) { i % 2 == 0 ? pairs[i / 2]->lead() : pairs[i / 2]->help(); });
+  }
+  const int64_t workers = std::min(threads, n), share = (n + workers - 1) / workers;
   const int64_t rounds = (share + kMost - 1) / kMost, parts = workers * rounds;
   for_each_worker(workers, [&](int64_t i) {
     for (int64_t part = i * rounds; part < (i + 1) * rounds; ++part) {
-      const int64_t first = part * job.streams / parts, last = (part + 1) * job.streams / parts;
+      const int64_t first = part * n / parts, last = (part + 1) * n / parts;
       Streams<W>(job, net, first, last - first, false).run();
     }
   });
@@ -29,6 +71,23 @@ template <class F>
 void with_format(bool bf16, bool few, F&& f) {
   if (bf16) return few ? f(BFloat16Weight{}) : f(int16_t{});
   few ? f(Float32Weight{}) : f(float{});
+}
+
+Shape shape_from(const std::vector<int64_t>& sizes) {
+  FASTGEN_CHECK(sizes.size() == 7, "wavenet_generate: shape needs 7 numbers");
+  const auto n = [&](int i) { return static_cast<int>(sizes[i]); };
+  return {n(0), n(1), n(2), n(3), n(4), n(5), n(6)};
+}
+
+// wavenet_few(int[] shape, bool bf16, int streams) -> bool: whether so many are few for the threads that there are.
+bool wavenet_few(std::vector<int64_t> shape, bool bf16, int64_t streams) {
+  bool few = false;
+  with_format(bf16, true, [&](auto format) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const bool at_once = together(Packed<decltype(format)>(shape_from(shape), nullptr), streams, threads);
+    few = streams <= kFew * (at_once ? 1 : threads);
+  });
+  return few;
 }
 
 // wavenet_pack(Tensor[] weights, bool bf16, bool few) -> Tensor: one uint8 buffer, laid out for this instruction set
@@ -52,10 +111,8 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
                       int64_t distribution, double log_scale_min, double temperature, Tensor gate_bias,
                       std::optional<Tensor> cond, Tensor uniforms, std::optional<Tensor> given, int64_t position,
                       Tensor history, Tensor last, Tensor samples, std::optional<Tensor> parameters) {
-  FASTGEN_CHECK(shape.size() == 7, "wavenet_generate: shape needs 7 numbers");
   Job job{};
-  const auto n = [&](int i) { return static_cast<int>(shape[i]); };
-  job.shape = {n(0), n(1), n(2), n(3), n(4), n(5), n(6)};
+  job.shape = shape_from(shape);
   job.dilations = std::move(dilations);
   job.distribution = static_cast<Distribution>(distribution);
   job.temperature = static_cast<float>(temperature);
@@ -84,10 +141,10 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
   const int64_t bytes = packed.numel();
   with_format(bf16, bytes > 0 && data[bytes - 1], [&](auto format) {
     using W = decltype(format);
-    const int64_t expected = Packed<W>(job.shape, nullptr).bytes + 1;
-    FASTGEN_CHECK(bytes == expected, "wavenet_generate: packed weights of ", expected, " bytes are expected, got ",
-                  bytes, " (packed for another shape or instruction set?)");
-    if (job.streams > 0 && job.steps > 0) generate<W>(job, data);
+    const Packed<W> net(job.shape, data);
+    FASTGEN_CHECK(bytes == net.bytes + 1, "wavenet_generate: packed weights of ", net.bytes + 1,
+                  " bytes are expected, got ", bytes, " (packed for another shape or instruction set?)");
+    if (job.streams > 0 && job.steps > 0) generate(job, net);
   });
 }
 
@@ -97,4 +154,7 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
 STABLE_TORCH_LIBRARY_IMPL(fastgen, CPU, m) {
   m.impl("wavenet_pack", TORCH_BOX(&fastgen::wavenet_pack));
   m.impl("wavenet_generate", TORCH_BOX(&fastgen::wavenet_generate));
+}
+STABLE_TORCH_LIBRARY_IMPL(fastgen, CompositeExplicitAutograd, m) {
+  m.impl("wavenet_few", TORCH_BOX(&fastgen::wavenet_few));
 }

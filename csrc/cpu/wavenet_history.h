@@ -19,10 +19,11 @@ class History {
  public:
   using Block = typename Inputs<W>::Block;
 
-  // position: steps before this call; channels: a multiple of kF.
+  // position: steps before this call; channels: a multiple of kF. Of threads that advance the same streams one writes,
+  // and the others see the `writer`'s.
   History(float* data, const std::vector<int64_t>& dilations, int kernel_size, int64_t first, int streams, int channels,
-          int64_t position, int64_t steps)
-      : streams_(streams), channels_(channels), steps_(steps) {
+          int64_t position, int64_t steps, const History* writer)
+      : streams_(streams), channels_(channels), steps_(steps), writes_(!writer) {
     for (const int64_t dilation : dilations) {
       const int64_t length = (kernel_size - 1) * dilation;
       rings_.push_back({rows_, length});
@@ -30,7 +31,8 @@ class History {
       rows_ += length;
     }
     data_ = data + first * rows_ * channels;
-    if (kFixed<W>) blocks_.reset(new Block[rows_ * streams * blocks_of_row()]);
+    if (kFixed<W> && writes_) own_blocks_.reset(new Block[rows_ * streams * blocks_of_row()]);
+    blocks_ = writer ? writer->blocks_ : own_blocks_.get();
   }
 
   int64_t length(int l) const { return rings_[l].length; }
@@ -39,14 +41,14 @@ class History {
   // step's old taps are prepared; or `elsewhere`. In fixed point x's column is to be in the ring.
   float* input(int l, int stream, Inputs<W>& x, float* elsewhere) {
     const Ring& ring = rings_[l];
-    if constexpr (kFixed<W>) x.place(stream, ring.length ? block(ring, stream, now_[l]) : nullptr);
+    if constexpr (kFixed<W>) x.place(stream, ring.length && writes_ ? block(ring, stream, now_[l]) : nullptr);
     return !kFixed<W> && ring.length ? row(ring, stream, now_[l]) : elsewhere;
   }
 
   // Layer l's inputs x of step t of the call become part of its past.
   void remember(int l, int64_t t, const float* const* x) {
     const Ring& ring = rings_[l];
-    if (kFixed<W> && t >= steps_ - ring.length)
+    if (kFixed<W> && writes_ && t >= steps_ - ring.length)
       for (int i = 0; i < streams_; ++i) std::memcpy(row(ring, i, now_[l]), x[i], channels_ * sizeof(float));
     if (ring.length && ++now_[l] == ring.length) now_[l] = 0;
   }
@@ -73,7 +75,7 @@ class History {
     return data_ + (stream * rows_ + ring.first + at) * channels_;
   }
   Block* block(const Ring& ring, int stream, int64_t at) const {
-    return blocks_.get() + ((ring.first + at) * streams_ + stream) * blocks_of_row();
+    return blocks_ + ((ring.first + at) * streams_ + stream) * blocks_of_row();
   }
   int blocks_of_row() const { return (channels_ + kBlock - 1) / kBlock; }
 
@@ -83,7 +85,9 @@ class History {
   int64_t rows_ = 0;
   OwnVector<Ring> rings_;
   OwnVector<int64_t> now_;  // the rows of the current step, which change; a second thread reads the rings alone
-  std::unique_ptr<Block[]> blocks_;
+  const bool writes_;
+  std::unique_ptr<Block[]> own_blocks_;
+  Block* blocks_;
 };
 
 }  // namespace

@@ -6,6 +6,13 @@
 namespace fastgen {
 namespace {
 
+// Where the two sums of a gate's channel are among the rows of a layer's convolution: 32 channels' for tanh, then
+// theirs for the sigmoid, and so on, so that one thread has both.
+constexpr int tanh_row(int channel) { return channel + (channel & ~31); }
+constexpr int sigmoid_row(int channel) { return tanh_row(channel) + 32; }
+constexpr int gate_channel(int row) { return row / 64 * 32 + row % 32; }
+constexpr bool is_sigmoid(int row) { return row & 32; }
+
 // Channels and layers, from the shapes of the unpacked weights.
 struct Shape {
   int inputs, residual, gate, skip, outputs, layers, kernel_size;
@@ -26,6 +33,7 @@ struct Packed {
   PackedMatrix<W> hidden, output;
   const float *input, *input_bias, *skip_bias, *hidden_bias, *output_bias;
   int64_t bytes = 0;
+  bool far;  // no cache holds them until the next step
 
   Packed(const Shape& s, const uint8_t* data) : layers(s.layers) {
     const auto take = [&](int64_t n) {
@@ -54,7 +62,8 @@ struct Packed {
     output_bias = vector(round_up(s.outputs, 16));
     input_bias = vector(s.residual_padded());
     input = vector(static_cast<int64_t>(s.inputs) * s.residual_padded());
-    if (bytes > shared_cache_bytes() / 2) each_matrix([](PackedMatrix<W>& m) { m.far = true; });
+    far = bytes > shared_cache_bytes() / 2;
+    each_matrix([&](PackedMatrix<W>& m) { m.far = far; });
   }
 
  private:
@@ -85,15 +94,15 @@ void pack(const std::vector<Tensor>& w, const Shape& s, uint8_t* out) {
   const auto vector = [](const float* to, const float* from, int64_t n) {
     std::memcpy(const_cast<float*>(to), from, n * sizeof(float));
   };
-  const int hp = s.gate_padded();
   for (int l = 0; l < s.layers; ++l) {
     const auto& layer = net.layers[l];
     const float* conv = data(2) + int64_t{l} * 2 * s.gate * s.residual * s.kernel_size;
-    const auto tap = [&, conv](int j) {  // rows: tanh padded to hp, then sigmoid
+    const auto tap = [&, conv](int j) {
       return [&, conv, j](int row, int k) {
-        const int r = row < hp ? row : row - hp;
+        const int r = gate_channel(row);
         if (r >= s.gate) return 0.0f;
-        return conv[((row < hp ? r : s.gate + r) * int64_t{s.residual} + k) * s.kernel_size + s.kernel_size - 1 - j];
+        return conv[((is_sigmoid(row) ? s.gate + r : r) * int64_t{s.residual} + k) * s.kernel_size + s.kernel_size - 1 -
+                    j];
       };
     };
     matrix(layer.current, tap(0));

@@ -24,7 +24,6 @@ from fastgen.checks import check_classes, check_integer, check_positive, check_t
 from fastgen.ops import distributions
 
 DTYPES = (torch.float32, torch.bfloat16)
-FEW = 3  # streams a thread, up to which the CPU's weights are stored so that reading them takes least
 LARGEST = 1e38  # of any sum in the network; with the gate's bias and conditioning on top it is still a float32
 Layout = dict[str, int | list[int]]
 
@@ -85,6 +84,7 @@ def _layout(w: WaveNetWeights, dilations: list[int]) -> Layout:
     }  # fmt: skip
 
 
+lib.define("wavenet_few(int[] shape, bool bf16, int streams) -> bool")
 lib.define("wavenet_pack(Tensor[] weights, bool bf16, bool few) -> Tensor")
 lib.define("wavenet_pack_cuda(Tensor[] weights, int[] shape, int[] dilations, bool bf16) -> Tensor")
 lib.define("wavenet_plan(int[] shape, int streams, bool bf16, int[] device) -> int[]")
@@ -271,9 +271,9 @@ class Generator:
         return samples, kept
 
     def _packed_on_cpu(self, streams: int) -> Tensor:
-        few = streams <= FEW * torch.get_num_threads()
+        bf16 = self.dtype == torch.bfloat16
+        few = torch.ops.fastgen.wavenet_few(self._shape(), bf16, streams)
         if few not in self._packed_for:
-            bf16 = self.dtype == torch.bfloat16
             self._packed_for[few] = torch.ops.fastgen.wavenet_pack(list(self.weights), bf16, few)
         return self._packed_for[few]
 
