@@ -31,8 +31,10 @@ void run_team(const Job& job, const Packed<W>& net, int64_t first, int64_t count
     if (i == 0) {
       team.gather();
       leader.run_with(team, 0);
-    } else if (const int part = team.join()) {
-      Streams<W>(job, net, first, count, false, &leader).run_with(team, part);
+    } else {
+      // first its memory, which might not be had: then the others count on it
+      Streams<W> member(job, net, first, count, false, &leader);
+      if (const int part = team.join()) member.run_with(team, part);
     }
   });
 }
