@@ -200,7 +200,7 @@ struct Rows {
 template <class W>
 void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* init, float* const* y, int columns,
              Rows rows = {}) {
-  constexpr int kFar = 16 << 10;  // bytes
+  int64_t far = 16 << 10;  // bytes by which weights are asked for ahead
   const auto* w = reinterpret_cast<const uint8_t*>(m.data);
   const int groups = (columns + kPanelColumns - 1) / kPanelColumns;
   // where the columns' products take longer than one row of weights takes to come, the next ones come meanwhile
@@ -215,7 +215,7 @@ void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* i
       const int n = (columns - s) / (groups - g);  // sizes as equal as possible: 4 columns are 2 + 2, not 3 + 1
       if (ahead)
         for (int i = bytes / groups * g; i < bytes / groups * (g + 1); i += 64) {
-          const uint8_t* next = w + kFar + i;
+          const uint8_t* next = w + far + i;
           __builtin_prefetch(end && next >= end ? next + left_out : next);
         }
       kPanelProducts<W>[n - 1][std::min(vectors, 5) - 1](reinterpret_cast<const W*>(w), k, x, block, s, from, y, row);
@@ -230,6 +230,7 @@ void product(const PackedMatrix<W>& m, const Inputs<W>& x, const float* const* i
         const int64_t row_bytes = m.row_bytes(m.panel_vectors(), k);
         const int last = std::min(rows.end, m.padded_rows());
         end = w + last * row_bytes;
+        far = std::min(far, (last - rows.begin) * row_bytes);  // no further than in the next block
         left_out = (m.padded_rows() - last + rows.begin) * row_bytes;
       }
       m.for_each_panel([&](int row, int vectors) { multiply(row, vectors, block, k, block > 0 ? y : init); });

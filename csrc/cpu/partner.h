@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kPatience = 20000;          // polls before a waiting thread offers its core to others
 constexpr double kLostShare = 0.3;        // of the time spent waiting beyond patience, above which the two part
-constexpr double kLostByTeam = 0.5;       // the same of a team
+constexpr double kLostByTeam = 0.7;       // the same of more than two, for whom one alone is no substitute
 constexpr double kLostAtLeast = 0.02;     // seconds
 constexpr double kMeetingTime = 5e-3;     // seconds to wait for a second thread
 constexpr double kSlowHandOff = 1e-6;     // seconds one way, above which two threads are slower than one
@@ -119,14 +119,13 @@ class Team {
   }
   int parts() const { return parts_.load(std::memory_order_acquire); }
 
-  // What each has written before, all may read after.
-  void meet(int part) {
-    const int64_t met = ++flags_[part].met;
-    flags_[part].publish(met);
+  // The meeting number `time`: what each has written before, all may read after.
+  void meet(int part, int64_t time) {
+    flags_[part].publish(time);
     const int parts = parts_.load(std::memory_order_relaxed);
     const auto all_here = [&] {
       bool here = true;
-      for (int i = 0; i < parts; ++i) here &= flags_[i].step.load(std::memory_order_acquire) >= met;
+      for (int i = 0; i < parts; ++i) here &= flags_[i].step.load(std::memory_order_acquire) >= time;
       return here;
     };
     for (int spins = 0; spins < kPatience; spins += parts)
@@ -137,18 +136,18 @@ class Team {
   }
 
   // The leader says at times, before a meeting, whether the team is still worth it; all hear after it.
-  void review() { parted_ = lost_ > kLostAtLeast && lost_ > kLostByTeam * (now() - start_); }
+  void review() {
+    const double bearable = parts() > 2 ? kLostByTeam : kLostShare;
+    parted_ = lost_ > kLostAtLeast && lost_ > bearable * (now() - start_);
+  }
   bool parted() const { return parted_; }
 
  private:
   static constexpr int kClosed = 1 << 16;
-  struct Member : Flag {
-    int64_t met = 0;
-  };
   std::atomic<int> size_{1}, parts_{0};  // who has come; and who had when the leader began
   double start_ = 0, lost_ = 0;
   bool parted_ = false;
-  std::vector<Member> flags_;
+  std::vector<Flag> flags_;
 };
 
 }  // namespace

@@ -7,19 +7,20 @@ namespace {
 constexpr int64_t kMost = 64;          // streams at once; of more, what passes between layers leaves the cache
 constexpr int64_t kEnough = 32;        // streams for which a thread can read all weights by itself
 constexpr int64_t kFew = 3;            // streams for which reading weights takes longer than multiplying them
+constexpr int64_t kLargest = 16;       // members of a team: with more of them meetings take longer
 constexpr int64_t kShare = 128 << 10;  // bytes of a layer to read, for which a member of a team is worth its meetings
 
-// How many threads are to share each layer; two that share it have less of each other than two with roles, unless
-// nothing but memory is what they wait for.
+// How many threads are to share each layer, for so many streams at once; two that share it have less of each other than
+// two with roles, unless nothing but memory is what they wait for.
 template <class W>
-int64_t team_size(const Packed<W>& net, int64_t threads) {
+int64_t team_size(const Packed<W>& net, int64_t streams, int64_t threads) {
   int64_t most = 0;
   for (const auto& layer : net.layers) {
     int64_t bytes = layer.current.bytes() + layer.residual.bytes() + layer.skip.bytes();
-    for (const auto& old : layer.old) bytes += old.bytes() / kAhead;
-    most = std::max(most, bytes / kShare);
+    for (const auto& old : layer.old) bytes += old.bytes() / (streams > kFewStreams ? 1 : kAhead);
+    most = std::max(most, std::min<int64_t>(bytes / kShare, layer.current.rows / row_unit(net)));
   }
-  const int64_t size = std::min(threads, most);
+  const int64_t size = std::thread::hardware_concurrency() > 1 ? std::min({threads, most, kLargest}) : 1;
   return size > 2 || (size == 2 && net.far) ? size : 1;
 }
 
@@ -32,9 +33,13 @@ void run_team(const Job& job, const Packed<W>& net, int64_t first, int64_t count
       team.gather();
       leader.run_with(team, 0);
     } else {
-      // first its memory, which might not be had: then the others count on it
-      Streams<W> member(job, net, first, count, false, &leader);
-      if (const int part = team.join()) member.run_with(team, part);
+      std::unique_ptr<Streams<W>> member;
+      try {
+        member = std::make_unique<Streams<W>>(job, net, first, count, false, &leader);
+      } catch (const std::bad_alloc&) {
+        return;  // the others do without
+      }
+      if (const int part = team.join()) member->run_with(team, part);
     }
   });
 }
@@ -42,7 +47,8 @@ void run_team(const Job& job, const Packed<W>& net, int64_t first, int64_t count
 // Whether a team draws all streams: weights then come from memory once for all of them.
 template <class W>
 bool together(const Packed<W>& net, int64_t streams, int64_t threads) {
-  return team_size(net, threads) > 1 && (streams == 1 || (net.far && streams < kEnough * threads));
+  const int64_t size = team_size(net, streams, threads);
+  return size > 1 && (streams == 1 || (net.far && streams < kEnough * size));
 }
 
 template <class W>
@@ -51,7 +57,7 @@ void generate(const Job& job, const Packed<W>& net) {
   if (together(net, n, threads)) {
     const int64_t rounds = (n + kMost - 1) / kMost;
     for (int64_t i = 0; i < rounds; ++i)
-      run_team(job, net, i * n / rounds, (i + 1) * n / rounds - i * n / rounds, team_size(net, threads));
+      run_team(job, net, i * n / rounds, (i + 1) * n / rounds - i * n / rounds, team_size(net, n, threads));
     return;
   }
   if (2 * n <= threads && std::thread::hardware_concurrency() > 1 && job.shape.layers > 0) {
@@ -93,7 +99,7 @@ bool wavenet_few(std::vector<int64_t> shape, bool bf16, int64_t streams) {
 }
 
 // wavenet_pack(Tensor[] weights, bool bf16, bool few) -> Tensor: one uint8 buffer, laid out for this instruction set
-// and for few streams or many, which its last byte tells: both can have the same size.
+// and for few streams or many, which its last byte tells, and whether a cache holds it: all can have the same size.
 Tensor wavenet_pack(std::vector<Tensor> weights, bool bf16, bool few) {
   const Shape s = shape_of(weights);
   std::optional<Tensor> packed;
@@ -103,7 +109,7 @@ Tensor wavenet_pack(std::vector<Tensor> weights, bool bf16, bool few) {
     packed = packed_buffer(weights[0], bytes + 1);
     auto* data = static_cast<uint8_t*>(packed->data_ptr());
     pack<W>(weights, s, data);
-    data[bytes] = few;
+    data[bytes] = static_cast<uint8_t>(few | Packed<W>(s, nullptr).far << 1);
   });
   return *packed;
 }
@@ -141,11 +147,13 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
   }
   const auto* data = static_cast<const uint8_t*>(packed.data_ptr());
   const int64_t bytes = packed.numel();
-  with_format(bf16, bytes > 0 && data[bytes - 1], [&](auto format) {
+  const int layout = bytes > 0 ? data[bytes - 1] : 0;
+  with_format(bf16, layout & 1, [&](auto format) {
     using W = decltype(format);
     const Packed<W> net(job.shape, data);
-    FASTGEN_CHECK(bytes == net.bytes + 1, "wavenet_generate: packed weights of ", net.bytes + 1,
-                  " bytes are expected, got ", bytes, " (packed for another shape or instruction set?)");
+    FASTGEN_CHECK(bytes == net.bytes + 1 && layout >> 1 == net.far, "wavenet_generate: packed weights of ",
+                  net.bytes + 1, " bytes are expected, got ", bytes,
+                  " (packed for another shape, instruction set or cache?)");
     if (job.streams > 0 && job.steps > 0) generate(job, net);
   });
 }

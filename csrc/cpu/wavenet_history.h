@@ -19,8 +19,8 @@ class History {
  public:
   using Block = typename Inputs<W>::Block;
 
-  // position: steps before this call; channels: a multiple of kF. Of threads that advance the same streams one writes,
-  // and the others see the `writer`'s.
+  // position: steps before this call; channels: a multiple of kF. Of threads that advance the same streams one writes
+  // blocks, and the others see the `writer`'s.
   History(float* data, const std::vector<int64_t>& dilations, int kernel_size, int64_t first, int streams, int channels,
           int64_t position, int64_t steps, const History* writer)
       : streams_(streams), channels_(channels), steps_(steps), writes_(!writer) {

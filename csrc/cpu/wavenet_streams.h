@@ -4,13 +4,15 @@
 //   - products with past samples (the "old taps") are computed for several steps ahead, as far as the dilation allows,
 //     so that their weights are read once for up to kAhead samples;
 //   - many streams share each weight that is read; streams are divided over threads, which never wait for each other;
-//   - a single stream uses two threads with different roles. One walks the layers (current tap, gate, residual); the
+//   - where threads are left, a stream has two with different roles. One walks the layers (current tap, gate,
+//   residual); the
 //     other takes each layer's gate output, adds the skips, runs the output layers, samples, and prepares old taps. All
 //     messages go one way at a time, so neither thread waits except at the turn of a step. A message can be on its way
 //     for as long as a layer takes: the second thread hears of some layers at a time, and of the last ones at once.
 //     What one thread writes lies on other cache lines than what both read; lines that the other one has read are asked
 //     for ahead;
-//   - where a layer is large enough to meet twice in it, threads walk the layers as a team, each with its rows of every
+//   - where layers are large enough to meet twice in each, and it is one stream or no cache holds them, threads walk
+//   the layers as a team, each with its rows of every
 //     matrix: each weight is read by one of them alone, for all streams.
 #pragma once
 
@@ -33,6 +35,12 @@ inline float* aligned(float* p) {
 // to += from; n is a multiple of kF.
 inline void add(float* to, const float* from, int n) {
   for (int i = 0; i < n; i += kF) store(to + i, load(to + i) + load(from + i));
+}
+
+// In how many rows of every matrix, in which all panels lie whole, threads can share it.
+template <class W>
+int row_unit(const Packed<W>& net) {
+  return net.far ? kBlock : std::max(kBlock, kPanelVectors<W> * kF);
 }
 
 // The streams [first, first + count) of a job, advanced by one thread, by two, or by a team: then one of these is each
@@ -143,7 +151,7 @@ class Streams {
   // This thread's share of a column's or a matrix' rows, in which all panels of a matrix lie whole.
   Rows mine(int rows, bool from_the_end = false) const {
     if (parts_ == 1) return {0, rows};
-    const int unit = net_.far ? kBlock : std::max(kBlock, kPanelVectors<W> * kF), units = (rows + unit - 1) / unit;
+    const int unit = row_unit(net_), units = (rows + unit - 1) / unit;
     const int part = from_the_end ? parts_ - 1 - part_ : part_;
     const auto begin = [&](int i) { return std::min((units * i + parts_ - 1) / parts_ * unit, rows); };
     return {begin(part), begin(part + 1)};
@@ -154,7 +162,7 @@ class Streams {
 
   // Where a team meets: all rows are there.
   void meet() {
-    if (team_) team_->meet(part_);
+    if (team_) team_->meet(part_, ++met_);
   }
   // A column, of which this thread makes its rows as value(row): an input for it alone, or, at `to`, for all once they
   // have met and each receives it.
@@ -382,6 +390,7 @@ class Streams {
   const int n_;
   const bool two_threads_;
   int part_ = 0, parts_ = 1;  // of the team's members
+  int64_t met_ = 0;           // times that they have met
   Team* team_ = nullptr;      // in whose step this one goes
   const int r_, h_, s_, o_;   // padded channels: residual, gate, skip, outputs
   int64_t bias_rows_ = 1;
