@@ -4,11 +4,12 @@
 namespace fastgen {
 namespace {
 
-constexpr int64_t kMost = 64;          // streams at once; of more, what passes between layers leaves the cache
-constexpr int64_t kEnough = 32;        // streams for which a thread can read all weights by itself
-constexpr int64_t kFew = 3;            // streams for which reading weights takes longer than multiplying them
-constexpr int64_t kLargest = 16;       // members of a team: with more of them meetings take longer
-constexpr int64_t kShare = 128 << 10;  // bytes of a layer to read, for which a member of a team is worth its meetings
+constexpr int64_t kMostStreams = 64;    // streams at once; of more, what passes between layers leaves the cache
+constexpr int64_t kEnoughStreams = 32;  // streams for which a thread can read all weights by itself
+constexpr int64_t kFew = 3;             // streams for which reading weights takes longer than multiplying them
+constexpr int64_t kLargestTeam = 16;    // members of a team: with more of them meetings take longer
+constexpr int64_t kMemberBytes =
+    128 << 10;  // bytes of a layer to read, for which a member of a team is worth its meetings
 
 // How many threads are to share each layer, for so many streams at once; two that share it have less of each other than
 // two with roles, unless nothing but memory is what they wait for.
@@ -18,9 +19,9 @@ int64_t team_size(const Packed<W>& net, int64_t streams, int64_t threads) {
   for (const auto& layer : net.layers) {
     int64_t bytes = layer.current.bytes() + layer.residual.bytes() + layer.skip.bytes();
     for (const auto& old : layer.old) bytes += old.bytes() / (streams > kFewStreams ? 1 : kAhead);
-    most = std::max(most, std::min<int64_t>(bytes / kShare, layer.current.rows / row_unit(net)));
+    most = std::max(most, std::min<int64_t>(bytes / kMemberBytes, layer.current.rows / row_unit(net)));
   }
-  const int64_t size = std::thread::hardware_concurrency() > 1 ? std::min({threads, most, kLargest}) : 1;
+  const int64_t size = std::thread::hardware_concurrency() > 1 ? std::min({threads, most, kLargestTeam}) : 1;
   return size > 2 || (size == 2 && net.far) ? size : 1;
 }
 
@@ -48,14 +49,14 @@ void run_team(const Job& job, const Packed<W>& net, int64_t first, int64_t count
 template <class W>
 bool together(const Packed<W>& net, int64_t streams, int64_t threads) {
   const int64_t size = team_size(net, streams, threads);
-  return size > 1 && (streams == 1 || (net.far && streams < kEnough * size));
+  return size > 1 && (streams == 1 || (net.far && streams < kEnoughStreams * size));
 }
 
 template <class W>
 void generate(const Job& job, const Packed<W>& net) {
   const int64_t threads = torch::stable::get_num_threads(), n = job.streams;
   if (together(net, n, threads)) {
-    const int64_t rounds = (n + kMost - 1) / kMost;
+    const int64_t rounds = (n + kMostStreams - 1) / kMostStreams;
     for (int64_t i = 0; i < rounds; ++i)
       run_team(job, net, i * n / rounds, (i + 1) * n / rounds - i * n / rounds, team_size(net, n, threads));
     return;
@@ -66,7 +67,7 @@ void generate(const Job& job, const Packed<W>& net) {
     return for_each_worker(2 * n, [&](int64_t i) { i % 2 == 0 ? pairs[i / 2]->lead() : pairs[i / 2]->help(); });
   }
   const int64_t workers = std::min(threads, n), share = (n + workers - 1) / workers;
-  const int64_t rounds = (share + kMost - 1) / kMost, parts = workers * rounds;
+  const int64_t rounds = (share + kMostStreams - 1) / kMostStreams, parts = workers * rounds;
   for_each_worker(workers, [&](int64_t i) {
     for (int64_t part = i * rounds; part < (i + 1) * rounds; ++part) {
       const int64_t first = part * n / parts, last = (part + 1) * n / parts;
