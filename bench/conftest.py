@@ -159,5 +159,5 @@ def beside_pytorch(contest, limits, benchmark):
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["fastgen"] = {
         "version": fastgen.__version__, "torch": torch.__version__, "python": platform.python_version(),
-        "isa": backend.cpu_isa, "threads": torch.get_num_threads(),
+        "isa": backend.cpu_isa, "best_isa": backend.runnable_isas()[-1], "threads": torch.get_num_threads(),
     }  # fmt: skip

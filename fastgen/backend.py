@@ -112,23 +112,30 @@ def cpu_features() -> dict[str, bool]:
     return dict(_host.cpu_features())
 
 
+def runnable_isas() -> list[str]:
+    """Instruction sets that this machine and this build both have, the best last; none without the compiled part."""
+    features = {"generic": True, **cpu_features()}
+    return [isa for isa in ISAS if features.get(isa, False) and _library(isa).exists()]
+
+
+def _library(isa: str) -> Path:
+    return Path(__file__).parent / f"_cpu_{isa}.so"
+
+
 def _load_cpu() -> tuple[str | None, str | None]:
     """Load the kernels for the best instruction set of this CPU -> (instruction set, reason why none)."""
     if INTERPRETED:
         return None, "TRITON_INTERPRET=1: Triton's interpreter stands in for the C++ kernels"
     wanted = _variable("FASTGEN_CPU_ISA", ISAS)
-    folder = Path(__file__).parent
-    built = [isa for isa in ISAS if (folder / f"_cpu_{isa}.so").exists()]
-    if not built:
+    if not any(_library(isa).exists() for isa in ISAS):
         return None, "the C++ kernels were not built (no compiler at installation, or FASTGEN_BUILD=none)"
-    features = {"generic": True, **cpu_features()}
-    runnable = [isa for isa in built if features.get(isa, False)]
+    runnable = runnable_isas()
     if wanted:
         runnable = [isa for isa in runnable if isa == wanted]
     if not runnable:
         return None, f"FASTGEN_CPU_ISA={wanted}, but this {platform.machine()} CPU or this build does not have it"
     try:
-        torch.ops.load_library(str(folder / f"_cpu_{runnable[-1]}.so"))
+        torch.ops.load_library(str(_library(runnable[-1])))
     except OSError as error:
         return None, f"the C++ kernels could not be loaded: {error}"
     megabytes = os.environ.get("FASTGEN_KEEP_MB", "")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgen import bench_report
+from fastgen import backend, bench_report
 from fastgen.files import whole_file
 from fastgen.info import processor
 
@@ -41,8 +41,6 @@ def main(table_only: bool = False, only: Sequence[str] = ()) -> int:
     if not table_only:
         results.parent.mkdir(exist_ok=True)
         runs: list[tuple[dict[str, str], Path]] = [({}, results)]
-        from fastgen import backend
-
         if backend.cpu_isa in ("avx512", "avx512_vnni") and (not only or "wavenet_generate" in only):
             runs.append(({"FASTGEN_CPU_ISA": "avx2"}, results.with_suffix(".avx2.json")))
         for env, path in runs:
@@ -67,12 +65,12 @@ def report(results: list[dict[str, Any]]) -> None:
     entries = json.loads(trained.read_text()) if trained.exists() else {}
     if entries:
         bench_report.draw_curves(trained.with_suffix(".png"), entries)
-    bench_report.draw_speed(ROOT / "bench" / "speed.png", newest(results))
+    bench_report.draw_speed(ROOT / "bench" / "speed.png", foremost(results))
     for path, parts in (
         (ROOT / "bench" / "README.md", {"bench": bench_report.tables(results)}),
         (
             ROOT / "README.md",
-            {"bench": bench_report.summary(newest(results)), "trained": bench_report.trained(entries)},
+            {"bench": bench_report.summary(foremost(results)), "trained": bench_report.trained(entries)},
         ),
     ):
         text = path.read_text()
@@ -85,15 +83,17 @@ def report(results: list[dict[str, Any]]) -> None:
         print(f"{path}: {', '.join(parts)}")
 
 
-def newest(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the machines on which training steps were measured too, as they are not with a forced instruction set."""
+def foremost(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest of the best instruction set with which training steps were measured too."""
     whole = [result for result in results if any(b.get("training") for b in result["benchmarks"])]
-    return max(whole, key=lambda result: str(result["datetime"]))
+    return max(whole, key=lambda result: (backend.ISAS.index(result["fastgen"]["isa"]), str(result["datetime"])))
 
 
 def _machine() -> str:
-    """A file name for this machine's processor."""
-    return re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    """A file name for this machine: its processor, whose name many a generation shares, and its instruction set."""
+    best, used = backend.runnable_isas()[-1:], backend.cpu_isa
+    name = re.sub(r"[^a-z0-9]+", "-", " ".join([processor(), *best]).lower()).strip("-")
+    return name if [used] == best else f"{name}.{used}"
 
 
 def _slim(part: Path, path: Path, files: list[str]) -> None:

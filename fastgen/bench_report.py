@@ -34,7 +34,8 @@ def summary(result: dict[str, Any]) -> str:
 def _machine(result: dict[str, Any]) -> str:
     about = result["fastgen"]
     date = result["datetime"][:10]
-    return f"{result['cpu']}, {about['isa']}, {about['threads']} threads, torch {about['torch']}, {date}"
+    isa = about["isa"] if about["isa"] == about["best_isa"] else f"{about['isa']} in place of {about['best_isa']}"
+    return f"{result['cpu']}, {isa}, {about['threads']} threads, torch {about['torch']}, {date}"
 
 
 def _table(heads: Sequence[str], rows: list[list[str]]) -> list[str]:

@@ -2,6 +2,7 @@
 // packed weights.
 #pragma once
 
+#include "bfloat16_pairs.h"
 #include "functions.h"
 
 namespace fastgen {
@@ -141,7 +142,9 @@ class RowTile {
   // tile[x * ld + lane]; the tile has room for `padded` pixels.
   template <class S>
   void to_tile(S* tile, int64_t ld) const {
-    for (int64_t x = 0; x < padded_; x += kL) transpose_square(rows_.data() + x, padded_, tile + x * ld, ld);
+    for (int64_t x = 0; x < padded_; x += kL)
+      transpose_square(rows_.data() + x, padded_,
+                       [&](auto i, Vec<T> row) FASTGEN_INLINE { store_factors(tile + (x + i) * ld, row); });
   }
   void add_to_tile(T* tile, int64_t ld) const {
     T square[kL * kL];

@@ -9,6 +9,7 @@
 // taken as it is, for its neighbors in time are pairs.
 #pragma once
 
+#include "bfloat16_pairs.h"
 #include "functions.h"
 
 namespace fastgen {

@@ -38,7 +38,7 @@ void product_tile(const T* a, int64_t down, int64_t right, const T* panel, int64
     unroll<N>([&](auto v) FASTGEN_INLINE { b[v] = load(panel + v * kL); });
     unroll<M>([&](auto m) FASTGEN_INLINE {
       const auto x = shared_factor(a + m * down);
-      unroll<N>([&](auto v) FASTGEN_INLINE { sums[m][v] = add_product(sums[m][v], x, b[v]); });
+      unroll<N>([&](auto v) FASTGEN_INLINE { sums[m][v] += x * b[v]; });
     });
   }
   const auto each = [&](auto&& f) FASTGEN_INLINE {

@@ -11,6 +11,7 @@
 #include <atomic>
 
 #include "code_panels.h"
+#include "integer_pairs.h"
 
 namespace fastgen {
 namespace {

@@ -1,6 +1,7 @@
 // Products of a packed weight matrix with a few vectors.
 #pragma once
 
+#include "integer_pairs.h"
 #include "packed_inputs.h"
 
 namespace fastgen {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "../pixel_layout.h"
+#include "../processor.h"
 #include "packed_product.h"
 #include "partner.h"
 #include "sampling.h"

@@ -1,6 +1,7 @@
 // A WaveNet's weights in one buffer, in the order in which a step of generation reads them.
 #pragma once
 
+#include "../processor.h"
 #include "packed_matrix.h"
 
 namespace fastgen {
