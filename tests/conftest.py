@@ -10,6 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -66,6 +67,10 @@ def missing(name: str, reason: str) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "FASTGEN_TEST_FOLDER" not in os.environ:  # the first process has one for all of the run
+        folder = tempfile.TemporaryDirectory()
+        os.environ["FASTGEN_TEST_FOLDER"] = folder.name
+        config.add_cleanup(folder.cleanup)
     config.addinivalue_line("markers", "on_device: tensors are made on the device that is tested")
     if KERNELS == "triton":  # PyTorch's own operations need not be deterministic
         config.addinivalue_line("filterwarnings", "ignore:.*deterministic")

@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
-import functools
+import fcntl
+import os
 import shutil
 import subprocess
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent / "emulator"
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
 FLAGS += [f"-Wno-{name}" for name in ("unused-function", "clobbered", "unknown-pragmas")]
 MODES = {
     "plain": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
 TOLD = {"plain": [], "address": ["-DEMULATE_ASAN"], "thread": ["-DEMULATE_TSAN"]}  # of what the scheduler tells
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random 1": (2, 1), "random 2": (2, 2), "random 3": (2, 3)}
 
 
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
+def once(name: str, build: Callable[[Path], None]) -> Path:
+    """The file of that name, built by the first process of a run of the tests that asks for it."""
+    path = Path(os.environ["FASTGEN_TEST_FOLDER"]) / name
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            part = path.with_name(f"{name}.part")
+            build(part)
+            part.rename(path)
+    return path
 
 
-@functools.cache
 def built(source: str, mode: str) -> Path:
-    """The program of a source, compiled once; the scheduler is no part of what a sanitizer watches."""
+    """The program of a source; the scheduler is no part of what a sanitizer watches."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    scheduler, program = (Path(_folder().name) / name for name in (f"{mode}.o", f"{source}.{mode}"))
-    if not scheduler.exists():
-        flags = [*FLAGS, *TOLD[mode], "-c", str(HERE / "emulator.cpp"), "-o", str(scheduler)]
-        subprocess.run(["g++", *flags], check=True)
-    flags = [*FLAGS, *MODES[mode], "-DFASTGEN_EMULATED", f"-I{HERE}"]
-    subprocess.run(["g++", *flags, str(HERE / source), str(scheduler), "-o", str(program)], check=True)
-    return program
+
+    def compiled(*arguments: object) -> None:
+        subprocess.run(["g++", *FLAGS, *map(str, arguments)], check=True)
+
+    scheduler = once(f"{mode}.o", lambda path: compiled(*TOLD[mode], "-c", HERE / "emulator.cpp", "-o", path))
+    told = [*MODES[mode], "-DFASTGEN_EMULATED", f"-I{HERE}"]
+    return once(f"{source}.{mode}", lambda path: compiled(*told, HERE / source, scheduler, "-o", path))
 
 
 def run(program: Path, *words: object) -> subprocess.CompletedProcess[str]:

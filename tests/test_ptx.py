@@ -27,7 +27,7 @@ RESULTS = {  # files of tests, and which of them
         ["affine_coupling", "actnorm", "gaussian_rsample_kl"],
         "values_and_gradients and (((exp or actnorm) and sizes5) or 4099 or 33)",
     ),
-    "paths": (["triton_paths"], "gate or layer or images or memory"),
+    "paths": (["triton_paths"], "(gate or layer or images or memory) and not (as_large or nobody_keeps)"),
     "paths of single elements": (["triton_paths"], "sizes_of_one"),
     "paths of the search": (["triton_paths"], "long or undecided"),
 }

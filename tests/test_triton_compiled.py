@@ -19,10 +19,11 @@ triton = pytest.importorskip("triton", reason="pip install triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in the interpreter")
 
 F32, BF16, F16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 WIDTH = {F32: 16, BF16: 128, F16: 32}  # channels: float32's products, which take no tensor cores, are long loops
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-SPILLS = {("3.7", "_grad_weight", 80), ("3.7", "_prepare", 80)}  # versions of Triton that spill what others do not
+SPILLS = {((3, 7), "_grad_weight", 80), ((3, 7), "_prepare", 80)}  # Tritons that spill what others do not
 STACK = 20  # stores to it: a few numbers are put there by ptxas even where registers are free, of a tile hundreds
 PRODUCTS = ("_conv", "_gated_conv", "_grad_weight", "_layer", "_search")
 LINES = ("_lstm", "_lstm_backward")  # of images, which begin anywhere
@@ -286,10 +287,11 @@ def test_machine_code(name, monkeypatch):
         seen.add(compiled.hash)
         code = instructions(compiled)
         text, what = "\n".join(code), f"{kernel} for sm_{architecture}"
-        # Triton 3.6 mixes up what is of 8 bits and less on the way from one layout to another
-        assert not re.search(r"convert_layout.*x(i1|i8),", compiled.asm["ttgir"]), f"{what}: a mask changes its layout"
+        # Triton 3.6 mixes up what is of 8 bits and less on the way from one layout to another; 3.8 does not
+        mixed_up = VERSION < (3, 8) and re.search(r"convert_layout.*x(i1|i8),", compiled.asm["ttgir"])
+        assert not mixed_up, f"{what}: a mask changes its layout"
         stores = spilled(around_products(code) if kernel == "_search" else code)  # what follows a scan may wait
-        known = (triton.__version__[:3], kernel, architecture) in SPILLS
+        known = (VERSION, kernel, architecture) in SPILLS
         assert len(stores) <= STACK or known, f"{what}: registers are spilled: {len(stores)} stores"
         assert compiled.metadata.shared <= SHARED_MEMORY[architecture], what
         if kernel in PRODUCTS:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_helpers import ORDERS, built, run
+from cuda_helpers import ORDERS, built, once, run
 
 from fastgen.ops import distributions
 from fastgen.ops.wavenet_generate import Generator, WaveNetWeights, initial_state
@@ -213,15 +213,19 @@ def test_whatever_shared_memory_held(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library():
     """The CUDA library, and what ptxas said of it."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
-    target = tmp_path_factory.mktemp("cuda") / "_cuda.so"
     build = runpy.run_path(str(Path(__file__).parent.parent / "csrc" / "cuda" / "build.py"))
-    done = subprocess.run([*build["command"](target), "-Xptxas", "-v"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return target, done.stderr
+
+    def build_and_report(path):
+        done = subprocess.run([*build["command"](path), "-Xptxas", "-v"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        path.with_suffix(".report").write_text(done.stderr)
+
+    target = once("_cuda.so", build_and_report)
+    return target, target.with_suffix(".so.report").read_text()
 
 
 def test_compiles_without_warnings_or_spills(library):

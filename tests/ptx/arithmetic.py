@@ -58,7 +58,7 @@ def computed(m: Machine, i: Instruction, mask: Mask, function: Callable[..., Arr
     kind = i.type
     values = arguments(m, i, kind)
     if kind in ("bf16", "bf16x2", "f16", "f16x2"):
-        lanes = [np.broadcast_to(v, m.lanes).copy() for v in values]
+        lanes = [m.each(v).copy() for v in values]
         out = rounded(function(*(widened(v, kind) for v in lanes)), kind).view(KINDS[kind])
     else:
         out = function(*values)
@@ -175,14 +175,14 @@ def field(m: Machine, i: Instruction, mask: Mask) -> None:
 @handles("popc")
 def ones(m: Machine, i: Instruction, mask: Mask) -> None:
     a = m.read(i.operands[1], i.type)
-    bits = np.unpackbits(np.broadcast_to(a, m.lanes).copy().view("u1").reshape(m.lanes, -1), axis=1)
+    bits = np.unpackbits(m.each(a).copy().view("u1").reshape(m.lanes, -1), axis=1)
     m.write(i.operands[0], bits.sum(1, dtype="u4"), mask)
 
 
 @handles("prmt")
 def permute(m: Machine, i: Instruction, mask: Mask) -> None:
     """Bytes of a and b in the order of the third operand's digits; of one from 8 on only its sign."""
-    a, b, order = (np.broadcast_to(m.read(operand, "u32"), m.lanes) for operand in i.operands[1:])
+    a, b, order = (m.each(m.read(operand, "u32")) for operand in i.operands[1:])
     source = np.stack([a, b], 1).copy().view("u1").reshape(m.lanes, 8)
     digits = np.stack([(order >> 4 * n) & 15 for n in range(4)], 1)
     chosen = np.take_along_axis(source, (digits & 7).astype(np.intp), 1)
@@ -226,13 +226,13 @@ def move(m: Machine, i: Instruction, mask: Mask) -> None:
     to, value = i.operands
     size = np.dtype(KINDS[i.type]).itemsize
     if to.parts:
-        pieces = np.broadcast_to(m.read(value, f"u{8 * size}"), m.lanes).copy()
+        pieces = m.each(m.read(value, f"u{8 * size}")).copy()
         pieces = pieces.view(f"u{size // len(to.parts)}").reshape(m.lanes, -1)
         for n, part in enumerate(to.parts):
             m.write(part, pieces[:, n].copy(), mask)
     elif value.parts:
         kind = f"u{8 * size // len(value.parts)}"
-        parts = np.stack([np.broadcast_to(m.read(part, kind), m.lanes) for part in value.parts], 1)
+        parts = np.stack([m.each(m.read(part, kind)) for part in value.parts], 1)
         m.write(to, parts.view(f"u{size}")[:, 0].copy(), mask)
     elif value.text.startswith(("0f", "0d")):
         m.write(to, m.read(value, f"f{8 * size}"), mask)
@@ -245,7 +245,7 @@ def convert(m: Machine, i: Instruction, mask: Mask) -> None:
     kinds = [part for part in i.modifiers if part in KINDS]
     to, of = kinds
     if to in ("bf16x2", "f16x2"):
-        high, low = (np.broadcast_to(m.read(operand, of), m.lanes) for operand in i.operands[1:])
+        high, low = (m.each(m.read(operand, of)) for operand in i.operands[1:])
         out: Any = rounded(np.stack([low, high], 1), to).view("u4")[:, 0].copy()
     else:
         value = m.read(i.operands[1], of)
@@ -254,7 +254,7 @@ def convert(m: Machine, i: Instruction, mask: Mask) -> None:
         if to in ("bf16", "f16"):
             out = rounded(value.astype("f4"), to)
         elif to == "tf32":
-            bits = np.broadcast_to(value, m.lanes).copy().view("u4")
+            bits = m.each(value).copy().view("u4")
             out = np.where(np.isnan(value), bits, (bits + 0x1000) & 0xFFFFE000).astype("u4")
         elif value.dtype.kind == "f" and np.dtype(KINDS[to]).kind != "f":
             how = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

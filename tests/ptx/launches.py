@@ -80,8 +80,18 @@ codes: dict[Any, Compiled] = {}  # what has been carried out, by kernel and what
 
 def emulate(architecture: int, late: bool) -> None:
     """From now on Triton's kernels take tensors on the CPU, and are carried out there."""
+    from triton import knobs
     from triton.runtime.jit import JITFunction
 
+    def without_machine_code(*compilation: Any) -> tuple[str, str] | None:
+        """Triton asks for what its cache is to know of this, or with the stages of a compilation."""
+        if not compilation:
+            return "ptx", "ptx"
+        compilation[1]["cubin"] = lambda code, metadata: b""
+        return None
+
+    knobs.runtime.add_stages_inspection_hook = without_machine_code
+    knobs.cache.dir = f"{knobs.cache.dir}/ptx"  # for Triton 3.6 asks too late
     for name in ("convolution", "grad_weight", "nearest_code", "wavenet_layer"):  # which choose tiles by it
         module = importlib.import_module(f"fastgen.kernels.{name}")
         module.shared_memory = lambda x: SHARED_MEMORY[architecture]

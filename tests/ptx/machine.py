@@ -97,7 +97,7 @@ class Memory:
         out = np.empty((len(addresses), count), f"u{size}")
         if len(addresses):
             for which, words, index in self.words(addresses, size, count):
-                out[which] = words[index[:, None] + np.arange(count)]
+                out[which] = words[index][:, None] if count == 1 else words[index[:, None] + np.arange(count)]
         return out
 
     def store(self, addresses: Array, values: Array) -> None:
@@ -144,7 +144,8 @@ class Machine:
         # shared memory is NaN until it is written, whatever is read from it
         self.shared = np.full(len(blocks) * self.shared_bytes, 0xFF, np.uint8)
         self.of_shared = Memory([(self.shared.ctypes.data, self.shared.ctypes.data + self.shared.nbytes)])
-        self.registers: dict[str, Array] = {}
+        self.registers: dict[str, Array] = {}  # a number for each thread, or one for all
+        self.unwritten: dict[str, Array] = {}
         self.constants: dict[tuple[str, str], Array] = {}
         self.place = np.zeros(self.lanes, np.int64)  # in the program, where threads have parted
         self.held = np.zeros(self.lanes, np.bool_)  # at a barrier
@@ -223,7 +224,7 @@ class Machine:
                 value = value.astype(f"u{dtype.itemsize}")
             return value.view(dtype)
         if operand.text in self.special:
-            return np.asarray(self.special[operand.text]).astype(dtype)
+            return np.atleast_1d(self.special[operand.text]).astype(dtype)
         key = operand.text, kind
         if key not in self.constants:
             self.constants[key] = self._constant(operand.text, dtype)
@@ -248,22 +249,28 @@ class Machine:
             return
         if not operand.register:
             raise Fault(f"{operand.text} is no register")
-        kind = self.program.type_of(operand.register)
-        dtype = np.dtype(KINDS[kind]) if kind == "pred" else np.dtype(f"u{SIZES[kind]}")
-        if value.itemsize != dtype.itemsize:
-            value = value.astype(dtype)
-        value = np.broadcast_to(value.view(dtype), self.lanes)
-        if not mask.all():
-            before = self.registers.get(operand.register)
-            unwritten = np.ones(1, dtype) if kind == "pred" else UNWRITTEN.astype(dtype)
-            value = np.where(mask, value, unwritten if before is None else before)
-        self.registers[operand.register] = np.array(value) if not value.flags.owndata else value
+        unwritten = self.unwritten.get(operand.register)
+        if unwritten is None:
+            kind = self.program.type_of(operand.register)
+            unwritten = np.ones(1, np.bool_) if kind == "pred" else UNWRITTEN.astype(f"u{SIZES[kind]}")
+            self.unwritten[operand.register] = unwritten
+        if value.itemsize != unwritten.itemsize:
+            value = value.astype(unwritten.dtype)
+        value = value.view(unwritten.dtype)
+        if np.count_nonzero(mask) < self.lanes:
+            value = np.where(mask, value, self.registers.get(operand.register, unwritten))
+        self.registers[operand.register] = value
 
     def address(self, operand: Operand, kind: str) -> Array:
         assert operand.address is not None
-        base = self.read(operand.address, kind)
-        # numpy adds unsigned numbers as a GPU does
-        return np.broadcast_to(base + np.array([operand.offset]).astype(base.dtype), self.lanes)
+        address = self.read(operand.address, kind)
+        if operand.offset:  # numpy adds unsigned numbers as a GPU does
+            address = address + address.dtype.type(operand.offset % (1 << 8 * address.itemsize))
+        return self.each(address)
+
+    def each(self, value: Array) -> Array:
+        """A number for all threads as one for each of them."""
+        return value if len(value) == self.lanes else np.broadcast_to(value, self.lanes)
 
     def shared_address(self, operand: Operand, mask: Mask) -> Array:
         """Addresses in the CPU's memory, of the threads of the mask."""

@@ -38,17 +38,17 @@ def load(m: Machine, i: Instruction, mask: Mask) -> None:
     size = np.dtype(KINDS[i.type]).itemsize
     memory = m.of_shared if i.modifiers[0].startswith("shared") else m.memory
     values = memory.load(places(m, i, i.operands[1], mask), size, len(targets))
-    for n, target in enumerate(targets):
-        full = np.zeros(m.lanes, values.dtype)
-        full[mask] = values[:, n]
-        m.write(target, full.view(KINDS[i.type]), mask)
+    full = np.zeros((len(targets), m.lanes), values.dtype)
+    full[:, mask] = values.T
+    for target, value in zip(targets, full, strict=True):
+        m.write(target, value.view(KINDS[i.type]), mask)
 
 
 @handles("st")
 def store(m: Machine, i: Instruction, mask: Mask) -> None:
     sources = i.operands[1].parts or (i.operands[1],)
     kind = f"u{8 * np.dtype(KINDS[i.type]).itemsize}"
-    values = np.stack([np.broadcast_to(m.read(source, kind), m.lanes)[mask] for source in sources], 1)
+    values = np.stack([m.each(m.read(source, kind))[mask] for source in sources], 1)
     memory = m.of_shared if i.modifiers[0].startswith("shared") else m.memory
     memory.store(places(m, i, i.operands[0], mask), values)
 
@@ -60,7 +60,7 @@ def atomic(m: Machine, i: Instruction, mask: Mask) -> None:
     to = i.operands[0] if i.name == "atom" else Operand("_")
     place, value = i.operands[1:3] if i.name == "atom" else i.operands
     addresses = places(m, i, place, mask)
-    values = np.broadcast_to(m.read(value, i.type), m.lanes)[mask]
+    values = m.each(m.read(value, i.type))[mask]
     memory = m.of_shared if "shared" in i.modifiers else m.memory
     before = np.zeros(len(values), values.dtype)
     for n in range(len(values)):
@@ -95,7 +95,7 @@ def copy(m: Machine, i: Instruction, mask: Mask) -> None:
         to, of = m.shared_address(i.operands[0], mask), m.address(i.operands[1], "u64")[mask].astype(np.int64)
         taken = np.full(m.lanes, size)[mask]
         if len(i.operands) > 3:
-            taken = np.broadcast_to(m.read(i.operands[3], "u32"), m.lanes)[mask]
+            taken = m.each(m.read(i.operands[3], "u32"))[mask]
         if set(np.unique(taken)) - {0, size}:
             raise Fault("a copy of a part of its bytes")
 
@@ -121,8 +121,8 @@ def nothing(m: Machine, i: Instruction, mask: Mask) -> None:
 @handles("shfl")
 def shuffle(m: Machine, i: Instruction, mask: Mask) -> None:
     m.whole(mask, 32)
-    value = np.broadcast_to(m.read(i.operands[1], "u32"), m.lanes)
-    by, clamp = (np.broadcast_to(m.read(operand, "u32"), m.lanes).astype(np.int64) for operand in i.operands[2:4])
+    value = m.each(m.read(i.operands[1], "u32"))
+    by, clamp = (m.each(m.read(operand, "u32")).astype(np.int64) for operand in i.operands[2:4])
     if ((clamp >> 8) & 31).any() or (clamp & 31 != (0 if i.modifiers[1] == "up" else 31)).any():
         raise Fault("exchange within a part of a warp")
     lane = m.thread % 32
@@ -143,7 +143,7 @@ def elect(m: Machine, i: Instruction, mask: Mask) -> None:
 @handles("vote")
 def vote(m: Machine, i: Instruction, mask: Mask) -> None:
     m.whole(mask, 32)
-    warps = np.broadcast_to(m.read(i.operands[1], "pred"), m.lanes).reshape(-1, 32)
+    warps = m.each(m.read(i.operands[1], "pred")).reshape(-1, 32)
     if "ballot" in i.modifiers:
         out = (warps.astype("u4") << np.arange(32, dtype="u4")).sum(1, dtype="u4")
     else:
@@ -154,7 +154,7 @@ def vote(m: Machine, i: Instruction, mask: Mask) -> None:
 @handles("redux")
 def reduce(m: Machine, i: Instruction, mask: Mask) -> None:
     m.whole(mask, 32)
-    warps = np.broadcast_to(m.read(i.operands[1], i.type), m.lanes).reshape(-1, 32)
+    warps = m.each(m.read(i.operands[1], i.type)).reshape(-1, 32)
     m.write(i.operands[0], np.repeat(ATOMIC[i.modifiers[1]].reduce(warps, 1, dtype=warps.dtype), 32), mask)
 
 
@@ -205,7 +205,7 @@ def mbarrier(m: Machine, i: Instruction, mask: Mask) -> None:
 
 def wait(m: Machine, i: Instruction, mask: Mask) -> None:
     done = np.zeros(m.lanes, np.bool_)
-    parity = np.broadcast_to(m.read(i.operands[2], "u32"), m.lanes)
+    parity = m.each(m.read(i.operands[2], "u32"))
     for n, key in zip(np.flatnonzero(mask), barriers_of(m, i.operands[1], mask), strict=True):
         barrier = m.barriers[key]
         if barrier.phase == parity[n]:
@@ -251,8 +251,8 @@ def tensor_copy(m: Machine, i: Instruction, mask: Mask) -> None:
     target, source, signal = i.operands[:3]
     assert source.address is not None
     to = m.address(target, "u32")
-    tensor = m.read(source.address, "u64")
-    at = [np.broadcast_to(m.read(part, "s32"), m.lanes) for part in reversed(source.parts)]
+    tensor = m.each(m.read(source.address, "u64"))
+    at = [m.each(m.read(part, "s32")) for part in reversed(source.parts)]
     for n, key in zip(np.flatnonzero(mask), barriers_of(m, signal, mask), strict=True):
         tensor_map = m.arguments[(int(tensor[n]) - PARAMETERS) // 256]
         barrier = m.barriers[key]

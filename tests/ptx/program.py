@@ -8,6 +8,8 @@ from functools import cached_property
 
 SIZES = {"pred": 1, "b8": 1, "b16": 2, "f16": 2, "b32": 4, "f32": 4, "b64": 8, "f64": 8, "b128": 16}
 
+PART = re.compile(r"(?:\[[^]]*\]|\{[^}]*\}|[^,[{])+")
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -54,14 +56,7 @@ class Program:
 
 def split(text: str) -> list[str]:
     """At commas that are in no brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts] if text.strip() else []
+    return [part.strip() for part in PART.findall(text)] if text.strip() else []
 
 
 def parse(text: str) -> Program:

@@ -17,9 +17,7 @@ GROUP, MEMBER = LANE // 4, LANE % 4
 
 def stacked(m: Machine, operand: Operand) -> Array:
     """Registers of 32 bits -> (warps, 32, registers)."""
-    return np.stack([np.broadcast_to(m.read(part, "u32"), m.lanes) for part in operand.parts], 1).reshape(
-        -1, 32, len(operand.parts)
-    )
+    return np.stack([m.each(m.read(part, "u32")) for part in operand.parts], 1).reshape(-1, 32, len(operand.parts))
 
 
 def numbers(registers: Array, kind: str) -> Array:
@@ -103,7 +101,7 @@ def store_matrices(m: Machine, i: Instruction, mask: Mask) -> None:
     count, addresses = matrix_rows(m, i, i.operands[0], mask)
     stored = np.empty((len(addresses), count, 8, 8), "u2")
     for n, source in enumerate(i.operands[1].parts):
-        pairs = np.broadcast_to(m.read(source, "u32"), m.lanes)[mask]
+        pairs = m.each(m.read(source, "u32"))[mask]
         stored[:, n] = np.ascontiguousarray(pairs).view("u2").reshape(-1, 8, 8)
     if "trans" in i.modifiers:
         stored = stored.swapaxes(2, 3)
@@ -158,9 +156,9 @@ def product_of_warps(m: Machine, i: Instruction, mask: Mask) -> None:
         if a.parts:
             rows = rows_of(stacked(m, a), kind).reshape(-1, 64, k)[there]
         else:
-            rows = np.broadcast_to(m.read(a, "u64"), m.lanes)[::128][there]
-        others = np.broadcast_to(m.read(b, "u64"), m.lanes)[::128][there]
-        kept = np.broadcast_to(m.read(keeps, "pred"), m.lanes)[::32, None, None]
+            rows = m.each(m.read(a, "u64"))[::128][there]
+        others = m.each(m.read(b, "u64"))[::128][there]
+        kept = m.each(m.read(keeps, "pred"))[::32, None, None]
 
         def finish() -> None:
             left = rows if a.parts else described(m, rows, block, 64, kind, turned[0] if turned else False)
