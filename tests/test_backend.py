@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,3 +368,18 @@ def test_a_network_without_taps_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="weights must have channels, taps and outputs, got conv"):
         Generator(weights, [1])
+
+
+INTEGERS, BFLOAT16 = "csrc/cpu/integer_pairs.h", "csrc/cpu/bfloat16_pairs.h"
+
+
+def test_libraries_share_objects_that_are_the_same():
+    """VNNI is asked for in two headers: what includes neither is compiled once for both, as setup.py has it."""
+    root = Path(__file__).parents[1]
+    files = [path for pattern in ("csrc/*.*", "csrc/cpu/*") for path in root.glob(pattern)]
+    asking = {str(path.relative_to(root)): path.read_text() for path in files if "VNNI__" in path.read_text()}
+    assert {name for name, text in asking.items() if "__AVX512VNNI__" in text} == {BFLOAT16, INTEGERS}
+    assert {name for name, text in asking.items() if "__AVXVNNI__" in text} == {INTEGERS}
+    setup = (root / "setup.py").read_text()
+    assert f'"avx2_vnni": ("avx2", {{"{INTEGERS}"}})' in setup
+    assert f'"avx512_vnni": ("avx512", {{"{INTEGERS}", "{BFLOAT16}"}})' in setup
