@@ -22,7 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 WANT = os.environ.get("FASTGEN_BUILD", "auto")
-CXX = shlex.split(os.environ.get("CXX", "c++"))
+CXX = shlex.split(os.environ.get("CXX") or "c++")
 NINJA = [sys.executable, "-m", "ninja"] if find_spec("ninja") else list(filter(None, [shutil.which("ninja")]))
 FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 FLAGS += ["-g0"]  # Python asks for -g, which would be nine tenths of a library
@@ -84,7 +84,7 @@ class Build(build_ext):
         libraries = [ext for ext in self.extensions if ext.name != CUDA]
         Path("build/ninja").mkdir(parents=True, exist_ok=True)
         Path("build/ninja/build.ninja").write_text(self.plan(libraries))
-        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         self.spawn([*NINJA, "-f", "build/ninja/build.ninja", *jobs])
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name))

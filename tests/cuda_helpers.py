@@ -16,7 +16,7 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
 FLAGS += [f"-Wno-{name}" for name in ("unused-function", "clobbered", "unknown-pragmas")]
 MODES = {
     "plain": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all"],  # null: ASan tells
     "thread": ["-fsanitize=thread"],
 }
 TOLD = {"plain": [], "address": ["-DEMULATE_ASAN"], "thread": ["-DEMULATE_TSAN"]}  # of what the scheduler tells
