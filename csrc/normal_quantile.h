@@ -2,11 +2,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define FASTGEN_HOST_DEVICE __host__ __device__
-#else
-#define FASTGEN_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace fastgen {
 namespace {

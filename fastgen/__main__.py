@@ -108,8 +108,9 @@ def _sample(options: argparse.Namespace) -> None:
     check_output(options.out)  # before an hour's work
     model, rate = load_wavenet(options.checkpoint)
     samples = model.to(options.device).generate(
-        round(options.seconds * rate), temperature=options.temperature, dtype=DTYPES[options.dtype],
-        generator=torch.Generator().manual_seed(options.seed), backend=options.backend, progress=True,
+        round(options.seconds * rate), temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        dtype=DTYPES[options.dtype], generator=torch.Generator().manual_seed(options.seed), backend=options.backend,
+        progress=True,
     ).cpu()  # fmt: skip
     x = mu_law_decode(samples[0], model.classes) if model.distribution == "categorical" else samples[0]
     save_audio(options.out, x, rate)
@@ -363,10 +364,18 @@ def _parser() -> argparse.ArgumentParser:
     drawn("vectors", sample_vectors, "draw images with a trained FVSBN, NADE or VAE")
     images = "draw images with a trained VQ-VAE and the priors beside it"
     vqvae = drawn("vqvae", sample_two_stage, images, label=of_all)
-    drawn(
+    speech = drawn(
         "speech_vqvae", sample_speech, "generate audio, clip after clip, with a VQ-VAE of speech and its prior",
         "FILE.wav", 3, f"{of_all}; default: each in turn",
     )  # fmt: skip
+    for added in (wavenet, pixels, vqvae, speech):
+        of_codes = "" if added in (wavenet, pixels) else ", of codes"
+        added.add_argument(
+            "--top-k", type=_count, help=f"draw from so many of the most probable values alone{of_codes}"
+        )
+        added.add_argument(
+            "--top-p", type=float, help=f"draw from the fewest values that have so much of the probability{of_codes}"
+        )
     for added in (wavenet, pixels, vqvae):
         added.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights, default: %(default)s")
         added.add_argument("--backend", choices=(*BACKENDS, "auto"), help="default: the fastest that is live")

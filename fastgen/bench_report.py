@@ -82,8 +82,9 @@ def _training(benchmarks: list[Benchmark]) -> list[str]:
             continue
         cells = []
         for dtype in ("", " bfloat16"):
-            ours, theirs = (b["seconds"][way + dtype] for way in ("fastgen", "eager"))
-            cells += [_milliseconds(ours), _milliseconds(theirs), f"{theirs / ours:.1f}x"]
+            ours, theirs = (b["seconds"].get(way + dtype) for way in ("fastgen", "eager"))
+            both = ours is not None and theirs is not None
+            cells += [_milliseconds(ours), _milliseconds(theirs), f"{theirs / ours:.1f}x" if both else ""]
         rows.append([b["case"], *cells, _memory(b)])
     heads = (
         "gradients of a training step, ms", "fastgen", "PyTorch", "ratio", "bfloat16: fastgen", "PyTorch", "ratio",
@@ -204,8 +205,8 @@ def _megabytes(memory: dict[str, float | None], names: tuple[str, ...]) -> str:
     return " / ".join(f"{value / 1e6:.0f}" for name in names if (value := memory.get(name)) is not None)
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.{0 if seconds >= 0.01 else 1}f}"
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.{0 if seconds >= 0.01 else 1}f}"
 
 
 def _count(rate: float | None) -> str:
@@ -255,13 +256,14 @@ def draw_speed(path: Path, result: dict[str, Any]) -> None:
             draws.append((b["case"], [naive / seconds[way] for way in ("float32", "bfloat16")]))
         elif b.get("training"):
             ways = ("", " bfloat16")
-            steps.append((b["case"], [seconds["eager" + way] / seconds["fastgen" + way] for way in ways]))
+            measured = [way for way in ways if "eager" + way in seconds]
+            steps.append((b["case"], [seconds["eager" + way] / seconds["fastgen" + way] for way in measured]))
     figure = Figure(figsize=(14, 6), layout="constrained")
     titles = ("drawing samples: times faster than a loop in PyTorch", "a training step: times faster than PyTorch")
     for axes, title, bars in zip(figure.subplots(1, 2), titles, (draws, steps), strict=True):
         for i, (label, color) in enumerate((("float32", "tab:blue"), ("bfloat16", "tab:orange"))):
-            places = [row + 0.4 * i - 0.2 for row in range(len(bars))]
-            times = [ratios[i] for _, ratios in bars]
+            places = [row + 0.4 * i - 0.2 for row, (_, ratios) in enumerate(bars) if i < len(ratios)]
+            times = [ratios[i] for _, ratios in bars if i < len(ratios)]
             axes.barh(places, [t - 1 for t in times], left=1, height=0.38, color=color, label=label)
             for place, t in zip(places, times, strict=True):
                 axes.text(max(t, 1), place, f" {t:,.{0 if t >= 10 else 1}f}", va="center", fontsize=7)

@@ -46,6 +46,17 @@ def check_temperature(op: str, temperature: Any) -> None:
         raise ValueError(f"{op}: temperature must lie in [1e-30, 1e30], got {temperature}")
 
 
+def check_truncation(op: str, top_k: Any, top_p: Any, kind: str) -> None:
+    """Of the distribution that a sample is drawn from, of a kind that `distributions` knows."""
+    if top_k is not None:
+        check_integer(op, "top_k", top_k)
+    if top_p is not None and not (is_finite(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"{op}: top_p must lie in (0, 1], got {top_p!r}")
+    for name, value in (("top_k", top_k), ("top_p", top_p)):
+        if value is not None and kind != "categorical":
+            raise ValueError(f"{op}: {name} is for categorical outputs, got {value!r} where they are {kind}")
+
+
 def check_generator(op: str, generator: Any) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")

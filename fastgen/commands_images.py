@@ -154,9 +154,9 @@ def sample_two_stage(options: argparse.Namespace) -> None:
         raise ValueError(f"--label: must lie in [0, {model.classes}), got {options.label}")
     labels = None if options.label is None else torch.full((options.number,), options.label, device=options.device)
     drawn = model.eval().sample(
-        options.number, size, labels=labels, temperature=options.temperature,
-        generator=torch.Generator().manual_seed(options.seed), dtype=getattr(torch, options.dtype),
-        backend=options.backend, progress=True,
+        options.number, size, labels=labels, temperature=options.temperature, top_k=options.top_k,
+        top_p=options.top_p, generator=torch.Generator().manual_seed(options.seed),
+        dtype=getattr(torch, options.dtype), backend=options.backend, progress=True,
     )  # fmt: skip
     save_square(options.out, drawn)
     print(f"{options.out}: {options.number} images of {size[0]} x {size[1]} pixels")
@@ -212,8 +212,8 @@ def sample_pixels(options: argparse.Namespace) -> None:
     labels = asked_labels(options, model)
     values = model.sample(
         options.number, tuple(options.image_size or size), labels=labels, temperature=options.temperature,
-        dtype=getattr(torch, options.dtype), generator=torch.Generator().manual_seed(options.seed),
-        backend=options.backend, progress=True,
+        top_k=options.top_k, top_p=options.top_p, dtype=getattr(torch, options.dtype),
+        generator=torch.Generator().manual_seed(options.seed), backend=options.backend, progress=True,
     )  # fmt: skip
     pictures = to_pixels(values, model)
     save_square(options.out, pictures)

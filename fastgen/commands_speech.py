@@ -82,7 +82,7 @@ def train_speech_prior(options: argparse.Namespace, path: Path) -> None:
         held_out = f", held out {log.validation[-1][1]:.4f}" if log.validation else ""
         print(f"prior of codes: step {log.step}, loss {log.losses[-1]:.4f} bits per code{held_out}")
     heard = beside(path, "samples", ".wav")
-    drawn, rate = _draw(path, HEARD, None, 1.0, options.seed, options.device)
+    drawn, rate = _draw(path, HEARD, options.seed, options.device)
     _save(heard, drawn, rate, model.classes)
     print(f"{heard}: {HEARD} samples")
 
@@ -95,16 +95,19 @@ def sample_speech(options: argparse.Namespace) -> None:
     check_output(options.out)
     classes = load_speech_vqvae(options.checkpoint)[0].classes
     drawn, rate = _draw(
-        options.checkpoint, options.number, options.label, options.temperature, options.seed, options.device
-    )
+        options.checkpoint, options.number, options.seed, options.device, label=options.label,
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+    )  # fmt: skip
     _save(options.out, drawn, rate, classes)
     print(f"{options.out}: {options.number} clips of {drawn.shape[1] / rate:g} s at {rate} Hz")
 
 
 def _draw(
-    path: Path, number: int, label: int | None, temperature: float, seed: int, device: torch.device
-) -> tuple[Tensor, int]:
-    """Clips (number, T) of classes, codes first; without a label, of each class in turn; and their rate."""
+    path: Path, number: int, seed: int, device: torch.device, *, label: int | None = None, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Clips (number, T) of classes, codes first, of which top_k and top_p are; without a label, of each class in turn;
+    and their rate."""
     from fastgen.models import SpeechVQVAE
     from fastgen.training_speech import load_speech_vqvae
     from fastgen.training_stages import load_priors
@@ -116,7 +119,11 @@ def _draw(
         raise ValueError(f"{path}: its prior has no classes: leave out --label")
     labels = torch.arange(number, device=device) % classes if label is None and classes else None
     labels = labels if label is None else torch.full((number,), label, device=device)
-    codes = prior.to(device).eval().sample(number, size, labels=labels, temperature=temperature, generator=generator)
+    codes = (
+        prior.to(device)
+        .eval()
+        .sample(number, size, labels=labels, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    )
     drawn = model.to(device).eval().decode(codes[:, 0], temperature=temperature, generator=generator, progress=True)
     return drawn.cpu(), load_speech_vqvae(path)[1]
 

@@ -26,7 +26,7 @@ def _on_a_gpu(need):
 
 
 def generated(which, dtype=torch.float32, streams=1, steps=40, distribution="categorical", layers=6, width=16, local=0,
-              kernel_size=2, given=0, temperature=1.0, dilate=4, gain=1.0):  # fmt: skip
+              kernel_size=2, given=0, dilate=4, gain=1.0, **drawing):  # fmt: skip
     """Samples, parameters and history of a network that runs in two calls, by `which` backend; results on the CPU."""
     device = "cuda" if which == "cuda" else "cpu"
     random = torch.Generator().manual_seed(0)
@@ -61,7 +61,7 @@ def generated(which, dtype=torch.float32, streams=1, steps=40, distribution="cat
     parts = [
         run(
             state, uniforms[:, half], bias, local=None if features is None else features[:, half],
-            temperature=temperature, given=known if half.start == 0 else None, parameters=True,
+            given=known if half.start == 0 else None, parameters=True, **drawing,
         )
         for half in halves
     ]  # fmt: skip
@@ -97,6 +97,7 @@ def test_generation(distribution, size, streams, dtype):
         {"layers": 30, "width": 128, "kernel_size": 3, "streams": 9},
         {"layers": 600, "width": 32, "streams": 2, "gain": 0.4},
         {"given": 3, "temperature": 0.7, "streams": 5, "distribution": "logistic"}, {"given": 5, "temperature": 1.3},
+        {"top_k": 9, "streams": 3}, {"top_p": 0.7}, {"top_k": 100, "top_p": 0.9, "streams": 300},
         {"layers": 1, "width": 3, "kernel_size": 1}, {"layers": 9, "dilate": 9, "steps": 700},
     ],
     ids=str,
@@ -150,6 +151,15 @@ def test_images(model, batch, dtype):
     expected = network.sample(batch, (7, 9), uniforms=uniforms, dtype=dtype, backend=yardstick(dtype))
     got = network.cuda().sample(batch, (7, 9), uniforms=uniforms.cuda(), dtype=dtype, backend="cuda").cpu()
     assert float((got == expected).flatten(1).all(1).float().mean()) >= 1 - 1 / max(batch, 20)
+
+
+@pytest.mark.parametrize("how", [{"top_k": 5}, {"top_p": 0.5}, {"top_k": 100, "top_p": 0.8}], ids=str)
+def test_images_of_the_most_probable_codes(how):
+    torch.manual_seed(0)
+    model, uniforms = GatedPixelCNN(codes=200, channels=32, layers=2), torch.rand(20, 7, 9)
+    expected = model.sample(20, (7, 9), uniforms=uniforms, backend=yardstick(torch.float32), **how)
+    got = model.cuda().sample(20, (7, 9), uniforms=uniforms.cuda(), backend="cuda", **how).cpu()
+    assert float((got == expected).flatten(1).all(1).float().mean()) >= 0.95
 
 
 def test_attention_over_more_pixels_than_shared_memory_has_scores_for():

@@ -9,8 +9,8 @@ from fastgen.ops.pixel_layout import layout_of, not_on_cuda
 
 NAMES = (
     "packed", "shapes", "planes", "instructions", "bf16", "biases", "context", "context_plane", "table", "distribution",
-    "outputs", "log_scale_min", "temperature", "uniforms", "given", "known", "first_row", "last_row", "memory",
-    "values", "parameters",
+    "outputs", "log_scale_min", "temperature", "top_k", "top_p", "uniforms", "given", "known", "first_row", "last_row",
+    "memory", "values", "parameters",
 )  # fmt: skip
 
 
@@ -71,7 +71,8 @@ def check(folder, seen, mode="plain", cluster=1, images_each=1, row_cluster=1, r
         "own_context": int(context is not None and len(context) > 1), "outputs": seen["outputs"],
         "levels": seen["table"].shape[0], "features": seen["table"].shape[1], "context_plane": seen["context_plane"],
         "context_channels": 0 if context is None else context.shape[3], "temperature": seen["temperature"],
-        "log_scale_min": seen["log_scale_min"], "bf16": int(seen["bf16"]), "threads": threads, "cluster": cluster,
+        "top_k": seen["top_k"], "top_p": seen["top_p"], "log_scale_min": seen["log_scale_min"],
+        "bf16": int(seen["bf16"]), "threads": threads, "cluster": cluster,
         "images_each": images_each, "row_cluster": row_cluster, "row_images": row_images, "columns": columns,
         "resident": int(resident), "spilled": int(spilled), "meets": int(meets), "order": ORDERS[order][0],
         "seed": ORDERS[order][1], "fill": fill,
@@ -119,6 +120,7 @@ MODELS = {
     "plain": lambda: (PixelCNN(channels=8, layers=2), {}),
     "attention": lambda: (PixelSNAIL(channels=8, layers=2, levels=4), {}),
     "transformer": lambda: (gpt(), {}),
+    "many codes, top_k and top_p": lambda: (gated(codes=70), {"top_k": 9, "top_p": 0.8, "temperature": 0.5}),
     "transformer, bfloat16, classes": lambda: (
         gpt(classes=3),
         {"labels": torch.tensor([0, 2, 1]), "dtype": torch.bfloat16},
@@ -141,7 +143,8 @@ HOW = {
 }  # fmt: skip
 
 
-LIKE = ("logistic", "logistic, colors", "diagonal LSTM")  # what differs from others is not how blocks share the work
+# what differs from others is not how blocks share the work
+LIKE = ("logistic", "logistic, colors", "diagonal LSTM", "many codes, top_k and top_p")
 
 
 @pytest.mark.parametrize(("name", "how"), [(n, h) for n in MODELS for h in HOW if n not in LIKE or h == "a cluster"])

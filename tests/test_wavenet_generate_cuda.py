@@ -52,7 +52,7 @@ def call(weights, dilations, distribution="categorical", streams=2, steps=12, co
 
 
 def emulate(program, folder, weights, dilations, state, args, *, distribution="categorical", temperature=1.0,
-            bf16=False, local_weight=None, threads=64,
+            top_k=None, top_p=None, bf16=False, local_weight=None, threads=64,
             cluster=1, tiles=1, tile=1, resident=True, spilled=False, order="forward", fill=0xFF):  # fmt: skip
     """-> samples, parameters, and the state behind them."""
     arrays = {f"weights.{k}": v for k, v in weights._asdict().items()}
@@ -76,6 +76,7 @@ def emulate(program, folder, weights, dilations, state, args, *, distribution="c
         "position": state.position, "gate_bias_stride": int(len(args["gate_bias"]) > 1),
         "local": 0 if local is None else local.shape[2],
         "distribution": distributions.KINDS.index(distribution), "temperature": temperature, "log_scale_min": -7.0,
+        **dict(zip(("top_k", "top_p"), distributions.truncation(top_k, top_p, len(weights.output)), strict=True)),
         "threads": threads, "cluster": cluster, "tiles": tiles, "tile": tile, "resident": int(resident),
         "spilled": int(spilled), "bf16": int(bf16), "order": ORDERS[order][0], "seed": ORDERS[order][1], "fill": fill,
     }  # fmt: skip
@@ -91,17 +92,19 @@ def emulate(program, folder, weights, dilations, state, args, *, distribution="c
     return samples.view(streams, steps), read("parameters", torch.float32).view(streams, steps, -1), history, last
 
 
-def check(program, folder, weights, dilations, state, args, *, distribution="categorical", temperature=1.0,
-          bf16=False, **how):  # fmt: skip
-    got = emulate(program, folder, weights, dilations, state, args, distribution=distribution,
-                  temperature=temperature, bf16=bf16, **how)  # fmt: skip
+def check(program, folder, weights, dilations, state, args, *, distribution="categorical", bf16=False, drawing=None,
+          **how):  # fmt: skip
+    """`drawing`: temperature, top_k, top_p."""
+    drawing = drawing or {}
+    got = emulate(program, folder, weights, dilations, state, args, distribution=distribution, bf16=bf16,
+                  **drawing, **how)  # fmt: skip
     dtype = torch.bfloat16 if bf16 else torch.float32
     reference = Generator(
         weights, dilations, distribution=distribution, dtype=dtype, local_weight=how.get("local_weight"),
         backend="reference",
     )  # fmt: skip
     state = state.clone()
-    samples, parameters = reference.run(state, **args, temperature=temperature, parameters=True)
+    samples, parameters = reference.run(state, **args, **drawing, parameters=True)
     torch.testing.assert_close(got[1], parameters, rtol=1e-4, atol=2e-5)
     if distribution == "categorical":
         assert torch.equal(got[0], samples)
@@ -168,8 +171,16 @@ def test_sizes_and_distributions(sizes, distribution, how, tmp_path):
         state, args = call(weights, dilations, distribution, 3, steps, own_bias=True, given=given)
         check(
             built("wavenet.cpp", "address"), tmp_path, weights, dilations, state, args, distribution=distribution,
-            temperature=0.7, **how,
+            drawing={"temperature": 0.7}, **how,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("drawing", [{"top_k": 1}, {"top_k": 20}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.9}], ids=str)
+def test_most_probable_classes(drawing, tmp_path):
+    weights = network(outputs=300)
+    state, args = call(weights, DILATIONS, streams=3)
+    drawing = {"temperature": 0.7} | drawing
+    check(built("wavenet.cpp", "address"), tmp_path, weights, DILATIONS, state, args, drawing=drawing)
 
 
 @pytest.mark.parametrize("how", [

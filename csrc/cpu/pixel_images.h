@@ -406,7 +406,8 @@ class Images {
       const float pair[2] = {0.0f, out[0]};
       return sample_categorical(pair, 2, job_.temperature, u, sides_[0].scratch.data());
     }
-    return sample_categorical(out, static_cast<int>(job_.outputs), job_.temperature, u, sides_[0].scratch.data());
+    return sample_categorical(out, static_cast<int>(job_.outputs), job_.temperature, u, sides_[0].scratch.data(),
+                              job_.kept);
   }
 
   const PixelJob& job_;

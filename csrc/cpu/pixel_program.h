@@ -127,6 +127,7 @@ struct PixelJob {
   Distribution distribution;
   int64_t outputs, levels, features;
   float temperature, log_scale_min;
+  Truncation kept;
   const float *biases, *table, *uniforms;
   bool own_biases;
   const float* context;

@@ -52,8 +52,8 @@ Tensor pixelcnn_pack(std::vector<Tensor> matrices, std::vector<int64_t> shapes, 
 void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<int64_t> planes,
                        std::vector<int64_t> instructions, bool bf16, Tensor biases, std::optional<Tensor> context,
                        int64_t context_plane, Tensor table, int64_t distribution, int64_t outputs, double log_scale_min,
-                       double temperature, Tensor uniforms, std::optional<Tensor> given, std::optional<Tensor> known,
-                       int64_t first_row, int64_t last_row, Tensor memory, Tensor values,
+                       double temperature, int64_t top_k, double top_p, Tensor uniforms, std::optional<Tensor> given,
+                       std::optional<Tensor> known, int64_t first_row, int64_t last_row, Tensor memory, Tensor values,
                        std::optional<Tensor> parameters) {
   PixelJob job{};
   std::atomic<bool> not_finite = false;
@@ -86,6 +86,7 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.levels = table.size(0);
   job.features = table.size(1);
   job.temperature = static_cast<float>(temperature);
+  job.kept = {top_k, static_cast<float>(top_p)};
   job.log_scale_min = static_cast<float>(log_scale_min);
   job.biases = data_of<float>(biases);
   job.own_biases = biases.size(0) > 1;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../normal_quantile.h"
+#include "../truncation.h"
 #include "functions.h"
 
 namespace fastgen {
@@ -12,8 +13,28 @@ enum class Distribution { kCategorical = 0, kLogisticMixture = 1, kGaussianMixtu
 // What sample_categorical needs to work in.
 inline int64_t sampling_scratch(int classes) { return 2 * round_up(classes, kF); }
 
-// The number of classes whose cumulative probability is <= u, for softmax(logits / temperature).
-inline int64_t sample_categorical(const float* logits, int classes, float temperature, float u, float* p) {
+// Weights in proportion to probabilities, zero where the class is not drawn from.
+[[gnu::noinline]] inline void truncate(float* p, int vectors, const Truncation& kept) {
+  const auto reaching = [&](float t, auto&& of) {
+    VecF sum{};
+    for (int v = 0; v < vectors; ++v) {
+      const VecF weights = load(p + v * kF), zero{};
+      sum += weights >= t ? of(weights) : zero;
+    }
+    return sum_of_lanes<float>(sum);
+  };
+  const float least = least_kept(
+      kept, [&](float t) { return reaching(t, [](VecF) FASTGEN_INLINE { return splat(1.0f); }); },
+      [&](float t) { return reaching(t, [](VecF weights) FASTGEN_INLINE { return weights; }); });
+  for (int v = 0; v < vectors; ++v) {
+    const VecF weights = load(p + v * kF), zero{};
+    store(p + v * kF, weights >= least ? weights : zero);
+  }
+}
+
+// The number of classes whose cumulative probability is <= u, for softmax(logits / temperature) of what is kept.
+inline int64_t sample_categorical(const float* logits, int classes, float temperature, float u, float* p,
+                                  const Truncation& kept = {}) {
   const int vectors = static_cast<int>(round_up(classes, kF)) / kF;
   float* sums = p + vectors * kF;  // of each vector's lanes
   const auto logits_at = [&](int v) {
@@ -30,6 +51,7 @@ inline int64_t sample_categorical(const float* logits, int classes, float temper
     store(p + v * kF,
           x < -87.0f ? zero : exp_bounded(x));  // zero, or a uniform of 0 would draw a class of probability 0
   }
+  if (kept.any()) truncate(p, vectors, kept);
   for (int first = 0; first < vectors; first += kF) {
     VecF rows[kF];
     unroll<kF>([&](auto i) FASTGEN_INLINE { rows[i] = first + i < vectors ? load(p + (first + i) * kF) : VecF{}; });
@@ -45,13 +67,16 @@ inline int64_t sample_categorical(const float* logits, int classes, float temper
     if (n > 0) below = upto[n - 1];
     return n;
   };
+  int drawn = classes - 1;
   for (int first = 0; first < vectors; first += kF) {
     const int n = passed(sums + first);
     if (n == kF) continue;
     const int v = first + n;
-    return v < vectors ? std::min(v * kF + passed(p + v * kF), classes - 1) : classes - 1;
+    if (v < vectors) drawn = std::min(v * kF + passed(p + v * kF), classes - 1);
+    break;
   }
-  return classes - 1;
+  while (drawn > 0 && p[drawn] == 0) --drawn;  // all sums may round to less than the threshold
+  return drawn;
 }
 
 // One value from a mixture of logistics or Gaussians, in [-1, 1]. parameters: [logits | means | log scales], without

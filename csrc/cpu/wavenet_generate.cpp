@@ -117,14 +117,15 @@ Tensor wavenet_pack(std::vector<Tensor> weights, bool bf16, bool few) {
 
 // See fastgen/ops/wavenet_generate.py for the meaning of the arguments; they are checked there.
 void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int64_t> dilations, bool bf16,
-                      int64_t distribution, double log_scale_min, double temperature, Tensor gate_bias,
-                      std::optional<Tensor> cond, Tensor uniforms, std::optional<Tensor> given, int64_t position,
-                      Tensor history, Tensor last, Tensor samples, std::optional<Tensor> parameters) {
+                      int64_t distribution, double log_scale_min, double temperature, int64_t top_k, double top_p,
+                      Tensor gate_bias, std::optional<Tensor> cond, Tensor uniforms, std::optional<Tensor> given,
+                      int64_t position, Tensor history, Tensor last, Tensor samples, std::optional<Tensor> parameters) {
   Job job{};
   job.shape = shape_from(shape);
   job.dilations = std::move(dilations);
   job.distribution = static_cast<Distribution>(distribution);
   job.temperature = static_cast<float>(temperature);
+  job.kept = {top_k, static_cast<float>(top_p)};
   job.log_scale_min = static_cast<float>(log_scale_min);
   job.streams = samples.size(0);
   job.steps = samples.size(1);

@@ -21,6 +21,7 @@ struct Job {
   std::vector<int64_t> dilations;
   Distribution distribution;
   float temperature, log_scale_min;
+  Truncation kept;
   int64_t streams, steps, given_steps, position, uniforms_per_step;
   const float *gate_bias, *cond, *uniforms;
   int64_t gate_bias_stride;  // 0 where all streams share it

@@ -372,8 +372,9 @@ class Streams {
       const float* u = job_.uniforms + at * job_.uniforms_per_step;
       const bool given = t < job_.given_steps;
       if (job_.distribution == Distribution::kCategorical) {
-        const int64_t c = given ? job_.given_class[b * job_.given_steps + t]
-                                : sample_categorical(out, s.outputs, job_.temperature, u[0], scratch_.data());
+        const int64_t c = given
+                              ? job_.given_class[b * job_.given_steps + t]
+                              : sample_categorical(out, s.outputs, job_.temperature, u[0], scratch_.data(), job_.kept);
         job_.classes[at] = job_.last_class[b] = c;
       } else {
         const float v = given ? job_.given_value[b * job_.given_steps + t]

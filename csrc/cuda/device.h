@@ -13,7 +13,7 @@
 #else
 #include <cooperative_groups.h>
 #define FASTGEN_DEVICE __device__ __forceinline__
-#define FASTGEN_APART __device__ __noinline__
+#define FASTGEN_APART inline __device__ __noinline__
 #endif
 
 namespace fastgen::device {

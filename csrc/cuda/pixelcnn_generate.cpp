@@ -79,8 +79,8 @@ struct Launched {
 void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<int64_t> planes,
                        std::vector<int64_t> instructions, bool bf16, Tensor biases, std::optional<Tensor> context,
                        int64_t context_plane, Tensor table, int64_t distribution, int64_t outputs, double log_scale_min,
-                       double temperature, Tensor uniforms, std::optional<Tensor> given, std::optional<Tensor> known,
-                       int64_t first_row, int64_t last_row, Tensor memory, Tensor values,
+                       double temperature, int64_t top_k, double top_p, Tensor uniforms, std::optional<Tensor> given,
+                       std::optional<Tensor> known, int64_t first_row, int64_t last_row, Tensor memory, Tensor values,
                        std::optional<Tensor> parameters) {
   const char* op = "pixelcnn_generate";
   Job job{};
@@ -106,6 +106,7 @@ void pixelcnn_generate(Tensor packed, std::vector<int64_t> shapes, std::vector<i
   job.context_plane = context_plane;
   job.context_channels = context ? context->size(3) : 0;
   job.temperature = static_cast<float>(temperature);
+  job.kept = {top_k, static_cast<float>(top_p)};
   job.log_scale_min = static_cast<float>(log_scale_min);
   job.weights_at = packed.data_ptr();
   job.biases = static_cast<const float*>(biases.data_ptr());

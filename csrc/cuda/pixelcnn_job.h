@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../pixel_layout.h"
+#include "../truncation.h"
 #include "tiles.h"
 
 namespace fastgen::pixelcnn {
@@ -86,6 +87,7 @@ struct Job {
   bool logistic, own_biases, own_context;
   int64_t outputs, levels, features, context_plane, context_channels;
   float temperature, log_scale_min;
+  Truncation kept;
   const Plane* planes;
   const Instruction* instructions;
   const Matrix* matrices;

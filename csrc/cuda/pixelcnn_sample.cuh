@@ -33,9 +33,11 @@ FASTGEN_DEVICE int64_t sample_logistic_level(const Job& job, const float* parame
 }
 
 // By the lanes of a warp, or by one where there is one output.
-FASTGEN_DEVICE int64_t draw_value(const Job& job, const float* out, float u) {
+FASTGEN_APART int64_t draw_value(const Job& job, const float* out, float u) {
   if (job.logistic) return sample_logistic_level(job, out, u);
-  if (job.outputs > 1) return sample_categorical(out, static_cast<int>(job.outputs), job.temperature, u);
+  const int outputs = static_cast<int>(job.outputs);
+  if (outputs > 1 && job.kept.any()) return sample_most_probable(out, outputs, job.temperature, u, job.kept);
+  if (outputs > 1) return sample_categorical(out, outputs, job.temperature, u);
   // one logit: of level 1 against level 0
   const float logit = out[0] / job.temperature, top = fmaxf(logit, 0), zero = expf(-top);
   return zero <= u * (zero + expf(logit - top));

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../normal_quantile.h"
+#include "../host_device.h"
 
 namespace fastgen {
 

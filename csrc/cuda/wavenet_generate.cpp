@@ -74,9 +74,9 @@ bool wavenet_fits(Tensor packed, std::vector<int64_t> shape, bool bf16) {
 }
 
 void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int64_t> /*dilations*/, bool bf16,
-                      int64_t distribution, double log_scale_min, double temperature, Tensor gate_bias,
-                      std::optional<Tensor> cond, Tensor uniforms, std::optional<Tensor> given, int64_t position,
-                      Tensor history, Tensor last, Tensor samples, std::optional<Tensor> parameters) {
+                      int64_t distribution, double log_scale_min, double temperature, int64_t top_k, double top_p,
+                      Tensor gate_bias, std::optional<Tensor> cond, Tensor uniforms, std::optional<Tensor> given,
+                      int64_t position, Tensor history, Tensor last, Tensor samples, std::optional<Tensor> parameters) {
   const int64_t streams = samples.size(0), steps = samples.size(1);
   if (streams == 0 || steps == 0) return;
   const Shape s = shape_from(shape);
@@ -103,6 +103,7 @@ void wavenet_generate(Tensor packed, std::vector<int64_t> shape, std::vector<int
   job.history_at = job.dilations + s.layers;
   job.distribution = static_cast<Distribution>(distribution);
   job.temperature = static_cast<float>(temperature);
+  job.kept = {top_k, static_cast<float>(top_p)};
   job.log_scale_min = static_cast<float>(log_scale_min);
   job.steps = steps;
   job.position = position;

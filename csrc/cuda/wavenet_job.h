@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../truncation.h"
 #include "runtime.h"
 #include "wavenet_layout.h"
 
@@ -45,6 +46,7 @@ struct Job {
   int64_t old_at, old_size;  // of a layer's taps before the current one
   Distribution distribution;
   float temperature, log_scale_min;
+  Truncation kept;
   int64_t streams, steps, given_steps, position, history_rows, history_stride;
   const void* weights;
   const float* floats;

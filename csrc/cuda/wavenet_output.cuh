@@ -1,6 +1,7 @@
 // The end of the pipeline: the output layers, and the sample.
 #pragma once
 
+#include "../normal_quantile.h"
 #include "wavenet_generate.cuh"
 
 namespace fastgen::wavenet {
@@ -72,7 +73,8 @@ FASTGEN_DEVICE void Block<M, kResident, W>::choose(int tile, int n, int64_t t) {
     if (ends) last[b] = sample;
   };
   if (job_.distribution == Distribution::kCategorical) {
-    int32_t sample = quick_categorical(out, outputs, scale_, uniforms_[n]);
+    int32_t sample = job_.kept.any() ? sample_most_probable(out, outputs, job_.temperature, uniforms_[n], job_.kept)
+                                     : quick_categorical(out, outputs, scale_, uniforms_[n]);
     if (is_given) sample = static_cast<int32_t>(job_.given_class[b * job_.given_steps + t]);
     pass(job_.classes, job_.last_class, came_, sample);
   } else {

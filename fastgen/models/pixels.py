@@ -19,6 +19,7 @@ from fastgen.checks import (
     check_progress,
     check_temperature,
     check_tensor,
+    check_truncation,
     is_finite,
     renew_weights,
 )
@@ -180,6 +181,8 @@ class PixelModel(nn.Module):
         labels: Tensor | None = None,
         cond: Tensor | None = None,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         uniforms: Tensor | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
@@ -199,6 +202,10 @@ class PixelModel(nn.Module):
             See the class.
         temperature
             > 0; below 1 samples are likelier and less varied.
+        top_k, top_p
+            Draw each value, or code, from the `top_k` most probable ones, and of these from the fewest whose
+            probabilities reach `top_p` of theirs, once the temperature is applied; what is as probable as the last
+            one kept is kept too. None keeps all. For categorical outputs.
         uniforms
             (B, C, H, W) in [0, 1) (with codes (B, H, W)); the same uniforms give the same image on every backend, save
             where one falls within rounding of a boundary. Drawn from `generator` by default.
@@ -225,25 +232,17 @@ class PixelModel(nn.Module):
         size, uniforms, given, known = self._sampling_arguments(
             name, batch_size, image_size, given, known, temperature, uniforms, generator, progress
         )
+        check_truncation(name, top_k, top_p, self.distribution.kind)
         context = self._context(batch_size, size, labels, cond)
         if context is not None and not bool(torch.isfinite(context).all()):
             raise ValueError(f"{name}: cond holds NaN or infinity, or becomes so in the network that reads it")
         with reporter(name, progress, size[0], "rows") as report:
-            values = self._draw(
-                size, uniforms, given, known, context, temperature, dtype, backend, report if progress else None
-            )
+            loop, plane = self.generator(size, context, dtype, backend)
+            values, _ = loop.run(
+                uniforms, temperature=temperature, top_k=top_k, top_p=top_p, given=given, known=known, context=plane,
+                report=report if progress else None,
+            )  # fmt: skip
         return values[:, 0] if self.codes else values
-
-    def _draw(
-        self, size: tuple[int, int], uniforms: Tensor, given: Tensor | None, known: Tensor | None,
-        context: Tensor | None, temperature: float, dtype: torch.dtype, backend: str | None,
-        report: Callable[[int], object] | None,
-    ) -> Tensor:  # fmt: skip
-        """(B, C, H, W) values, for arguments that have been checked."""
-        loop, plane = self.generator(size, context, dtype, backend)
-        return loop.run(
-            uniforms, temperature=temperature, given=given, known=known, context=plane, report=report
-        )[0]  # fmt: skip
 
     def plane(self, size: tuple[int, int], context: Tensor | None) -> Tensor | None:
         """(B or 1, channels, H, W): what sampling knows of every pixel beforehand, where it is not the same for all."""
@@ -371,6 +370,8 @@ def sample_naive(
     labels: Tensor | None = None,
     cond: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     report: Callable[[int], object] | None = None,
 ) -> Tensor:
     """`model.sample` by one forward pass of the whole image for each value: what it must agree with, hundreds of times
@@ -385,7 +386,7 @@ def sample_naive(
         for j in range(size[1]):
             for c in range(model.image_channels):
                 out = model._outputs(x, labels, cond)[:, c, :, i, j].float()
-                value = model.distribution.sample(out, uniforms[:, c, i, j], temperature)
+                value = model.distribution.sample(out, uniforms[:, c, i, j], temperature, top_k, top_p)
                 if given is not None and known is not None:
                     value = torch.where(known[:, c, i, j], given[:, c, i, j], value)
                 x[:, c, i, j] = value

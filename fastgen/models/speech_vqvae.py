@@ -115,7 +115,7 @@ class SpeechVQVAE(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor, **options: Any) -> Tensor:
         """codes (B, frames) int64 -> (B, frames * downsample) int64 classes, drawn; options as in `WaveNet.generate`:
-        temperature, uniforms, generator, dtype, backend, progress."""
+        temperature, top_k, top_p, uniforms, generator, dtype, backend, progress."""
         check_tensor("SpeechVQVAE", "codes", codes, "(B, frames) of codes")
         if codes.dim() != 2 or codes.dtype != torch.int64 or not codes.shape[1]:
             raise ValueError(f"SpeechVQVAE: codes must be int64 (B, frames), got {codes.dtype} {tuple(codes.shape)}")

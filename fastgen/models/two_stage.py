@@ -82,6 +82,8 @@ class TwoStage(nn.Module):
         *,
         labels: Tensor | None = None,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         uniforms: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
@@ -96,8 +98,8 @@ class TwoStage(nn.Module):
             Number of images; (height, width), multiples of the quantizer's `factor`.
         labels
             (B,) int64, where a prior has classes.
-        temperature
-            Of the codes.
+        temperature, top_k, top_p
+            Of the codes, see `PixelModel.sample`.
         uniforms
             For each map of codes (B, h, w) in [0, 1); drawn from `generator` by default.
         dtype, backend, progress
@@ -126,8 +128,9 @@ class TwoStage(nn.Module):
                 prior.sample(
                     batch_size, (image_size[0] // shrunk, image_size[1] // shrunk),
                     labels=labels if prior.config["classes"] else None, cond=drawn[-1] if drawn else None,
-                    temperature=temperature, uniforms=None if uniforms is None else uniforms[i], generator=generator,
-                    dtype=dtype, backend=backend, progress=progress,
+                    temperature=temperature, top_k=top_k, top_p=top_p,
+                    uniforms=None if uniforms is None else uniforms[i], generator=generator, dtype=dtype,
+                    backend=backend, progress=progress,
                 )
             )  # fmt: skip
         return self.quantizer.decode(*drawn)

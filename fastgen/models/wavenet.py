@@ -194,6 +194,8 @@ class WaveNet(nn.Module):
         local: Tensor | Iterable[Tensor] | None = None,
         speaker: Tensor | None = None,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         uniforms: Tensor | None = None,
         generator: torch.Generator | None = None,
         given: Tensor | None = None,
@@ -212,6 +214,9 @@ class WaveNet(nn.Module):
             Conditioning, as in `forward`; local must reach over `steps`.
         temperature
             > 0; below 1 samples are likelier and less varied.
+        top_k, top_p
+            Of classes: draw from the `top_k` most probable ones, and of these from the fewest whose probabilities reach
+            `top_p` of theirs, once the temperature is applied; ties with the last one kept are kept. None keeps all.
         uniforms
             (B, steps) in [0, 1), or (B, steps, 2) for mixtures; the same uniforms give the same samples on every
             backend, save where a uniform falls within rounding of a boundary. Drawn from `generator` by default.
@@ -240,8 +245,8 @@ class WaveNet(nn.Module):
         """
         chunks = wavenet_sampling.stream(
             self, steps, steps, batch_size=batch_size, local=local, speaker=speaker, temperature=temperature,
-            uniforms=uniforms, generator=generator, given=given, state=state, dtype=dtype, backend=backend,
-            progress=progress,
+            top_k=top_k, top_p=top_p, uniforms=uniforms, generator=generator, given=given, state=state, dtype=dtype,
+            backend=backend, progress=progress,
         )  # fmt: skip
         return torch.cat(list(chunks), 1)
 

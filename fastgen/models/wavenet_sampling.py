@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from fastgen.backend import resolve
-from fastgen.checks import check_generator, check_integer, check_progress, check_temperature, check_tensor
+from fastgen.checks import (
+    check_generator,
+    check_integer,
+    check_progress,
+    check_temperature,
+    check_tensor,
+    check_truncation,
+)
 from fastgen.models.progress import Progress, reporter
 from fastgen.ops import GenerationState, Generator, initial_state
 
@@ -36,6 +43,8 @@ def stream(
     local: Tensor | Iterable[Tensor] | None = None,
     speaker: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     uniforms: Tensor | None = None,
     generator: torch.Generator | None = None,
     given: Tensor | None = None,
@@ -55,6 +64,7 @@ def stream(
     check_generator("generate", generator)
     check_integer("stream", "chunk", chunk)
     check_temperature("generate", temperature)
+    check_truncation("generate", top_k, top_p, model.distribution)
     check_progress("generate", progress)
     if uniforms is not None:
         _check_uniforms(model, uniforms, batch_size, steps)
@@ -87,7 +97,9 @@ def stream(
         else:
             u = uniforms[:, done : done + n].float().clamp(max=1 - 2**-24)
         known = None if given is None or done >= given.shape[1] else given[:, done : done + n]
-        return loop.run(state, u, gate_bias, local=local, temperature=temperature, given=known)[0]
+        return loop.run(
+            state, u, gate_bias, local=local, temperature=temperature, top_k=top_k, top_p=top_p, given=known
+        )[0]
 
     def chunks() -> Iterator[Tensor]:
         features = gate_bias.new_empty(batch_size, model.local_channels, 0)

@@ -62,18 +62,40 @@ def log_prob(kind: str, parameters: Tensor, x: Tensor, *, levels: int = 256, log
 def categorical_from_uniform(logits: Tensor, u: Tensor) -> Tensor:
     """The number of classes whose cumulative probability is <= u: logits (..., classes), u (...) -> int64 (...)."""
     cumulative = torch.softmax(logits, -1).cumsum(-1)
-    return (cumulative <= u[..., None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    # of the last sum, which may round to less than 1: a class of probability 0 is not drawn
+    threshold = u[..., None] * cumulative[..., -1:]
+    return (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def most_probable(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits (..., classes) with -inf for what is not drawn: of the `top_k` most probable classes the fewest whose
+    probabilities reach `top_p` of theirs are kept, and whatever is as probable as the last of them."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[..., -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        ranked = logits.sort(-1, descending=True).values
+        p = torch.softmax(ranked, -1)
+        least = ranked.masked_fill(p.cumsum(-1) - p >= top_p, math.inf).amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return logits
+
+
+def truncation(top_k: int | None, top_p: float | None, classes: int) -> tuple[int, float]:
+    """What the kernels are told of `most_probable`: 0 classes and a sum of 1 are all."""
+    return 0 if top_k is None or top_k >= classes else top_k, 1.0 if top_p is None else top_p
 
 
 def sample(
-    kind: str, parameters: Tensor, uniforms: Tensor, temperature: float = 1.0, log_scale_min: float = -7.0
-) -> Tensor:
+    kind: str, parameters: Tensor, uniforms: Tensor, temperature: float = 1.0, log_scale_min: float = -7.0,
+    *, top_k: int | None = None, top_p: float | None = None,
+) -> Tensor:  # fmt: skip
     """Samples by inversion: parameters (..., O), uniforms (...) or, for mixtures, (..., 2).
 
     A mixture's value is not rounded to the levels of the discretised logistic; it is clamped to [-1, 1].
+    `top_k` and `top_p`, of "categorical": see `most_probable`.
     """
     if kind == "categorical":
-        return categorical_from_uniform(parameters / temperature, uniforms)
+        return categorical_from_uniform(most_probable(parameters / temperature, top_k, top_p), uniforms)
     logits, means, log_scales = _split(parameters)
     index = categorical_from_uniform(logits / temperature, uniforms[..., 0])[..., None]
     mean = means.gather(-1, index)[..., 0].double()
@@ -84,16 +106,18 @@ def sample(
 
 
 def sample_levels(
-    kind: str, parameters: Tensor, uniforms: Tensor, levels: int, temperature: float = 1.0, log_scale_min: float = -7.0
-) -> Tensor:
+    kind: str, parameters: Tensor, uniforms: Tensor, levels: int, temperature: float = 1.0, log_scale_min: float = -7.0,
+    *, top_k: int | None = None, top_p: float | None = None,
+) -> Tensor:  # fmt: skip
     """The number of levels whose cumulative probability is <= u: parameters (..., O), uniforms (...) -> int64 (...).
 
     "bernoulli" has one parameter, the logit of level 1; "logistic" is the discretised mixture that `log_prob` gives.
+    `top_k` and `top_p`, of "categorical": see `most_probable`.
     """
     if kind == "bernoulli":
         parameters, kind = F.pad(parameters, (1, 0)), "categorical"
     if kind == "categorical":
-        return categorical_from_uniform(parameters / temperature, uniforms)
+        return categorical_from_uniform(most_probable(parameters / temperature, top_k, top_p), uniforms)
     logits, means, log_scales = (p.double()[..., None, :] for p in parameters.chunk(3, -1))  # (..., 1, M)
     edges = (2 * torch.arange(levels - 1, dtype=torch.float64, device=parameters.device) + 1) / (levels - 1) - 1
     scale = temperature * log_scales.clamp(min=log_scale_min).exp()

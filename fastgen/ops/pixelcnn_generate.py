@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import NO_ROOM, instead, lib, resolve
-from fastgen.checks import check_classes, check_positive, check_tensor, refused
+from fastgen.checks import check_classes, check_positive, check_tensor, check_truncation, refused
 from fastgen.ops import distributions
 from fastgen.ops.pixel_layout import bias_places, encoded, layout_of, not_on_cuda
 from fastgen.ops.pixel_program import AHEAD, NORM_EPS, Instruction, PixelProgram
@@ -38,10 +39,13 @@ class PixelDistribution:
     outputs: int
     log_scale_min: float = -7.0
 
-    def sample(self, parameters: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    def sample(
+        self, parameters: Tensor, uniforms: Tensor, temperature: float, top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """parameters (..., outputs), uniforms (...) -> int64 (...)."""
         return distributions.sample_levels(
-            self.kind, parameters, uniforms, self.levels, temperature, self.log_scale_min
+            self.kind, parameters, uniforms, self.levels, temperature, self.log_scale_min, top_k=top_k, top_p=top_p
         )
 
 
@@ -53,8 +57,8 @@ lib.define(
 lib.define(
     "pixelcnn_generate(Tensor packed, int[] shapes, int[] planes, int[] instructions, bool bf16, Tensor biases, "
     "Tensor? context, int context_plane, Tensor table, int distribution, int outputs, float log_scale_min, "
-    "float temperature, Tensor uniforms, Tensor? given, Tensor? known, int first_row, int last_row, Tensor(a!) memory, "
-    "Tensor(b!) values, Tensor(c!)? parameters) -> ()"
+    "float temperature, int top_k, float top_p, Tensor uniforms, Tensor? given, Tensor? known, int first_row, "
+    "int last_row, Tensor(a!) memory, Tensor(b!) values, Tensor(c!)? parameters) -> ()"
 )
 
 
@@ -172,6 +176,8 @@ class PixelGenerator:
         uniforms: Tensor,
         *,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         given: Tensor | None = None,
         known: Tensor | None = None,
         context: Tensor | None = None,
@@ -184,6 +190,10 @@ class PixelGenerator:
         ----------
         uniforms
             (B, C, H, W) float32 in [0, 1).
+        top_k, top_p
+            Draw from the `top_k` most probable levels, and of these from the fewest whose probabilities reach `top_p`
+            of theirs, once the temperature is applied; levels as probable as the last one kept are kept. None keeps
+            all. For categorical distributions.
         given, known
             (B, C, H, W) int64 values, and bool: where `known`, the network sees the given value in place of its own.
         context
@@ -204,14 +214,16 @@ class PixelGenerator:
         """
         self._check_call(uniforms, given, known, context)
         check_positive("pixelcnn_generate", "temperature", temperature)
+        check_truncation("pixelcnn_generate", top_k, top_p, self.distribution.kind)
         uniforms = uniforms.float().contiguous()
         batch, colors, height, width = uniforms.shape
         values = torch.zeros(batch, colors, height, width, dtype=torch.int64, device=uniforms.device)
         kept = uniforms.new_empty(*values.shape, self.distribution.outputs) if parameters else None
         if self.backend == "reference":
-            run = _Reference(self.program, self._matrices, self.table, self.distribution, context, values, kept)
+            draw = partial(self.distribution.sample, temperature=temperature, top_k=top_k, top_p=top_p)
+            run = _Reference(self.program, self._matrices, self.table, draw, context, values, kept)
             for row in range(height if batch else 0):
-                run.row(row, uniforms, temperature, given, known)
+                run.row(row, uniforms, given, known)
                 if report is not None:
                     report(row + 1)
             return values, kept
@@ -224,6 +236,8 @@ class PixelGenerator:
         memory, biases = uniforms.new_zeros(batch, size), self._biases.index_select(1, self._places)
         if context is not None:
             context = context.permute(0, 2, 3, 1).float().contiguous()
+        given = None if given is None else given.contiguous()
+        seen = None if known is None else known.to(torch.uint8).contiguous()
         rows = 1 if report is not None else max(height, 1)
         kind = distributions.KINDS.index("logistic" if self.distribution.kind == "logistic" else "categorical")
         for row in range(0, height, rows):
@@ -231,9 +245,8 @@ class PixelGenerator:
                 torch.ops.fastgen.pixelcnn_generate(
                     self._packed, self._shapes, planes, instructions, self.dtype == torch.bfloat16, biases, context,
                     self.program.context, self.table, kind, self.distribution.outputs, self.distribution.log_scale_min,
-                    temperature, uniforms, None if given is None else given.contiguous(),
-                    None if known is None else known.to(torch.uint8).contiguous(), row, row + rows, memory, values,
-                    kept,
+                    temperature, *distributions.truncation(top_k, top_p, self.distribution.outputs), uniforms,
+                    given, seen, row, row + rows, memory, values, kept,
                 )  # fmt: skip
             if report is not None:
                 report(row + 1)
@@ -278,10 +291,10 @@ class _Reference:
     """The program in plain PyTorch, one instruction after another."""
 
     def __init__(
-        self, program: PixelProgram, matrices: list[Tensor], table: Tensor, distribution: PixelDistribution,
+        self, program: PixelProgram, matrices: list[Tensor], table: Tensor, draw: Callable[[Tensor, Tensor], Tensor],
         context: Tensor | None, values: Tensor, kept: Tensor | None,
     ) -> None:  # fmt: skip
-        self.program, self.matrices, self.table, self.distribution = program, matrices, table, distribution
+        self.program, self.matrices, self.table, self.draw = program, matrices, table, draw
         self.values, self.kept = values, kept
         batch, _, height, self.width = values.shape
         # rows and columns of zeros for what windows reach beyond the image
@@ -297,9 +310,7 @@ class _Reference:
             image = self.planes[program.context][:, p.rows - 1 :, p.left : p.left + self.width]
             image.copy_(context.permute(0, 2, 3, 1))
 
-    def row(
-        self, y: int, uniforms: Tensor, temperature: float, given: Tensor | None, known: Tensor | None
-    ) -> None:  # fmt: skip
+    def row(self, y: int, uniforms: Tensor, given: Tensor | None, known: Tensor | None) -> None:
         every = slice(0, self.width)
         for i in self.program.instructions:
             if i.phase == "row":
@@ -320,7 +331,7 @@ class _Reference:
                     out = self._at(i.src, y, here)[:, 0]  # (B, outputs)
                     if not bool(torch.isfinite(out).all()):
                         raise ValueError(f"pixelcnn_generate: the network's outputs are not finite {TOO_LARGE}")
-                    value = self.distribution.sample(out, uniforms[:, i.extra, y, x], temperature)
+                    value = self.draw(out, uniforms[:, i.extra, y, x])
                     if known is not None and given is not None:
                         value = torch.where(known[:, i.extra, y, x], given[:, i.extra, y, x], value)
                     self.values[:, i.extra, y, x] = value

@@ -13,6 +13,7 @@ Sources: van den Oord et al., "WaveNet" (2016); Le Paine et al., "Fast Wavenet G
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import NO_ROOM, instead, lib, resolve
-from fastgen.checks import check_classes, check_integer, check_positive, check_tensor, check_unit_range, is_finite
+from fastgen.checks import (
+    check_classes,
+    check_integer,
+    check_positive,
+    check_tensor,
+    check_truncation,
+    check_unit_range,
+    is_finite,
+)
 from fastgen.ops import distributions
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -91,8 +100,8 @@ lib.define("wavenet_plan(int[] shape, int streams, bool bf16, int[] device) -> i
 lib.define("wavenet_fits(Tensor packed, int[] shape, bool bf16) -> bool")
 lib.define(
     "wavenet_generate(Tensor packed, int[] shape, int[] dilations, bool bf16, int distribution, float log_scale_min, "
-    "float temperature, Tensor gate_bias, Tensor? cond, Tensor uniforms, Tensor? given, int position, "
-    "Tensor(a!) history, Tensor(b!) last, Tensor(c!) samples, Tensor(d!)? parameters) -> ()"
+    "float temperature, int top_k, float top_p, Tensor gate_bias, Tensor? cond, Tensor uniforms, Tensor? given, "
+    "int position, Tensor(a!) history, Tensor(b!) last, Tensor(c!) samples, Tensor(d!)? parameters) -> ()"
 )
 
 
@@ -203,6 +212,8 @@ class Generator:
         *,
         local: Tensor | None = None,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         given: Tensor | None = None,
         parameters: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -222,6 +233,9 @@ class Generator:
             (B, T, C) float32, in place of `cond`: features, from which a layer's conditioning is `local_weight[l]`
             times the vector of the step. On CUDA it is computed in the loop; elsewhere before it, and takes
             B T L 2H floats of memory.
+        top_k, top_p
+            Of classes: draw from the `top_k` most probable ones, and of these from the fewest whose probabilities reach
+            `top_p` of theirs, once the temperature is applied; ties with the last one kept are kept. None keeps all.
         given
             (B, n <= T): samples that are known; the network reads them in place of its own.
         parameters
@@ -245,6 +259,7 @@ class Generator:
         elif local is not None:
             cond = local
         check_positive("wavenet_generate", "temperature", temperature)
+        check_truncation("wavenet_generate", top_k, top_p, self.distribution)
         if not self._largest_output / temperature <= LARGEST:
             raise FloatingPointError(
                 f"wavenet_generate: outputs of up to {self._largest_output:.1e}, divided by a temperature of "
@@ -256,14 +271,16 @@ class Generator:
         if self.backend == "reference":
             return wavenet_generate_reference(
                 self._rounded, self.dilations, state, uniforms, gate_bias, cond, distribution=self.distribution,
-                log_scale_min=self.log_scale_min, temperature=temperature, given=given, parameters=parameters,
+                log_scale_min=self.log_scale_min, temperature=temperature, top_k=top_k, top_p=top_p, given=given,
+                parameters=parameters,
             )  # fmt: skip
         samples = state.last.new_empty(batch, steps)
         kept = uniforms.new_empty(batch, steps, outputs) if parameters else None
         packed = self._packed if self.backend == "cuda" else self._packed_on_cpu(batch)
         torch.ops.fastgen.wavenet_generate(
             packed, self._shape(), self.dilations, self.dtype == torch.bfloat16,
-            distributions.KINDS.index(self.distribution), self.log_scale_min, temperature, gate_bias.contiguous(),
+            distributions.KINDS.index(self.distribution), self.log_scale_min, temperature,
+            *distributions.truncation(top_k, top_p, outputs), gate_bias.contiguous(),
             None if cond is None else cond.contiguous(), uniforms.contiguous(),
             None if given is None else given.contiguous(), state.position, state.history, state.last, samples, kept,
         )  # fmt: skip
@@ -417,6 +434,8 @@ def wavenet_generate_reference(
     distribution: str = "categorical",
     log_scale_min: float = -7.0,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     given: Tensor | None = None,
     parameters: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -425,6 +444,10 @@ def wavenet_generate_reference(
     lengths = [(kernel_size - 1) * d for d in dilations]
     queues = state.history[..., :residual].split(lengths, dim=1) if layers else []
     taps = [weights.conv[i].permute(0, 2, 1).reshape(gates, -1) for i in range(layers)]  # (2H, K * R), oldest first
+    draw = partial(
+        distributions.sample, distribution, temperature=temperature, log_scale_min=log_scale_min, top_k=top_k,
+        top_p=top_p,
+    )  # fmt: skip
     samples, kept = [], []
     for t in range(uniforms.shape[1]):
         if distribution == "categorical":
@@ -445,10 +468,7 @@ def wavenet_generate_reference(
             x = x + F.linear(z, weights.residual[i], weights.residual_bias[i])
         hidden = F.linear(F.relu(skips), weights.hidden, weights.hidden_bias)
         out = F.linear(F.relu(hidden), weights.output, weights.output_bias)  # (B, O)
-        if given is not None and t < given.shape[1]:
-            sample = given[:, t]
-        else:
-            sample = distributions.sample(distribution, out, uniforms[:, t], temperature, log_scale_min)
+        sample = given[:, t] if given is not None and t < given.shape[1] else draw(out, uniforms[:, t])
         state.last.copy_(sample)
         state.position += 1
         samples.append(sample)

@@ -46,6 +46,7 @@ void run() {
   job.context_plane = option("context_plane");
   job.context_channels = option("context_channels");
   job.temperature = option<float>("temperature");
+  job.kept = {option("top_k"), option<float>("top_p")};
   job.log_scale_min = option<float>("log_scale_min");
   job.weights_at = packed.data();
   job.biases = biases.data();

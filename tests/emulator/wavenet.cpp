@@ -40,6 +40,7 @@ void run() {
   Job job(s, plan);
   job.distribution = static_cast<Distribution>(option<int>("distribution"));
   job.temperature = option<float>("temperature");
+  job.kept = {option("top_k"), option<float>("top_p")};
   job.log_scale_min = option<float>("log_scale_min");
   job.streams = option("streams");
   job.steps = option("steps");
