@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import peak_extra_bytes
+from conftest import DTYPES, peak_extra_bytes
 
 from fastgen.ops import gated_masked_conv2d
 from fastgen.ops.masked_conv2d import mask_2d
@@ -46,7 +46,7 @@ def cropped(x, weight, bias, mask):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gated(dtype, shape, backward, contest, limits, benchmark):
     kernel, batch, channels, side = sizes = SHAPES[shape]
     args = arguments(*sizes, dtype, grad=backward)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import peak_extra_bytes
+from conftest import DTYPES, peak_extra_bytes
 
 from fastgen.ops import wavenet_layer
 from fastgen.ops.wavenet_layer import wavenet_layer_reference
 
 SHAPES = {
     f"B{batch} T{steps} R64 S{skip} K2{' bfloat16' * (dtype == torch.bfloat16)}": (batch, steps, 64, skip, dtype)
-    for dtype in (torch.float32, torch.bfloat16)
+    for dtype in DTYPES
     for batch, steps, skip in ((8, 8192, 256), (1, 16000, 128))
 }
 DILATION = 4

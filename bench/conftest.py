@@ -24,6 +24,8 @@ from fastgen import backend
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+# without instructions for bfloat16 PyTorch takes minutes for a convolution: nobody computes in it there
+DTYPES = (torch.float32, torch.bfloat16) if backend.HAS_BFLOAT16 else (torch.float32,)
 SHORTEST = 0.02  # seconds: what takes less is repeated within one measurement
 WAKING = 0.01  # seconds that a contestant works unmeasured: after a pause threads, clocks and caches are slow at first
 
