@@ -21,6 +21,9 @@ SHAPES = [
     ((400,), 300, 17),
     ((2, 3, 5), 1, 40),
     ((13,), 700, 32),
+    # rows, or in the backward pass terms, that lie more than a page apart: they are packed for so many columns
+    ((200,), 1061, 577),
+    ((67,), 520, 1061),
 ]
 
 

@@ -32,7 +32,7 @@ RESULTS = {  # files of tests, and which of them
     "paths of the search": (["triton_paths"], "long or undecided"),
 }
 TARGETS = {what: ("90",) if "paths" in what else ("80", "90", "90 late") for what in RESULTS}
-TARGETS |= dict.fromkeys(("elements", "vectors"), ("80", "90 late"))
+TARGETS |= dict.fromkeys(("elements", "images", "vectors"), ("80", "90 late"))
 
 
 @pytest.mark.parametrize(("what", "target"), [(what, target) for what in RESULTS for target in TARGETS[what]])

@@ -1,4 +1,4 @@
-"""Machine code of the Triton kernels, compiled without a GPU: every kernel for every architecture and dtype."""
+"""Machine code of the Triton kernels, compiled without a GPU: every kernel for every architecture."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ from fastgen.ops.nearest_code import PRECISIONS
 triton = pytest.importorskip("triton", reason="pip install triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled in the interpreter")
 
-F32, BF16, F16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 WIDTH = {F32: 16, BF16: 128, F16: 32}  # channels: float32's products, which take no tensor cores, are long loops
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -194,7 +194,7 @@ def channels_first(op: Callable[..., list[Launch]], dtype: torch.dtype) -> list[
     return [launch for launch in op(dtype, dilation=64) if not launch.arguments.get("LAST", True)]
 
 
-CASES = {  # compiled for every architecture in every dtype
+CASES = {  # compiled for every architecture; in float16, whose code is much as bfloat16's, for one
     "affine_coupling": affine_coupling,
     "actnorm": actnorm,
     "gaussian_rsample_kl": gaussian_rsample_kl,
@@ -237,7 +237,13 @@ VARIANTS = {  # each for some, since what differs is not what differs between th
         )
     },
 }  # fmt: skip
-ALL = {f"{name} {str(d)[6:]} {a}": (case, d, a) for name, case in CASES.items() for d in DTYPES for a in ARCHITECTURES}
+ALL = {
+    f"{name} {str(d)[6:]} {a}": (case, d, a)
+    for name, case in CASES.items()
+    for d in (F32, BF16, F16)
+    for a in ARCHITECTURES
+    if d != F16 or a == 90
+}
 
 
 def expected_shared(launch: Launch, limit: int) -> int:
@@ -354,7 +360,7 @@ def test_tiles_fit_into_the_shared_memory_there_is(limit, monkeypatch):
 
 
 def test_every_kernel_that_is_launched_is_compiled():
-    """For every architecture in every dtype: `kernel[grid](...)` or `planned(kernel, ...)` in kernels/*.py."""
+    """In some case: `kernel[grid](...)` or `planned(kernel, ...)` in kernels/*.py."""
     from fastgen import kernels
 
     launched = set()

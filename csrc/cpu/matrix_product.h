@@ -32,6 +32,8 @@ template <int M, int N, class T>
 void product_tile(const T* a, int64_t down, int64_t right, const T* panel, int64_t depth, bool more, T* c, int64_t ld,
                   const Finish<T>& finish) {
   constexpr int64_t kL = kLanes<T>;
+  // what comes next lies far apart, and far away
+  for (int64_t m = 0; m < M; ++m) own(c + m * ld, N * kL * sizeof(T));
   Vec<T> sums[M][N] = {};
   for (int64_t k = 0; k < depth; ++k, a += right, panel += N * kL) {
     Vec<T> b[N];
@@ -69,13 +71,41 @@ void pack_panel(const Strided<T>& b, int64_t k, int64_t depth, int64_t first, in
     return;
   }
   T square[kL * kL];
-  for (int64_t c = 0; c < width; c += kL)
-    for (int64_t i = 0; i < depth; i += kL) {
+  for (int64_t c = 0; c < width; c += kL) {
+    const T* from = b.data + (first + c) * b.right + k;
+    int64_t i = 0;
+    for (; c + kL <= count && i + kL <= depth; i += kL) transpose_square(from + i, b.right, to + i * width + c, width);
+    for (; i < depth; i += kL) {
       for (int64_t j = 0; j < kL; ++j)
-        load_row(square + j * kL, b.data + (first + c + j) * b.right + k + i,
-                 c + j < count ? std::min(kL, depth - i) : 0, kL);
+        load_row(square + j * kL, from + j * b.right + i, c + j < count ? std::min(kL, depth - i) : 0, kL);
       transpose_square(square, kL, to + i * width + c, width);
     }
+  }
+}
+
+// Rows of A, one tile of them after another, the rows of each term side by side.
+template <class T>
+void pack_rows(const Strided<T>& a, int64_t rows, int64_t terms, T* to) {
+  constexpr int64_t kL = kLanes<T>;
+  T square[kL * kL];
+  for (int64_t row = 0; row < rows; row += kTileRows, to += kTileRows * terms) {
+    const int64_t left = rows - row, count = std::min<int64_t>(kTileRows, left);
+    const T* from = a.data + row * a.down;
+    for (int64_t k = 0; a.right != 1 && k < terms; ++k)
+      for (int64_t i = 0; i < count; ++i) to[k * kTileRows + i] = from[i * a.down + k * a.right];
+    if (a.right != 1) continue;
+    // lanes that are no rows of the tile are written before what belongs there
+    for (int64_t k = 0; k < terms; k += kL)
+      for (int64_t i = (kTileRows - 1) / kL * kL; i >= 0; i -= kL) {
+        const bool whole = i + kL <= left && k + kL <= terms;
+        for (int64_t j = 0; !whole && j < kL; ++j)
+          load_row(square + j * kL, from + (i + j) * a.down + k, i + j < count ? std::min(kL, terms - k) : 0, kL);
+        transpose_square(whole ? from + i * a.down + k : square, whole ? a.down : kL,
+                         [&](auto j, Vec<T> term) FASTGEN_INLINE {
+                           if (k + j < terms) store(to + (k + j) * kTileRows + i, term);
+                         });
+      }
+  }
 }
 
 // Rows [first, last) and columns [begin, end) of C, by one thread.
@@ -90,26 +120,48 @@ class MatrixProduct {
   // add: to what C holds.
   void run(const Strided<T>& a, const Strided<T>& b, int64_t depth, T* c, int64_t ld, int64_t first, int64_t last,
            int64_t begin, int64_t end, const Finish<T>& finish = {}, bool add = false) {
-    for (int64_t k = 0; k < std::max<int64_t>(depth, 1); k += kDepth) {
-      const int64_t terms = std::min(kDepth, depth - k), panel_size = round_up(terms, kL) * kPanel;
+    const bool packs = end - begin >= kOften && std::max(a.down, a.right) * int64_t{sizeof(T)} >= kFar;
+    const int64_t parts = std::max<int64_t>((depth + kDepth - 1) / kDepth, 1);
+    const int64_t part = round_up((depth + parts - 1) / parts, kL);  // alike: each costs a pass over C
+    for (int64_t k = 0; k < std::max<int64_t>(depth, 1); k += std::max<int64_t>(part, 1)) {
+      const int64_t terms = std::min(part, depth - k), panel_size = round_up(terms, kL) * kPanel;
       for (int64_t column = begin; column < end; column += kPanel)
         pack_panel(b, k, terms, column, std::min(kPanel, end - column), width_of(end - column),
                    panels_.data() + (column - begin) / kPanel * panel_size);
       const bool more = add || k > 0;
       const Finish<T> now{more ? nullptr : finish.column_bias, more ? nullptr : finish.row_bias,
-                          finish.relu && k + kDepth >= depth};
-      for (int64_t block = first; block < last; block += kBlockRows)
+                          finish.relu && k + part >= depth};
+      for (int64_t block = first; block < last; block += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, last - block);
+        Finish<T> of_rows = now;
+        if (now.row_bias) of_rows.row_bias += block;
+        Rows of_block{{a.data + block * a.down + k * a.right, a.down, a.right}, a.down};
+        if (packs) {
+          rows_.resize(round_up(rows, kTileRows) * terms + kL);
+          pack_rows(of_block.a, rows, terms, rows_.data());
+          of_block = {{rows_.data(), 1, kTileRows}, terms};
+        }
         for (int64_t column = begin; column < end; column += kPanel)
-          rows_of_panel({a.data + k * a.right, a.down, a.right}, terms,
-                        panels_.data() + (column - begin) / kPanel * panel_size, c, ld, block,
-                        std::min(block + kBlockRows, last), column, std::min(kPanel, end - column), now, more);
+          rows_of_panel(of_block, rows, terms, panels_.data() + (column - begin) / kPanel * panel_size,
+                        c + block * ld + column, ld, column, std::min(kPanel, end - column), of_rows, more);
+      }
     }
   }
 
  private:
+  // A is packed where it is read for so many columns that it pays, and its rows, or terms, lie a page apart: they take
+  // each other's places in the caches.
+  static constexpr int64_t kOften = 16 * kPanel, kFar = 4096;
+
+  // Some rows of A: a tile's are `step` times their number from the first one's.
+  struct Rows {
+    Strided<T> a;
+    int64_t step;
+  };
+
   static int64_t width_of(int64_t columns) { return columns > kL ? kPanel : kL; }
 
-  void rows_of_panel(const Strided<T>& a, int64_t terms, const T* panel, T* c, int64_t ld, int64_t first, int64_t last,
+  void rows_of_panel(const Rows& of, int64_t count_rows, int64_t terms, const T* panel, T* c, int64_t ld,
                      int64_t column, int64_t count, Finish<T> finish, bool more) {
     const int64_t width = width_of(count);
     const auto& tiles = width == kPanel ? kProductTiles<T, 2> : kProductTiles<T, 1>;
@@ -118,20 +170,20 @@ class MatrixProduct {
       load_row(bias, finish.column_bias + column, count, width);
       finish.column_bias = bias;
     }
-    for (int64_t row = first; row < last; row += kTileRows) {
-      const int64_t rows = std::min<int64_t>(last - row, kTileRows);
+    for (int64_t row = 0; row < count_rows; row += kTileRows) {
+      const int64_t rows = std::min<int64_t>(count_rows - row, kTileRows);
       const bool whole = count == width;
       Finish<T> of_tile = finish;
       if (finish.row_bias) of_tile.row_bias += row;
-      T* to = c + row * ld + column;
+      T* to = c + row * ld;
       for (int64_t i = 0; !whole && more && i < rows; ++i) load_row(edge + i * width, to + i * ld, count, width);
-      tiles[rows - 1](a.data + row * a.down, a.down, a.right, panel, terms, more, whole ? to : edge, whole ? ld : width,
-                      of_tile);
+      tiles[rows - 1](of.a.data + row * of.step, of.a.down, of.a.right, panel, terms, more, whole ? to : edge,
+                      whole ? ld : width, of_tile);
       for (int64_t i = 0; !whole && i < rows; ++i) store_row(to + i * ld, edge + i * width, count);
     }
   }
 
-  RawVector<T> panels_, edge_;
+  RawVector<T> panels_, rows_, edge_;
 };
 
 // f(first row, last row, first column, last column) for a part of the product for each thread: of its columns, and

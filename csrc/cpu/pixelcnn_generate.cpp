@@ -8,12 +8,12 @@ namespace {
 
 // How many images a thread draws at once: what attention remembers of them is read again for every pixel, and comes
 // from memory once it outgrows the cache, while weights are read once for all of them. Half of the cache is best
-// filled, but for the sake of a few images more.
+// filled, or three quarters for the sake of a few images more.
 int64_t images_at_once(const PixelJob& job, int64_t weight_bytes, int64_t threads) {
   constexpr int64_t kOne = 1, kFew = 4;
   const auto each = std::max<int64_t>(job.memory_size * sizeof(float), 1);
-  const int64_t fit = shared_cache_bytes() / threads / each;
-  return std::max({kOne, fit / 2, std::min(fit, kFew), weight_bytes / each});
+  const int64_t quarter = shared_cache_bytes() / 4 / threads;
+  return std::max({kOne, 2 * quarter / each, std::min(3 * quarter / each, kFew), weight_bytes / each});
 }
 
 template <class W>
