@@ -51,7 +51,7 @@ def check_truncation(op: str, top_k: Any, top_p: Any, kind: str) -> None:
     if top_k is not None:
         check_integer(op, "top_k", top_k)
     if top_p is not None and not (is_finite(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"{op}: top_p must lie in (0, 1], got {top_p!r}")
+        raise ValueError(f"{op}: top_p must be a float in (0, 1], got {top_p!r}")
     for name, value in (("top_k", top_k), ("top_p", top_p)):
         if value is not None and kind != "categorical":
             raise ValueError(f"{op}: {name} is for categorical outputs, got {value!r} where they are {kind}")

@@ -115,7 +115,7 @@ def test_sample(trained: Path, tmp_path: Path) -> None:
         ("sample wavenet missing.pt --out a.mp3", r"must end in \.wav"),  # said before anything is done
         ("sample wavenet CHECKPOINT --out a.wav --seconds 1e-9", "steps must be an integer >= 1, got 0"),
         ("sample wavenet CHECKPOINT --out a.wav --temperature 0", "temperature must be finite and > 0"),
-        ("sample wavenet CHECKPOINT --out a.wav --top-p 2", r"top_p must lie in \(0, 1\], got 2\.0"),
+        ("sample wavenet CHECKPOINT --out a.wav --top-p 2", r"top_p must be a float in \(0, 1\], got 2\.0"),
         ("sample wavenet CHECKPOINT --out a.wav --backend cuda", "'cuda' was requested but cannot run"),
         ("train wavenet --data missing --out a.pt --steps 1", "missing: no such file"),
         ("train wavenet --data . --out a.pt --steps 1", "expected WAV or FLAC files in this folder"),

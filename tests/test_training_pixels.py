@@ -219,7 +219,7 @@ def test_command_line(name, tmp_path, capsys):
         (draw, "the model needs --label"),
         ([*draw, "--label", "10"], "--label: must lie in [0, 10), got 10"),
         ([*draw, "--label", "1", "--temperature", "0"], "temperature must be finite and > 0"),
-        ([*draw, "--label", "1", "--top-p", "-1"], "top_p must lie in (0, 1], got -1.0"),
+        ([*draw, "--label", "1", "--top-p", "-1"], "top_p must be a float in (0, 1], got -1.0"),
     ):
         assert main(arguments) == 2, arguments
         assert message in capsys.readouterr().err, arguments

@@ -120,10 +120,21 @@ def test_all_classes_alike(which, need):
     plain = model.sample(2, (3, 5), uniforms=u, backend=which)
     for how in ({"top_k": 300}, {"top_p": 1.0}, {"top_k": 1000, "top_p": 1}):
         assert torch.equal(plain, model.sample(2, (3, 5), uniforms=u, backend=which, **how))
-    for how in ({"top_k": 1}, {"top_p": 1e-30}):
+    for how in ({"top_k": 1}, {"top_p": 1e-30}, {"top_p": 5e-324}):
         first_of = model.sample(2, (3, 5), uniforms=u, backend=which, **how)
         assert torch.equal(first_of, model.sample(2, (3, 5), uniforms=1 - u - 2**-24, backend=which, **how))
         assert torch.equal(first_of, model.sample(2, (3, 5), temperature=1e-6, uniforms=u, backend=which))
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+def test_uniforms_that_round_to_one(which, need):
+    need("pixelcnn_generate", which)
+    loop, _ = small("GatedPixelCNN", codes=30).generator((3, 5), backend=which)
+    u = torch.full((1, 1, 3, 5), 1 - 2**-50, dtype=torch.float64)
+    values, parameters = loop.run(u, top_k=1, parameters=True)
+    assert torch.equal(values, parameters.argmax(-1))
+    with pytest.raises(ValueError, match=r"temperature must lie in \[1e-30, 1e30\], got 1e-39"):
+        loop.run(u, temperature=1e-39)
 
 
 def test_two_stages_draw_codes_so():
@@ -143,10 +154,10 @@ def test_two_stages_draw_codes_so():
         ({"top_k": 0}, "top_k must be an integer >= 1, got 0"),
         ({"top_k": 2.0}, "top_k must be an integer >= 1, got 2.0"),
         ({"top_k": True}, "top_k must be an integer >= 1, got True"),
-        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
-        ({"top_p": math.nan}, r"top_p must lie in \(0, 1\], got nan"),
-        ({"top_p": "a"}, r"top_p must lie in \(0, 1\], got 'a'"),
+        ({"top_p": 0.0}, r"top_p must be a float in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must be a float in \(0, 1\], got 1.5"),
+        ({"top_p": math.nan}, r"top_p must be a float in \(0, 1\], got nan"),
+        ({"top_p": "a"}, r"top_p must be a float in \(0, 1\], got 'a'"),
     ],
 )
 def test_bad_input(how, message):

@@ -204,8 +204,8 @@ class PixelModel(nn.Module):
             > 0; below 1 samples are likelier and less varied.
         top_k, top_p
             Draw each value, or code, from the `top_k` most probable ones, and of these from the fewest whose
-            probabilities reach `top_p` of theirs, once the temperature is applied; what is as probable as the last
-            one kept is kept too. None keeps all. For categorical outputs.
+            probabilities reach `top_p` of theirs, once the temperature is applied; what float32 finds as
+            probable as the last one kept is kept too. None keeps all. For categorical outputs.
         uniforms
             (B, C, H, W) in [0, 1) (with codes (B, H, W)); the same uniforms give the same image on every backend, save
             where one falls within rounding of a boundary. Drawn from `generator` by default.

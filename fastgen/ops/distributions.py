@@ -70,9 +70,10 @@ def categorical_from_uniform(logits: Tensor, u: Tensor) -> Tensor:
 def most_probable(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Logits (..., classes) with -inf for what is not drawn: of the `top_k` most probable classes the fewest whose
     probabilities reach `top_p` of theirs are kept, and whatever is as probable as the last of them."""
-    if top_k is not None and top_k < logits.shape[-1]:
+    top_k, top_p = truncation(top_k, top_p, logits.shape[-1])
+    if top_k:
         logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[..., -1:], -math.inf)
-    if top_p is not None and top_p < 1:
+    if top_p < 1:
         ranked = logits.sort(-1, descending=True).values
         p = torch.softmax(ranked, -1)
         least = ranked.masked_fill(p.cumsum(-1) - p >= top_p, math.inf).amin(-1, keepdim=True)
@@ -82,7 +83,8 @@ def most_probable(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
 
 def truncation(top_k: int | None, top_p: float | None, classes: int) -> tuple[int, float]:
     """What the kernels are told of `most_probable`: 0 classes and a sum of 1 are all."""
-    return 0 if top_k is None or top_k >= classes else top_k, 1.0 if top_p is None else top_p
+    least = torch.finfo(torch.float32).tiny  # or it would become 0
+    return 0 if top_k is None or top_k >= classes else top_k, 1.0 if top_p is None else max(top_p, least)
 
 
 def sample(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.backend import NO_ROOM, instead, lib, resolve
-from fastgen.checks import check_classes, check_positive, check_tensor, check_truncation, refused
+from fastgen.checks import check_classes, check_temperature, check_tensor, check_truncation, refused
 from fastgen.ops import distributions
 from fastgen.ops.pixel_layout import bias_places, encoded, layout_of, not_on_cuda
 from fastgen.ops.pixel_program import AHEAD, NORM_EPS, Instruction, PixelProgram
@@ -213,9 +213,9 @@ class PixelGenerator:
             For a tensor of another shape or type, values outside the levels, or a network whose outputs are not finite.
         """
         self._check_call(uniforms, given, known, context)
-        check_positive("pixelcnn_generate", "temperature", temperature)
+        check_temperature("pixelcnn_generate", temperature)
         check_truncation("pixelcnn_generate", top_k, top_p, self.distribution.kind)
-        uniforms = uniforms.float().contiguous()
+        uniforms = uniforms.float().clamp(max=1 - 2**-24).contiguous()  # float64's may round to 1
         batch, colors, height, width = uniforms.shape
         values = torch.zeros(batch, colors, height, width, dtype=torch.int64, device=uniforms.device)
         kept = uniforms.new_empty(*values.shape, self.distribution.outputs) if parameters else None
