@@ -104,6 +104,11 @@ def test_sample(trained: Path, tmp_path: Path) -> None:
     model, _ = load_wavenet(trained)
     expected = model.generate(400, generator=torch.Generator().manual_seed(2), backend="reference")
     assert float((torch.from_numpy(x) - mu_law_decode(expected[0])).abs().max()) < 1e-4
+    assert main([*command, "--seed", "2", "--top-k", "9", "--top-p", "0.8"]) == 0
+    fewer = model.generate(400, top_k=9, top_p=0.8, generator=torch.Generator().manual_seed(2), backend="reference")
+    assert not torch.equal(fewer, expected)
+    drawn = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+    assert float((drawn - mu_law_decode(fewer[0])).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(

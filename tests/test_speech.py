@@ -86,7 +86,12 @@ def test_commands(tmp_path, capsys):
     assert main([*base, *of_prior[:2], "--class-labels", "--steps", "2", "--prior-steps", "4", "--resume"]) == 0
     assert "prior of codes: step 4" in capsys.readouterr().out
     drawn = tmp_path / "drawn.wav"
-    assert main(["sample", "speech_vqvae", str(out), "--out", str(drawn), "--number", "2", "--label", "1"]) == 0
+    assert (
+        main(
+            ["sample", "speech_vqvae", str(out), "--out", str(drawn), "--number", "2", "--label", "1", "--top-p", "0.9"]
+        )
+        == 0
+    )
     assert "2 clips of 0.032 s at 8000 Hz" in capsys.readouterr().out
     assert len(load_audio(drawn, 8000)) == 512
     of = ["train", "prior", "--of", str(out), "--steps", "5", "--resume", "--class-labels", "--exclude", "*_7.wav"]

@@ -109,7 +109,7 @@ def test_one_command_and_its_stages(name, priors, levels, data, tmp_path, capsys
         assert all(torch.equal(a[k], b[k]) for k in a), "not as an uninterrupted run"
 
     picture = tmp_path / "drawn.png"
-    draw = ["sample", "vqvae", str(out), "--out", str(picture), "--number", "3", "--dtype", "bfloat16"]
+    draw = ["sample", "vqvae", str(out), "--out", str(picture), "--number", "3", "--dtype", "bfloat16", "--top-k", "4"]
     assert main([*draw, *(["--label", "3"] if "--class-labels" in priors else [])]) == 0
     assert "3 images of 8 x 8 pixels" in capsys.readouterr().out
     assert picture.exists()

@@ -32,7 +32,7 @@ template <int M, int N, class T>
 void product_tile(const T* a, int64_t down, int64_t right, const T* panel, int64_t depth, bool more, T* c, int64_t ld,
                   const Finish<T>& finish) {
   constexpr int64_t kL = kLanes<T>;
-  // what comes next lies far apart, and far away
+  // rows of C lie far apart, and are waited for at the end: asked for now
   for (int64_t m = 0; m < M; ++m) own(c + m * ld, N * kL * sizeof(T));
   Vec<T> sums[M][N] = {};
   for (int64_t k = 0; k < depth; ++k, a += right, panel += N * kL) {

@@ -24,7 +24,7 @@ from fastgen.backend import NO_ROOM, instead, lib, resolve
 from fastgen.checks import (
     check_classes,
     check_integer,
-    check_positive,
+    check_temperature,
     check_tensor,
     check_truncation,
     check_unit_range,
@@ -258,7 +258,7 @@ class Generator:
             cond = _linear(local, weight).view(*local.shape[:2], *gate_bias.shape[1:])
         elif local is not None:
             cond = local
-        check_positive("wavenet_generate", "temperature", temperature)
+        check_temperature("wavenet_generate", temperature)
         check_truncation("wavenet_generate", top_k, top_p, self.distribution)
         if not self._largest_output / temperature <= LARGEST:
             raise FloatingPointError(
